@@ -1,0 +1,131 @@
+"""A folder of columns: numpy arrays, one .npy file each, and a table that vouches for them.
+
+    columns.json       version, metadata, and for each file its size and CRC-32C
+    <name>.npy         one array, in numpy's own format, opened through mmap
+    <other file>       listed in the table like the columns (the graph of a segment)
+
+A folder is written once and never changed. The table's own CRC-32C, kept by whoever names the folder
+(the manifest, an `InstallSegment` operation), vouches for everything in it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from engram.errors import DamagedDataError
+from engram.files import Files
+
+TABLE = "columns.json"
+VERSION = 1
+_READ_SIZE = 1 << 22
+
+Array = npt.NDArray[Any]
+
+
+@attrs.frozen
+class ColumnFolder:
+    """An opened folder: its columns are read-only maps of the files."""
+
+    path: Path
+    checksum: int
+    metadata: dict[str, Any]
+    columns: dict[str, Array]
+
+
+def pack_bytes(name: str, items: Iterable[bytes]) -> dict[str, Array]:
+    """Two columns, `name`-bytes (the items joined) and `name`-ends (where each ends; int64)."""
+    items = list(items)
+    ends = np.cumsum(np.fromiter(map(len, items), np.int64, len(items)), dtype=np.int64)
+    return {f"{name}-bytes": np.frombuffer(b"".join(items), np.uint8), f"{name}-ends": ends}
+
+
+def unpack_bytes(name: str, columns: Mapping[str, Array]) -> list[bytes]:
+    """The inverse of `pack_bytes`."""
+    joined = columns[f"{name}-bytes"].tobytes()
+    ends = columns[f"{name}-ends"].tolist()
+    return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def write_columns(
+    files: Files,
+    path: Path,
+    columns: Mapping[str, Array],
+    metadata: Mapping[str, Any],
+    others: Sequence[str] = (),
+) -> int:
+    """Writes columns and table into an existing folder, synced; returns the table's checksum.
+
+    `others` names files that are in the folder already; they are read back, checksummed and synced.
+    The folder itself is synced, its name in its parent is not. Raises OSError.
+    """
+    table: dict[str, list[int]] = {}
+    for name, column in columns.items():
+        file_name = f"{name}.npy"
+        header = io.BytesIO()
+        contiguous = np.ascontiguousarray(column)
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(contiguous))
+        content: memoryview = contiguous.reshape(-1).view(np.uint8).data
+        chunks: list[bytes | memoryview] = [header.getvalue(), content]
+        files.write_file(path / file_name, chunks)
+        table[file_name] = [sum(map(len, chunks)), crc32c(content, crc32c(header.getvalue()))]
+    for file_name in others:
+        files.sync_file(path / file_name)
+        table[file_name] = list(_size_and_checksum(path / file_name))
+    text = json.dumps({"version": VERSION, "metadata": dict(metadata), "files": table}).encode()
+    files.write_file(path / TABLE, [text])
+    files.sync_folder(path)
+    return crc32c(text)
+
+
+def open_columns(path: Path, checksum: int, *, verify: bool = True) -> ColumnFolder:
+    """Opens a folder written by `write_columns`.
+
+    With `verify` every file is read and its checksum compared; without, only table and sizes are.
+
+    Raises:
+        DamagedDataError: a file is missing or is not what was written.
+    """
+    table_path = path / TABLE
+    try:
+        text = table_path.read_bytes()
+        if crc32c(text) != checksum:
+            raise DamagedDataError(table_path, "checksum mismatch")
+        table = json.loads(text)
+        if table["version"] != VERSION:
+            raise DamagedDataError(table_path, f"format version {table['version']} is not known")
+        columns: dict[str, Array] = {}
+        for file_name, (size, expected) in table["files"].items():
+            file_path = path / file_name
+            if file_path.stat().st_size != size:
+                raise DamagedDataError(file_path, f"expected {size} bytes")
+            if verify and _size_and_checksum(file_path)[1] != expected:
+                raise DamagedDataError(file_path, "checksum mismatch")
+            if file_name.endswith(".npy"):
+                columns[file_name.removesuffix(".npy")] = _map_array(file_path)
+    except FileNotFoundError as error:
+        raise DamagedDataError(Path(error.filename), "missing") from error
+    return ColumnFolder(path, checksum, table["metadata"], columns)
+
+
+def _map_array(path: Path) -> Array:
+    mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    # A plain ndarray over the map: np.memmap's own indexing costs microseconds more.
+    return mapped.view(np.ndarray)
+
+
+def _size_and_checksum(path: Path) -> tuple[int, int]:
+    size = checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_SIZE):
+            size += len(chunk)
+            checksum = crc32c(chunk, checksum)
+    return size, checksum

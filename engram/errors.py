@@ -1,0 +1,52 @@
+"""The errors engram raises itself.
+
+EngramError
+├── CommandError            what a client did wrong; its text is the error reply
+└── OperatorError           what the operator must see
+    ├── ConfigError         a setting is unknown or malformed
+    ├── DirectoryInUseError another server holds the data directory
+    ├── DamagedDataError    what was durable cannot be trusted; names the file and the place
+    └── LogFailureError     a write or sync of the log failed; nothing more may be acknowledged
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class EngramError(Exception):
+    """The root of all errors engram raises itself."""
+
+
+class CommandError(EngramError):
+    """A command cannot be carried out, and has changed nothing.
+
+    The text is sent as it is: a code word in capitals (ERR, WRONGTYPE, MISCONF...) and a sentence.
+    """
+
+
+class OperatorError(EngramError):
+    """The server cannot start or go on; the text says why and what to do."""
+
+
+class ConfigError(OperatorError):
+    """A setting is unknown or malformed."""
+
+
+class DirectoryInUseError(OperatorError):
+    """Another server holds the data directory."""
+
+
+class DamagedDataError(OperatorError):
+    """A file of the data directory is missing, or is not what was written."""
+
+    def __init__(self, path: Path, reason: str, offset: int | None = None) -> None:
+        self.path = path
+        self.reason = reason
+        self.offset = offset
+        where = f"{path}" if offset is None else f"{path} at offset {offset}"
+        super().__init__(f"{where}: {reason}")
+
+
+class LogFailureError(OperatorError):
+    """A write or sync of the log failed."""

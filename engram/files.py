@@ -1,0 +1,146 @@
+"""Durable file operations, and the one seam through which persistence touches the disk.
+
+Everything below blocks: call it from a worker thread or a child process, never on Trio's loop.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+
+class Files(Protocol):
+    """The file operations that persistence and the segment writer use.
+
+    `DiskFiles` is the real one; tests substitute one that records or fails. Every method raises
+    OSError as the system call it stands for does.
+    """
+
+    def create(self, path: Path, size: int) -> int:
+        """Makes a new file (mode 0600) with `size` bytes allocated on disk; returns its descriptor."""
+        ...
+
+    def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        """Writes all of `data` at `offset`."""
+        ...
+
+    def sync_data(self, descriptor: int) -> None:
+        """fdatasync."""
+        ...
+
+    def close(self, descriptor: int) -> None: ...
+
+    def truncate(self, path: Path, size: int) -> None:
+        """Cuts the file to `size` bytes and syncs it."""
+        ...
+
+    def write_file(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        """Writes a whole new file (mode 0600) and syncs it."""
+        ...
+
+    def sync_file(self, path: Path) -> None:
+        """fsync of an existing file."""
+        ...
+
+    def sync_folder(self, path: Path) -> None:
+        """fsync of a folder, which makes the names in it durable."""
+        ...
+
+    def make_folder(self, path: Path) -> None:
+        """mkdir (mode 0700); the parent must exist."""
+        ...
+
+    def rename(self, source: Path, target: Path) -> None: ...
+
+    def remove(self, path: Path) -> None:
+        """Removes a file; one that is not there is no error."""
+        ...
+
+    def remove_tree(self, path: Path) -> None:
+        """Removes a folder and all in it; one that is not there is no error."""
+        ...
+
+
+class DiskFiles:
+    """The real file operations."""
+
+    def create(self, path: Path, size: int) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if size:
+                os.posix_fallocate(descriptor, 0, size)
+        except BaseException:
+            os.close(descriptor)
+            os.unlink(path)
+            raise
+        return descriptor
+
+    def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view = view[written:]
+            offset += written
+
+    def sync_data(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def truncate(self, path: Path, size: int) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write_file(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        descriptor = self.create(path, 0)
+        try:
+            offset = 0
+            for chunk in chunks:
+                self.write_at(descriptor, chunk, offset)
+                offset += memoryview(chunk).nbytes
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync_file(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync_folder(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(mode=0o700)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+
+
+def replace_file(files: Files, path: Path, content: bytes) -> None:
+    """Replaces a small file so that a crash leaves the old content or the new one."""
+    beside = path.with_name(path.name + ".new")
+    files.remove(beside)
+    files.write_file(beside, [content])
+    files.rename(beside, path)
+    files.sync_folder(path.parent)

@@ -1,0 +1,127 @@
+"""The mutations of the state: what the log holds and what recovery replays.
+
+Operations are effects, not commands: a string carries its resulting value and absolute expiry, an expiry
+is the deletion it caused. Replaying them therefore never reads a clock or a random number, and nothing
+in them is local to one machine (no paths).
+
+They are msgspec structs: frozen, made in 0.06 us and encoded in 0.07 us (a frozen attrs record takes
+0.41 us to make), so that a write can afford one. Each is encoded as a MessagePack array headed by its
+tag. A tag is part of the log's format: never reuse one. New fields are added last, with a default.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+Attributes = bytes | None
+
+
+class SetString(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
+    """The key holds this string; `expires_at` is in milliseconds since the epoch, None for never."""
+
+    key: bytes
+    value: bytes
+    expires_at: int | None = None
+
+
+class AppendString(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
+    """The string at key (empty when missing) grows by `suffix`; its expiry stays."""
+
+    key: bytes
+    suffix: bytes
+
+
+class DeleteKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
+    """The keys are gone, whatever they held: by DEL, by expiry or by eviction."""
+
+    keys: tuple[bytes, ...]
+
+
+class SetExpiry(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
+    """An existing key lapses at `expires_at` (milliseconds since the epoch), or never when None."""
+
+    key: bytes
+    expires_at: int | None
+
+
+class Flush(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
+    """Every key is gone."""
+
+
+class CreateIndex(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
+    """The key holds a new, empty vector index, whose id is this operation's LSN.
+
+    `metric` is "cosine", "l2" or "dot"; `quantization` the scalar kind of the graphs, "int8" or "f32".
+    """
+
+    key: bytes
+    dimension: int
+    metric: str
+    connectivity: int
+    expansion: int
+    quantization: str
+
+
+class AddVectors(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
+    """Rows are appended to an index, in order; a key that was there has its old row killed.
+
+    `vectors` holds len(keys) x dimension little-endian float32. `attributes` holds one JSON text or
+    None for each key, or is empty when no row has any.
+    """
+
+    index: int
+    keys: tuple[bytes, ...]
+    vectors: bytes
+    attributes: tuple[Attributes, ...] = ()
+
+
+class DeleteVectors(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=8):
+    """The rows of these keys are dead."""
+
+    index: int
+    keys: tuple[bytes, ...]
+
+
+class InstallSegment(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=9):
+    """A segment folder, durable by now, takes the place of older rows of an index.
+
+    It replaces the head's rows up to and including row id `through` (-1: none of the head) and the
+    segments named in `replaces`. `segment` is empty when all of these rows were dead and nothing
+    takes their place. `checksum` is that of the folder's table of columns (`columns.json`).
+    """
+
+    index: int
+    segment: str
+    checksum: int
+    through: int
+    replaces: tuple[str, ...]
+
+
+Operation = (
+    SetString
+    | AppendString
+    | DeleteKeys
+    | SetExpiry
+    | Flush
+    | CreateIndex
+    | AddVectors
+    | DeleteVectors
+    | InstallSegment
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
+
+
+def encode(operation: Operation) -> bytes:
+    """The MessagePack form of an operation: an array of its tag and fields."""
+    return _encoder.encode(operation)
+
+
+def decode(payload: bytes | memoryview) -> Operation:
+    """The inverse of `encode`.
+
+    Raises:
+        msgspec.DecodeError: the payload is not an operation (ValidationError is a subclass).
+    """
+    return _decoder.decode(payload)

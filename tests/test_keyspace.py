@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from engram.keyspace import Keyspace
+
+KEYS = st.sampled_from([b"a", b"b", b"c", b"d"])
+TIMES = st.integers(0, 50)
+
+
+class KeyspaceAgainstDict(RuleBasedStateMachine):
+    """A keyspace behaves as a dict of (value, expiry) does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keyspace: Keyspace[None] = Keyspace()
+        self.model: dict[bytes, tuple[bytes, int | None]] = {}
+
+    @rule(key=KEYS, value=st.binary(max_size=3), expires_at=st.none() | TIMES)
+    def set(self, key: bytes, value: bytes, expires_at: int | None) -> None:
+        self.keyspace.set(key, value, expires_at)
+        self.model[key] = (value, expires_at)
+
+    @rule(key=KEYS)
+    def delete(self, key: bytes) -> None:
+        expected = self.model.pop(key, (None, None))[0]
+        assert self.keyspace.delete(key) == expected
+
+    @rule(key=KEYS, expires_at=st.none() | TIMES)
+    def set_expiry(self, key: bytes, expires_at: int | None) -> None:
+        if key in self.model:
+            self.keyspace.set_expiry(key, expires_at)
+            self.model[key] = (self.model[key][0], expires_at)
+
+    @rule(now=TIMES, limit=st.integers(1, 4))
+    def expired(self, now: int, limit: int) -> None:
+        due = {key for key, (_, at) in self.model.items() if at is not None and at <= now}
+        found = self.keyspace.expired(now, limit)
+        assert len(found) == len(set(found)) == min(limit, len(due))
+        assert set(found) <= due
+
+    @invariant()
+    def same(self) -> None:
+        assert self.keyspace.values == {key: value for key, (value, _) in self.model.items()}
+        expiries = {key: at for key, (_, at) in self.model.items() if at is not None}
+        assert self.keyspace.expiries == expiries
+        assert self.keyspace.next_expiry() == min(expiries.values(), default=None)
+
+
+TestKeyspaceAgainstDict = KeyspaceAgainstDict.TestCase
+
+
+def test_expiries_set_again_and_again_take_no_memory() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    for at in range(10_000):
+        keyspace.set(b"key", b"value", at)
+    assert len(keyspace._queue) < 100
+
+
+@given(
+    st.sets(st.integers(0, 60), max_size=60),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=40),
+    st.integers(1, 7),
+)
+def test_a_scan_returns_every_key_that_is_there_throughout(
+    start: set[int], changes: list[tuple[bool, int]], count: int
+) -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    for number in start:
+        keyspace.set(b"%d" % number, b"")
+    throughout = set(keyspace.values)
+    found: list[bytes] = []
+    pending = iter(changes)
+    cursor, keys = keyspace.scan(0, count)
+    found += keys
+    while cursor:
+        for add, number in [next(pending, (True, 0))]:
+            if add:
+                keyspace.set(b"%d" % number, b"")
+            else:
+                keyspace.delete(b"%d" % number)
+                throughout.discard(b"%d" % number)
+        cursor, keys = keyspace.scan(cursor, count)
+        found += keys
+    assert throughout <= set(found)
+
+
+def test_a_scan_cursor_can_be_used_again() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    for number in range(30):
+        keyspace.set(b"%d" % number, b"")
+    cursor, _ = keyspace.scan(0, 10)
+    assert keyspace.scan(cursor, 10) == keyspace.scan(cursor, 10)
+
+
+def test_an_unknown_cursor_starts_over() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    keyspace.set(b"key", b"")
+    assert keyspace.scan(123456789, 10) == (0, [b"key"])
+
+
+def test_unfinished_scans_are_bounded() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    for number in range(3):
+        keyspace.set(b"%d" % number, b"")
+    cursors = [keyspace.scan(0, 1)[0] for _ in range(1000)]
+    assert len(keyspace._scans) <= 16
+    assert max(cursors) < 1 << 53
+
+
+def test_load_fills_in_bulk() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    keyspace.load({b"a": b"1", b"b": b"2"}, {b"b": 5})
+    assert keyspace.expired(5, 10) == [b"b"]
+    assert len(keyspace) == 2
