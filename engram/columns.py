@@ -117,7 +117,10 @@ def open_columns(path: Path, checksum: int, *, verify: bool = True) -> ColumnFol
 
 
 def _map_array(path: Path) -> Array:
-    mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DamagedDataError(path, f"not a column: {error}") from error
     # A plain ndarray over the map: np.memmap's own indexing costs microseconds more.
     return mapped.view(np.ndarray)
 

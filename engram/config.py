@@ -7,11 +7,13 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
 from engram.errors import ConfigError
+
+AppendFsync = Literal["always", "everysec", "no"]
 
 _SIZE = re.compile(r"(\d+)(b|k|kb|m|mb|g|gb)?", re.ASCII | re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 1 << 10, "m": 10**6, "mb": 1 << 20, "g": 10**9, "gb": 1 << 30}
@@ -105,7 +107,7 @@ class Config:
     tcp_backlog: int = _setting(511, _integer(1, 65535), "connections that may wait to be accepted")
     maxclients: int = _setting(1024, _integer(1, 1_000_000), "clients served at once", mutable=True)
     dir: str = _setting("", _folder, "folder that holds the data; empty: nothing is kept")
-    appendfsync: str = _setting(
+    appendfsync: AppendFsync = _setting(
         "always",
         _one_of("always", "everysec", "no"),
         "when the log is synced: before a write is answered, once a second, or when the system likes",

@@ -23,6 +23,10 @@ class Files(Protocol):
         """Makes a new file (mode 0600) with `size` bytes allocated on disk; returns its descriptor."""
         ...
 
+    def open(self, path: Path) -> int:
+        """Opens an existing file for reading and writing; returns its descriptor."""
+        ...
+
     def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         """Writes all of `data` at `offset`."""
         ...
@@ -78,6 +82,9 @@ class DiskFiles:
             raise
         return descriptor
 
+    def open(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
     def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data).cast("B")
         while view:
@@ -92,7 +99,7 @@ class DiskFiles:
         os.close(descriptor)
 
     def truncate(self, path: Path, size: int) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = self.open(path)
         try:
             os.ftruncate(descriptor, size)
             os.fsync(descriptor)
@@ -134,7 +141,8 @@ class DiskFiles:
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        shutil.rmtree(path, ignore_errors=False) if path.exists() else None
+        if path.exists():
+            shutil.rmtree(path)
 
 
 def replace_file(files: Files, path: Path, content: bytes) -> None:

@@ -58,6 +58,13 @@ class Keyspace(Generic[Other]):
         else:
             self._schedule(key, expires_at)
 
+    def clear(self) -> tuple[dict[bytes, bytes | Other], dict[bytes, int]]:
+        """Takes everything away; returns what `values` and `expiries` held."""
+        taken = self.values, self.expiries
+        self.values, self.expiries, self._queue = {}, {}, []
+        self._scans.clear()
+        return taken
+
     def load(self, values: Mapping[bytes, bytes | Other], expiries: Mapping[bytes, int]) -> None:
         """Fills an empty keyspace in bulk."""
         self.values.update(values)
