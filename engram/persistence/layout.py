@@ -1,0 +1,100 @@
+"""The names in a data directory, and the lock on it.
+
+LOCK                   flock; held for the life of the server
+MANIFEST               what is current (manifest.py)
+wal-<number>.log       the files of the log (format.py); numbers follow each other
+prepared-<n>.log       space allocated for a coming file of the log; holds nothing yet
+snapshot-<lsn>/        the state as of that LSN, a folder of columns
+segments/<id>/         one segment of an index, a folder of columns
+segments/<id>.building/   a segment not finished
+wal-<number>.log.broken-<unix time>   what recovery cut from that file
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+import attrs
+
+from engram.errors import DirectoryInUseError, OperatorError
+
+_LOG_NAME = re.compile(r"wal-(\d{10})\.log")
+_SNAPSHOT_NAME = re.compile(r"snapshot-\d+")
+_FOREIGN_NAMES = ("engram.snap", "engram.wal")
+
+
+@attrs.frozen
+class Layout:
+    """The paths of one data directory."""
+
+    directory: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / "LOCK"
+
+    @property
+    def manifest(self) -> Path:
+        return self.directory / "MANIFEST"
+
+    @property
+    def segments(self) -> Path:
+        return self.directory / "segments"
+
+    def log(self, number: int) -> Path:
+        return self.directory / f"wal-{number:010d}.log"
+
+    def prepared(self, count: int) -> Path:
+        return self.directory / f"prepared-{count}.log"
+
+    def snapshot(self, lsn: int) -> Path:
+        return self.directory / f"snapshot-{lsn}"
+
+    def log_numbers(self) -> list[int]:
+        """The numbers of the log's files that are there, ascending."""
+        matches = (_LOG_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def snapshots(self) -> list[Path]:
+        """The folders of snapshots that are there, finished or not."""
+        return [path for path in self.directory.iterdir() if _SNAPSHOT_NAME.fullmatch(path.name)]
+
+    def segment_folders(self) -> list[Path]:
+        """The folders of segments that are there, finished or not."""
+        return [path for path in self.segments.iterdir() if path.is_dir()]
+
+
+def lock_directory(path: Path) -> int:
+    """Makes the data directory when it is not there and locks it.
+
+    Returns the descriptor that holds the lock: closing it, or the end of the process, lets go.
+
+    Raises:
+        DirectoryInUseError: another process holds it.
+        OperatorError: it holds files of another program's format, or cannot be made or written.
+    """
+    layout = Layout(path)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in _FOREIGN_NAMES:
+            if (path / name).exists():
+                raise OperatorError(
+                    f"{path / name}: written by another program named engram, whose format this one does not"
+                    " read; choose another directory"
+                )
+        descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            layout.segments.mkdir(mode=0o700, exist_ok=True)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise DirectoryInUseError(f"{path}: another server is using this directory") from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise OperatorError(f"{path}: cannot be used as data directory: {error.strerror}") from error
+    return descriptor

@@ -1,0 +1,294 @@
+"""Reading a data directory back: the snapshot, then the log.
+
+What is wrong with a file of the log is judged by what is known to have been durable. Every record carries
+the highest LSN that was durable when it was written, the header of a file says that everything in the
+files before it is, and a manifest that everything in its snapshot is. So
+
+- a defect in any file but the last, a file that is missing, a header that cannot be read (it is synced
+  before the file gets its name), an LSN that does not follow: damage;
+- a defect in the last file with a record anywhere behind it that says the LSN expected here was durable:
+  damage;
+- any other defect in the last file: the tail was never acknowledged as durable. It is cut.
+
+Damage raises DamagedDataError and changes nothing. A cut goes in this order, each step durable before the
+next: a copy of the tail beside the file, the copy's name in the folder, the file truncated. A crash between
+them leaves the tail to be cut again.
+
+The last file is truncated to its records and synced in any case, for what was read from it may not have
+been. Where the log does not say it was, its bytes are written once more before: after a failed fsync Linux
+holds pages for clean that never reached the disk, and another fsync would not write them. No process ever
+appends to a file that an earlier one wrote: the log goes on in the next file, whose header names this end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import msgspec
+
+from engram.columns import ColumnFolder, open_columns
+from engram.errors import DamagedDataError
+from engram.files import Files
+from engram.operations import InstallSegment, Operation, decode
+from engram.persistence import log_format
+from engram.persistence.layout import Layout
+from engram.persistence.manifest import Manifest, read_manifest, write_manifest
+
+_CHECK_HINT = "`engram check` will tell more"
+
+
+@attrs.frozen(kw_only=True)
+class Recovery:
+    """What was read back, and where the log goes on.
+
+    Attributes:
+        manifest: as it stands on disk.
+        lsn: the last operation recovered. All up to it are durable by now.
+        recorded_durable_lsn: the highest LSN that the files said was durable before the crash.
+        records: number of operations replayed from the log.
+        torn_bytes: size of the tail that was cut, without the zeros at its end; 0 when none was.
+        cut_files: the copies of what was cut.
+        log_file: number of the last file of the log.
+        link: the chain value at its end.
+        log_bytes: bytes of records in the log.
+        segments: (LSN, id) of the segments that the log names, in order.
+    """
+
+    manifest: Manifest
+    lsn: int
+    recorded_durable_lsn: int
+    records: int
+    torn_bytes: int
+    cut_files: tuple[Path, ...]
+    log_file: int
+    link: int
+    log_bytes: int
+    segments: tuple[tuple[int, str], ...]
+
+
+def recover(
+    directory: Path,
+    files: Files,
+    restore: Callable[[ColumnFolder], None],
+    apply: Callable[[int, Operation], None],
+    *,
+    last_file: int | None = None,
+) -> Recovery:
+    """Reads the state back (blocking): `restore` gets the snapshot when there is one, then `apply` each
+    operation after it, in order.
+
+    The server calls it once, under the directory's lock, without `last_file`: it makes the manifest and
+    the first file of a new directory, cuts a torn tail, and removes what nothing names. With `last_file`,
+    the number of a closed file of a log in use, it only reads, and only up to the end of that file.
+
+    Raises:
+        DamagedDataError: something that was durable is missing or is not what was written.
+        OSError: a file cannot be read, cut or synced.
+    """
+    layout = Layout(directory)
+    manifest = read_manifest(layout.manifest)
+    if manifest is None:
+        if last_file is not None or not _is_new(layout):
+            raise DamagedDataError(layout.manifest, "missing, but there are other files of engram's")
+        manifest = _initialize(layout, files)
+    elif last_file is None:
+        # A name seen may not be durable yet; nothing may be built on it before.
+        files.sync_folder(directory)
+    if manifest.snapshot:
+        restore(open_columns(directory / manifest.snapshot, manifest.checksum))
+    replay = _LogReplay(layout, manifest, apply)
+    if last_file is not None:
+        replay.run(last_file)
+        return replay.result()
+    replay.run(None)
+    cut_files = _finish_last_file(layout, files, replay)
+    recovery = replay.result(cut_files)
+    _remove_unnamed(layout, files, recovery)
+    return recovery
+
+
+def _is_new(layout: Layout) -> bool:
+    """Whether the directory was not used yet: nothing is in it but what a crash in making it leaves."""
+    numbers = layout.log_numbers()
+    first_is_empty = numbers == [1] and layout.log(1).stat().st_size <= log_format.FILE_HEADER_SIZE
+    return not layout.snapshots() and not layout.segment_folders() and (not numbers or first_is_empty)
+
+
+def _initialize(layout: Layout, files: Files) -> Manifest:
+    # The log's first file goes before the manifest that names it, so that a missing one is noticed.
+    files.remove(layout.log(1))
+    files.write_file(layout.log(1), [log_format.new_file_header(1, 1, 0).encode()])
+    files.sync_folder(layout.directory)
+    manifest = Manifest(first_log_file=1)
+    write_manifest(files, layout.manifest, manifest)
+    return manifest
+
+
+class _LogReplay:
+    """Applies the files of the log in order, and stands at the end of the last one when done."""
+
+    def __init__(self, layout: Layout, manifest: Manifest, apply: Callable[[int, Operation], None]) -> None:
+        self._layout = layout
+        self._manifest = manifest
+        self._apply = apply
+        self._segments: list[tuple[int, str]] = []
+        self._lsn = manifest.lsn
+        self._durable_lsn = manifest.lsn
+        self._records = 0
+        self._link: int | None = None
+        self._defect = ""
+        self._log_bytes = 0
+        self.number = manifest.first_log_file
+        self.offset = 0
+        self.last_data = memoryview(b"")
+        self.torn_tail = b""
+
+    def run(self, last_file: int | None) -> None:
+        """Up to the end of the last file there is, or of `last_file`, which has a successor."""
+        first = self._manifest.first_log_file
+        stop = max([first, *self._layout.log_numbers()]) if last_file is None else last_file
+        for number in range(first, stop + 1):
+            data = self._read(self._layout.log(number))
+            self._replay_file(number, data, is_last=last_file is None and number == stop)
+        if last_file is not None:
+            # Its successor has its header before anyone reads, and tells whether this end is the end.
+            self._check_header(
+                last_file + 1, self._read(self._layout.log(last_file + 1), log_format.FILE_HEADER_SIZE)
+            )
+
+    @property
+    def has_unrecorded(self) -> bool:
+        """Whether operations were read of which the log does not say that they were durable."""
+        return self._durable_lsn < self._lsn
+
+    def result(self, cut_files: tuple[Path, ...] = ()) -> Recovery:
+        assert self._link is not None
+        return Recovery(
+            manifest=self._manifest,
+            lsn=self._lsn,
+            recorded_durable_lsn=self._durable_lsn,
+            records=self._records,
+            torn_bytes=len(self.torn_tail),
+            cut_files=cut_files,
+            log_file=self.number,
+            link=self._link,
+            log_bytes=self._log_bytes,
+            segments=tuple(self._segments),
+        )
+
+    def _read(self, path: Path, size: int = -1) -> bytes:
+        try:
+            with path.open("rb") as file:
+                return file.read(size)
+        except FileNotFoundError as error:
+            raise DamagedDataError(path, f"missing; {_CHECK_HINT}") from error
+
+    def _check_header(self, number: int, data: bytes) -> log_format.FileHeader:
+        path = self._layout.log(number)
+        try:
+            header = log_format.decode_file_header(data)
+        except log_format.FormatError as error:
+            raise DamagedDataError(path, f"{error}; {_CHECK_HINT}", 0) from error
+        if header.number != number:
+            raise DamagedDataError(path, f"holds file {header.number} of the log; {_CHECK_HINT}", 0)
+        if self._link is not None and header.link != self._link:
+            previous = self._layout.log(number - 1)
+            reason = self._defect or "the records end here"
+            raise DamagedDataError(
+                previous, f"{reason}, but not for {path.name}, which follows; {_CHECK_HINT}", self.offset
+            )
+        if header.first_lsn != self._lsn + 1:
+            raise DamagedDataError(
+                path, f"starts at LSN {header.first_lsn} instead of {self._lsn + 1}; {_CHECK_HINT}", 0
+            )
+        self._durable_lsn = self._lsn
+        return header
+
+    def _replay_file(self, number: int, data: bytes, *, is_last: bool) -> None:
+        path = self._layout.log(number)
+        header = self._check_header(number, data)
+        scanner = log_format.RecordScanner(data, header)
+        for record in scanner:
+            self._replay_record(path, record)
+        self.number = number
+        self.offset = scanner.offset
+        self._link = scanner.chain
+        self._defect = scanner.defect
+        self._log_bytes += scanner.offset - log_format.FILE_HEADER_SIZE
+        if is_last:
+            self.last_data = memoryview(data)[: scanner.offset]
+        if scanner.defect and is_last:
+            claimed = log_format.claimed_durable_lsn(data, scanner.offset, header)
+            if claimed > self._lsn:
+                raise DamagedDataError(
+                    path,
+                    f"{scanner.defect} at LSN {self._lsn + 1}, but LSN {claimed} was durable; {_CHECK_HINT}",
+                    scanner.offset,
+                )
+            self.torn_tail = data[scanner.offset : log_format.used_size(data)]
+
+    def _replay_record(self, path: Path, record: log_format.Record) -> None:
+        is_operation = record.kind == log_format.OPERATION
+        if not is_operation and record.kind != log_format.MARK:
+            raise DamagedDataError(path, f"record type {record.kind} is not known", record.offset)
+        expected = self._lsn + is_operation
+        if record.lsn != expected or record.durable_lsn > self._lsn:
+            raise DamagedDataError(
+                path, f"LSN {record.lsn} instead of {expected}; {_CHECK_HINT}", record.offset
+            )
+        self._durable_lsn = max(self._durable_lsn, record.durable_lsn)
+        if not is_operation:
+            return
+        try:
+            operation = decode(record.payload)
+        except msgspec.DecodeError as error:
+            raise DamagedDataError(path, f"operation not known: {error}", record.offset) from error
+        if isinstance(operation, InstallSegment) and operation.segment:
+            self._segments.append((record.lsn, operation.segment))
+        self._apply(record.lsn, operation)
+        self._lsn = record.lsn
+        self._records += 1
+
+
+def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple[Path, ...]:
+    path = layout.log(replay.number)
+    cut_files: list[Path] = []
+    if replay.torn_tail:
+        second = int(time.time())
+        while (aside := path.with_name(f"{path.name}.broken-{second}")).exists():
+            second += 1
+        files.write_file(aside, [replay.torn_tail])
+        files.sync_folder(layout.directory)
+        cut_files.append(aside)
+    if replay.has_unrecorded:
+        descriptor = files.open(path)
+        try:
+            files.write_at(descriptor, replay.last_data, 0)
+        finally:
+            files.close(descriptor)
+    files.truncate(path, replay.offset)
+    return tuple(cut_files)
+
+
+def _remove_unnamed(layout: Layout, files: Files, recovery: Recovery) -> None:
+    """Removes what an interrupted preparation, snapshot, build or deletion left behind."""
+    for path in layout.directory.glob("prepared-*.log"):
+        files.remove(path)
+    remove_outdated(layout, files, recovery.manifest)
+    named = {*recovery.manifest.segments, *(segment for _, segment in recovery.segments)}
+    for path in layout.segment_folders():
+        if path.name not in named:
+            files.remove_tree(path)
+
+
+def remove_outdated(layout: Layout, files: Files, manifest: Manifest) -> None:
+    """Removes log files and snapshots that a manifest, durable by now, no longer names."""
+    for number in layout.log_numbers():
+        if number < manifest.first_log_file:
+            files.remove(layout.log(number))
+    for path in layout.snapshots():
+        if path.name != manifest.snapshot:
+            files.remove_tree(path)

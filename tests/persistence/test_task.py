@@ -1,0 +1,847 @@
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import hypothesis
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram.columns import unpack_bytes
+from engram.errors import CommandError, LogFailureError
+from engram.operations import InstallSegment, Operation, decode, encode
+from engram.persistence.layout import Layout
+from engram.persistence.manifest import read_manifest
+from engram.persistence.task import AppendFsync, Persistence, PersistenceSettings
+from tests.persistence.conftest import HookedFiles, LogMaker, numbered, operation, read_back
+
+# Stands in for the server's snapshot process: a folder of columns that holds the operations themselves.
+SNAPSHOT_PROGRAM = """
+import sys
+from pathlib import Path
+import numpy as np
+from engram.columns import pack_bytes, unpack_bytes, write_columns
+from engram.files import DiskFiles
+from engram.operations import InstallSegment, encode
+from engram.persistence.recovery import recover
+from engram.persistence.snapshot import SnapshotResult
+
+directory, files = Path(sys.argv[1]), DiskFiles()
+operations, segments = [], []
+
+def restore(folder):
+    operations.extend(unpack_bytes("operations", folder.columns))
+    segments.extend(folder.metadata["segments"])
+
+def apply(lsn, operation):
+    operations.append(encode(operation))
+    if isinstance(operation, InstallSegment):
+        segments[:] = [segment for segment in segments if segment not in operation.replaces]
+        segments.append(operation.segment)
+
+recovery = recover(directory, files, restore, apply, last_file=int(sys.argv[2]))
+path = directory / f"snapshot-{recovery.lsn}"
+files.make_folder(path)
+checksum = write_columns(files, path, pack_bytes("operations", operations), {"segments": segments})
+result = SnapshotResult(path.name, recovery.lsn, checksum, tuple(segments), 1000)
+sys.stdout.buffer.write(result.encode())
+"""
+
+
+def snapshot_command(directory: Path) -> Callable[[int], list[str]]:
+    return lambda last_file: [sys.executable, "-c", SNAPSHOT_PROGRAM, str(directory), str(last_file)]
+
+
+@attrs.define
+class Running:
+    """A persistence task, and what a client of it does in a line."""
+
+    persistence: Persistence
+    released: list[int] = attrs.Factory(list)
+
+    def append(self, count: int = 1, size: int = 5) -> None:
+        for _ in range(count):
+            lsn = self.persistence.appended_lsn + 1
+            self.persistence.append(lsn, operation(lsn, size))
+            self.persistence.on_release(lsn, lambda lsn=lsn: self.released.append(lsn))  # type: ignore[misc]
+
+    async def synced(self, lsn: int) -> None:
+        """Waits for a sync that is on its way, whatever was released before it."""
+        while self.persistence.durable_lsn < lsn:
+            await trio.lowlevel.checkpoint()
+
+    async def durable(self, lsn: int) -> None:
+        event = trio.Event()
+        self.persistence.on_release(lsn, event.set)
+        await event.wait()
+        assert self.persistence.durable_lsn >= lsn
+
+
+@asynccontextmanager
+async def started(
+    directory: Path,
+    files: HookedFiles,
+    settings: PersistenceSettings | None = None,
+    command: Callable[[int], list[str]] | None = None,
+) -> AsyncIterator[Running]:
+    recovery = read_back(directory).recovery
+    settings = settings or PersistenceSettings(log_file_size=1 << 16)
+    persistence = Persistence(directory, files, settings, recovery, command or snapshot_command(directory))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(persistence.run)
+        yield Running(persistence)
+        persistence.close()
+
+
+class Gate:
+    """Holds the first call of a file operation, in its thread, until it is opened."""
+
+    def __init__(self, files: HookedFiles, name: str) -> None:
+        self._name = name
+        self._open = threading.Event()
+        self._token = trio.lowlevel.current_trio_token()
+        self.reached = trio.Event()
+        files.hook = self
+
+    def __call__(self, name: str, *arguments: object) -> None:
+        if name == self._name and not self.reached.is_set():
+            self._token.run_sync_soon(self.reached.set)
+            self._open.wait()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def exactly(text: str) -> str:
+    return f"^{re.escape(text)}$"
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def failing(name: str, code: int) -> Callable[..., None]:
+    def fail(call: str, *_: object) -> None:
+        if call == name:
+            raise OSError(code, "No space left on device" if code == errno.ENOSPC else "Input/output error")
+
+    return fail
+
+
+async def test_what_is_appended_is_released_when_durable(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        running.append(3)
+        assert (persistence.appended_lsn, persistence.durable_lsn, running.released) == (3, 0, [])
+        assert not persistence.released(1)
+        await running.durable(3)
+        assert running.released == [1, 2, 3]
+        assert persistence.released(3)
+    assert read_back(directory).operations == numbered(1, 3)
+
+
+async def test_all_that_waits_during_a_write_shares_the_next_sync(
+    directory: Path, files: HookedFiles
+) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        gate = Gate(files, "write_at")
+        running.append()
+        await gate.reached.wait()
+        writes, syncs, batches = (
+            files.count("write_at"),
+            files.count("sync_data"),
+            running.persistence.status.batches,
+        )
+        running.append(100)
+        assert running.released == [1]
+        gate.open()
+        await running.durable(102)
+        assert files.count("write_at") == writes + 1
+        assert files.count("sync_data") == syncs + 2
+        assert running.persistence.status.batches == batches + 2
+    assert running.released == list(range(1, 103))
+    assert read_back(directory).operations == numbered(1, 102)
+
+
+async def test_nothing_is_released_while_its_sync_runs(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        gate = Gate(files, "sync_data")
+        running.append()
+        await gate.reached.wait()
+        assert running.released == [1]
+        assert running.persistence.durable_lsn == 1
+        gate.open()
+        await running.durable(2)
+        assert running.released == [1, 2]
+
+
+async def test_a_callback_for_what_is_released_runs_at_once(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        calls: list[str] = []
+        running.persistence.on_release(0, lambda: calls.append("durable"))
+        assert calls == ["durable"]
+
+
+async def test_an_lsn_out_of_turn_is_a_mistake(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        with pytest.raises(ValueError, match="LSN 2 does not follow 0"):
+            running.persistence.append(2, operation(2))
+
+
+async def test_closing_writes_and_records_all(directory: Path, files: HookedFiles) -> None:
+    async with started(
+        directory, files, PersistenceSettings(appendfsync="no", log_file_size=1 << 16)
+    ) as running:
+        running.append(5)
+    recovered = read_back(directory)
+    assert recovered.operations == numbered(1, 5)
+    assert recovered.recovery.recorded_durable_lsn == 5
+    assert {"wal-0000000001.log", "wal-0000000002.log", "MANIFEST", "segments"} == names(directory)
+
+
+async def test_a_batch_that_was_taken_is_written_even_when_all_is_cancelled(
+    directory: Path, files: HookedFiles
+) -> None:
+    async with trio.open_nursery() as outer, started(directory, files) as running:
+        running.append(3)
+        outer.cancel_scope.cancel()
+        await trio.lowlevel.checkpoint()
+    assert read_back(directory).operations == numbered(1, 3)
+
+
+async def test_nothing_is_made_when_nothing_is_written(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files):
+        pass
+    before = names(directory)
+    async with started(directory, files):
+        pass
+    assert names(directory) == before
+
+
+async def test_an_idle_log_is_marked_once(
+    directory: Path, files: HookedFiles, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        writes = files.count("write_at")
+        gate = Gate(files, "write_at")
+        gate.open()
+        await gate.reached.wait()
+    assert files.count("write_at") == writes + 1
+    assert read_back(directory).recovery.recorded_durable_lsn == 1
+
+
+async def test_what_recovery_found_unrecorded_is_recorded(directory: Path, files: HookedFiles) -> None:
+    log = LogMaker(directory)
+    log.write([encode(operation(1))])
+    log.close()
+    assert read_back(directory).recovery.recorded_durable_lsn == 0
+    async with started(directory, files):
+        pass
+    assert read_back(directory).recovery.recorded_durable_lsn == 1
+
+
+async def test_everysec_releases_at_once_and_syncs_later(
+    directory: Path, files: HookedFiles, autojump_clock: trio.testing.MockClock
+) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16)
+    async with started(directory, files, settings) as running:
+        running.append()
+        await running.durable(1)
+        settings.appendfsync = "everysec"
+        before = len(files.calls)
+        written = Gate(files, "write_at")
+        running.append()
+        assert running.released == [1, 2]
+        await written.reached.wait()
+        running.append(2)
+        assert running.released == [1, 2, 3, 4]
+        written.open()
+        synced = Gate(files, "sync_data")
+        await synced.reached.wait()
+        assert [call[0] for call in files.calls[before:]] == ["write_at", "write_at", "sync_data"]
+        assert running.persistence.durable_lsn == 1
+        synced.open()
+        await running.synced(4)
+    assert read_back(directory).operations == numbered(1, 4)
+
+
+async def test_no_syncs_only_when_a_file_is_closed(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(appendfsync="no", log_file_size=4096)
+    async with started(directory, files, settings) as running:
+        running.append()
+        gate = Gate(files, "write_at")
+        gate.open()
+        await gate.reached.wait()
+        for _ in range(8):
+            await running.persistence.admit(1000)
+            running.append(size=1000)
+        assert running.released == list(range(1, 10))
+        await running.synced(3)
+        assert running.persistence.durable_lsn < 9
+    assert read_back(directory).recovery.recorded_durable_lsn == 9
+
+
+async def test_switching_to_always_makes_a_reader_wait_for_a_sync(
+    directory: Path, files: HookedFiles
+) -> None:
+    settings = PersistenceSettings(appendfsync="no", log_file_size=1 << 16)
+    async with started(directory, files, settings) as running:
+        running.append()
+        settings.appendfsync = "always"
+        assert not running.persistence.released(1)
+        await running.durable(1)
+
+
+async def test_switching_from_always_releases_what_waits(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16)
+    async with started(directory, files, settings) as running:
+        gate = Gate(files, "sync_data")
+        running.append()
+        await gate.reached.wait()
+        settings.appendfsync = "everysec"
+        assert running.persistence.released(1)
+        gate.open()
+        await running.durable(1)
+        assert running.released == [1]
+
+
+# Admission
+
+
+async def fill(running: Running, size: int) -> None:
+    """Writes until there is no space left, which a hook has decreed."""
+    reason = ""
+    while not reason:
+        try:
+            await running.persistence.admit(size)
+        except CommandError as error:
+            reason = str(error)
+        else:
+            running.append(size=size)
+    assert reason == "MISCONF Errors writing to the log: No space left on device"
+
+
+async def test_the_queue_has_a_budget(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16, queue_bytes=1000)
+    async with started(directory, files, settings) as running:
+        persistence = running.persistence
+        assert persistence.has_room(5000), "one operation larger than the budget must pass"
+        gate = Gate(files, "write_at")
+        running.append(size=900)
+        await gate.reached.wait()
+        assert not persistence.has_room(100)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(persistence.admit, 100)
+            await trio.testing.wait_all_tasks_blocked()
+            assert running.released == []
+            gate.open()
+        assert running.released == [1]
+        assert persistence.has_room(100)
+
+
+async def test_admission_is_first_come_first_served(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16, queue_bytes=1000)
+    async with started(directory, files, settings) as running:
+        persistence = running.persistence
+        order: list[int] = []
+
+        async def write(size: int) -> None:
+            await persistence.admit(size)
+            order.append(size)
+            running.append(size=size)
+
+        gate = Gate(files, "write_at")
+        running.append(size=500)
+        await gate.reached.wait()
+        async with trio.open_nursery() as nursery:
+            for size in (800, 10, 20):
+                nursery.start_soon(write, size)
+                await trio.testing.wait_all_tasks_blocked()
+            assert order == []
+            assert not persistence.has_room(10), "a small write must not overtake a large one"
+            gate.open()
+        assert order == [800, 10, 20]
+    assert running.released == [1, 2, 3, 4]
+
+
+async def test_a_cancelled_admission_leaves_the_line(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16, queue_bytes=1000)
+    async with started(directory, files, settings) as running:
+        gate = Gate(files, "write_at")
+        running.append(size=500)
+        await gate.reached.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(running.persistence.admit, 900)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not running.persistence.has_room(10)
+            nursery.cancel_scope.cancel()
+        assert running.persistence.has_room(10)
+        gate.open()
+
+
+async def test_one_who_leaves_the_line_does_not_take_the_wish_of_the_first_along(
+    directory: Path, files: HookedFiles
+) -> None:
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        running.append()
+        await running.durable(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(persistence.admit, 1 << 20)
+            with trio.CancelScope() as second:
+                second.cancel()
+                await persistence.admit(10)
+        assert persistence.has_room(1 << 20)
+
+
+async def test_an_operation_larger_than_a_file_gets_a_file_of_its_size(
+    directory: Path, files: HookedFiles
+) -> None:
+    settings = PersistenceSettings(log_file_size=4096)
+    async with started(directory, files, settings) as running:
+        running.append()
+        assert not running.persistence.has_room(50_000)
+        await running.persistence.admit(50_000)
+        running.append(size=50_000)
+        await running.persistence.admit(1)
+        running.append()
+        await running.durable(3)
+    sizes = [call[2] for call in files.calls if call[0] == "create"]
+    assert sum(size > 4096 for size in sizes) == 1
+    assert 50_000 < max(sizes) < 60_000
+    assert [each[1].value for each in read_back(directory).operations] == [  # type: ignore[union-attr]
+        bytes([1]) * 5,
+        bytes([2]) * 50_000,
+        bytes([3]) * 5,
+    ]
+
+
+async def test_more_than_was_admitted_is_written_all_the_same(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files, PersistenceSettings(log_file_size=4096)) as running:
+        assert running.persistence.has_room(1)
+        running.append(20, size=1000)
+        await running.durable(20)
+    assert len(read_back(directory).operations) == 20
+
+
+async def test_without_space_writes_are_refused_until_there_is(
+    directory: Path, files: HookedFiles, autojump_clock: trio.testing.MockClock
+) -> None:
+    read_back(directory)
+    files.hook = failing("create", errno.ENOSPC)
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        for _ in range(2):
+            assert not persistence.has_room(10)
+            with pytest.raises(
+                CommandError, match=exactly("MISCONF Errors writing to the log: No space left on device")
+            ):
+                await persistence.admit(10)
+        assert persistence.status.allocation_error == "No space left on device"
+        files.hook = lambda *_: None
+        await trio.sleep(2)
+        while not persistence.has_room(10):
+            await trio.lowlevel.checkpoint()
+        running.append()
+        await running.durable(1)
+        assert persistence.status.allocation_error == ""
+
+
+async def test_a_full_disk_leaves_what_is_allocated(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        files.hook = failing("create", errno.ENOSPC)
+        running.append()
+        await running.durable(1)
+        await fill(running, 1000)
+        await running.durable(running.persistence.appended_lsn)
+        assert running.persistence.appended_lsn > 50
+    assert len(read_back(directory).operations) == running.persistence.appended_lsn
+
+
+async def test_no_space_for_a_large_operation_does_not_stop_small_ones(
+    directory: Path, files: HookedFiles, autojump_clock: trio.testing.MockClock
+) -> None:
+    def full(name: str, *arguments: object) -> None:
+        if name == "create" and isinstance(arguments[1], int) and arguments[1] > 1 << 16:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        files.hook = full
+        with pytest.raises(CommandError, match="MISCONF"):
+            await running.persistence.admit(1 << 20)
+        assert running.persistence.has_room(100)
+        await running.persistence.admit(100)
+        running.append()
+        files.hook = lambda *_: None
+        await trio.sleep(2)
+        while running.persistence.status.allocation_error:
+            await trio.lowlevel.checkpoint()
+        await running.persistence.admit(1 << 20)
+        running.append(size=1 << 20)
+        await running.durable(3)
+
+
+# Failure
+
+
+@pytest.mark.parametrize("name", ["write_at", "sync_data"])
+async def test_a_failing_log_is_final(directory: Path, files: HookedFiles, name: str) -> None:
+    recovery = read_back(directory).recovery
+    persistence = Persistence(
+        directory, files, PersistenceSettings(log_file_size=1 << 16), recovery, snapshot_command(directory)
+    )
+    running = Running(persistence)
+    with pytest.RaisesGroup(LogFailureError):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(persistence.run)
+            running.append()
+            await running.durable(1)
+            files.hook = failing(name, errno.EIO)
+            before = len(files.calls)
+            running.append(2)
+            await trio.sleep_forever()
+    assert running.released == [1]
+    assert persistence.durable_lsn == 1
+    persistence.settings.appendfsync = "no"
+    assert not persistence.released(2)
+    assert not persistence.has_room(1)
+    tried = [call[0] for call in files.calls[before:]]
+    assert tried.count(name) == 1
+
+
+async def test_no_space_for_what_was_not_admitted_is_final(directory: Path, files: HookedFiles) -> None:
+    recovery = read_back(directory).recovery
+    files.hook = failing("create", errno.ENOSPC)
+    persistence = Persistence(directory, files, PersistenceSettings(), recovery, snapshot_command(directory))
+    running = Running(persistence)
+    with pytest.RaisesGroup(pytest.RaisesExc(LogFailureError, match="No space left on device")):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(persistence.run)
+            running.append()
+    assert running.released == []
+
+
+# Snapshots
+
+
+def install(persistence: Persistence, segment: str, *replaces: str) -> None:
+    persistence.append(persistence.appended_lsn + 1, InstallSegment(1, segment, 0, 0, replaces))
+
+
+def restored(directory: Path) -> list[Operation]:
+    """All operations of a directory: those in the snapshot and those in the log."""
+    recovered = read_back(directory)
+    held = [
+        decode(each) for folder in recovered.snapshots for each in unpack_bytes("operations", folder.columns)
+    ]
+    return held + [each for _, each in recovered.operations]
+
+
+async def test_a_snapshot_takes_the_place_of_the_log(directory: Path, files: HookedFiles) -> None:
+    layout = Layout(directory)
+    async with started(directory, files) as running:
+        running.append(10)
+        await running.persistence.snapshot()
+        status = running.persistence.status
+        assert (status.changes_since_save, status.log_bytes, status.last_save_ok) == (0, 0, True)
+        assert status.last_save_time > 0
+        manifest = read_manifest(layout.manifest)
+        assert manifest is not None
+        assert (manifest.snapshot, manifest.lsn, manifest.size) == ("snapshot-10", 10, 1000)
+        assert layout.log_numbers() == [manifest.first_log_file]
+        running.append(5)
+        assert running.persistence.status.changes_since_save == 5
+    recovered = read_back(directory)
+    assert recovered.recovery.lsn == 15
+    assert recovered.operations == numbered(11, 15)
+    assert restored(directory) == [each for _, each in numbered(1, 15)]
+
+
+async def test_writes_go_on_while_snapshots_follow_each_other(directory: Path, files: HookedFiles) -> None:
+    layout = Layout(directory)
+    async with started(directory, files, PersistenceSettings(log_file_size=4096)) as running:
+
+        async def write(*, task_status: trio.TaskStatus[None]) -> None:
+            while True:
+                await running.persistence.admit(100)
+                running.append(size=100)
+                await running.durable(running.persistence.appended_lsn)
+                if running.persistence.appended_lsn == 20:
+                    task_status.started()
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(write)
+            for _ in range(2):
+                before = running.persistence.appended_lsn
+                await running.persistence.snapshot()
+                manifest = read_manifest(layout.manifest)
+                assert manifest is not None
+                assert before <= manifest.lsn < running.persistence.appended_lsn
+                assert [path.name for path in layout.snapshots()] == [manifest.snapshot]
+                assert layout.log_numbers()[0] == manifest.first_log_file
+            nursery.cancel_scope.cancel()
+        last = running.persistence.appended_lsn
+    assert restored(directory) == [operation(lsn, 100) for lsn in range(1, last + 1)]
+
+
+async def test_one_snapshot_at_a_time(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(running.persistence.snapshot)
+            await trio.testing.wait_all_tasks_blocked()
+            assert running.persistence.status.snapshot_running
+            with pytest.raises(CommandError, match=exactly("ERR Background save already in progress")):
+                await running.persistence.snapshot()
+            with pytest.raises(CommandError, match=exactly("ERR Background save already in progress")):
+                running.persistence.request_snapshot()
+        assert not running.persistence.status.snapshot_running
+        assert running.persistence.status.last_save_ok
+
+
+async def test_a_snapshot_with_nothing_new_is_done_at_once(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files, command=lambda _: ["/nonexistent/program"]) as running:
+        assert running.persistence.status.last_save_time == 0
+        await running.persistence.snapshot()
+        assert running.persistence.status.last_save_ok
+        assert running.persistence.status.last_save_time > 0
+    assert read_back(directory).snapshots == []
+
+
+async def test_a_failing_snapshot_leaves_all_as_it_was(directory: Path, files: HookedFiles) -> None:
+    layout = Layout(directory)
+    program = f"import os, sys; os.mkdir({str(layout.snapshot(3))!r}); sys.exit('out of wit')"
+    commands = [[sys.executable, "-c", program], []]
+    async with started(directory, files, command=lambda last: commands[0]) as running:
+        running.append(3)
+        with pytest.raises(CommandError, match=exactly("ERR save failed: out of wit")):
+            await running.persistence.snapshot()
+        status = running.persistence.status
+        assert (status.last_save_ok, status.last_save_error) == (False, "out of wit")
+        assert status.changes_since_save == 3
+        assert layout.snapshots() == []
+        commands[0] = snapshot_command(directory)(layout.log_numbers()[-1] - 1)
+        await running.persistence.snapshot()
+        assert running.persistence.status.last_save_ok
+        running.append()
+        await running.durable(4)
+    assert restored(directory) == [each for _, each in numbered(1, 4)]
+
+
+async def test_a_manifest_that_cannot_be_written_leaves_the_old_state(
+    directory: Path, files: HookedFiles
+) -> None:
+    layout = Layout(directory)
+    async with started(directory, files) as running:
+        running.append(3)
+        await running.durable(3)
+        files.hook = failing("write_file", errno.ENOSPC)
+        with pytest.raises(CommandError, match=exactly("ERR save failed: No space left on device")):
+            await running.persistence.snapshot()
+        assert layout.snapshots() == []
+        running.append()
+        await running.durable(4)
+    assert read_back(directory).operations == numbered(1, 4)
+
+
+async def test_a_manifest_in_doubt_is_final(directory: Path, files: HookedFiles) -> None:
+    recovery = read_back(directory).recovery
+    persistence = Persistence(
+        directory, files, PersistenceSettings(log_file_size=1 << 16), recovery, snapshot_command(directory)
+    )
+    running = Running(persistence)
+    renamed = False
+
+    def fail(name: str, *arguments: object) -> None:
+        nonlocal renamed
+        if name == "sync_folder" and renamed:
+            raise OSError(errno.EIO, "Input/output error")
+        renamed = renamed or (name == "rename" and arguments[1] == Layout(directory).manifest)
+
+    with pytest.RaisesGroup(pytest.RaisesExc(LogFailureError, match="MANIFEST: cannot be synced")):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(persistence.run)
+            running.append(3)
+            files.hook = fail
+            persistence.request_snapshot()
+    # Whichever of the two a crash leaves, all that it names is there.
+    assert Layout(directory).log_numbers()[0] == 1
+    assert restored(directory) == [each for _, each in numbered(1, 3)]
+
+
+async def test_segments_go_when_nothing_names_them(directory: Path, files: HookedFiles) -> None:
+    layout = Layout(directory)
+
+    def present() -> set[str]:
+        return {path.name for path in layout.segment_folders()}
+
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        for name in ("a", "b", "fresh", "next.building"):
+            (layout.segments / name).mkdir()
+        install(persistence, "a")
+        install(persistence, "b", "a")
+        await persistence.snapshot()
+        assert present() == {"b", "fresh", "next.building"}
+        install(persistence, "fresh", "b")
+        await running.durable(3)
+        assert present() == {"b", "fresh", "next.building"}
+        await persistence.snapshot()
+        assert present() == {"fresh", "next.building"}
+    assert read_back(directory).recovery.manifest.segments == ("fresh",)
+    assert present() == {"fresh"}
+
+
+async def test_what_cannot_be_removed_is_removed_by_the_next_snapshot(
+    directory: Path, files: HookedFiles
+) -> None:
+    layout = Layout(directory)
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        running.append()
+        await persistence.snapshot()
+        running.append()
+        await running.durable(2)
+        files.hook = failing("remove", errno.EIO)
+
+        def fail(name: str, *arguments: object) -> None:
+            if name == "remove" and arguments[0] != layout.manifest.with_name("MANIFEST.new"):
+                raise OSError(errno.EIO, "Input/output error")
+
+        files.hook = fail
+        await persistence.snapshot()
+        assert persistence.status.cleanup_error == "Input/output error"
+        assert persistence.status.last_save_ok
+        assert len(layout.log_numbers()) > 1
+        files.hook = lambda *_: None
+        running.append()
+        await persistence.snapshot()
+        assert persistence.status.cleanup_error == ""
+        assert len(layout.log_numbers()) == 1
+    assert restored(directory) == [each for _, each in numbered(1, 3)]
+
+
+async def test_a_grown_log_makes_a_snapshot_by_itself(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16, snapshot_log_size=2000)
+    async with started(directory, files, settings) as running:
+        running.append(size=900)
+        await running.durable(1)
+        assert not running.persistence.status.snapshot_running
+        running.append(size=1200)
+        await running.durable(2)
+        assert running.persistence.status.snapshot_running
+        with pytest.raises(CommandError, match="in progress"):
+            running.persistence.request_snapshot()
+        while running.persistence.status.snapshot_running:
+            await trio.lowlevel.checkpoint()
+        assert running.persistence.status.last_save_error == ""
+        assert running.persistence.status.changes_since_save == 0
+
+
+async def test_a_failed_automatic_snapshot_is_not_tried_again_at_once(
+    directory: Path, files: HookedFiles
+) -> None:
+    tried: list[int] = []
+
+    def command(last_file: int) -> list[str]:
+        tried.append(last_file)
+        return ["/nonexistent/program"]
+
+    settings = PersistenceSettings(log_file_size=1 << 16, snapshot_log_size=100)
+    async with started(directory, files, settings, command) as running:
+        for lsn in range(1, 10):
+            running.append(size=200)
+            await running.durable(lsn)
+        while running.persistence.status.snapshot_running:
+            await trio.lowlevel.checkpoint()
+        assert len(tried) == 1
+        assert "cannot be started" in running.persistence.status.last_save_error
+
+
+async def test_a_snapshot_needs_space_for_the_next_file(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        files.hook = failing("create", errno.ENOSPC)
+        await fill(running, 5000)
+        with pytest.raises(CommandError, match=exactly("ERR save failed: No space left on device")):
+            await running.persistence.snapshot()
+        await running.durable(running.persistence.appended_lsn)
+
+
+async def test_closing_ends_a_running_snapshot(directory: Path, files: HookedFiles) -> None:
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    failures: list[str] = []
+
+    async def save(persistence: Persistence) -> None:
+        try:
+            await persistence.snapshot()
+        except CommandError as error:
+            failures.append(str(error))
+
+    async with (
+        trio.open_nursery() as nursery,
+        started(directory, files, command=lambda _: command) as running,
+    ):
+        running.append(3)
+        nursery.start_soon(save, running.persistence)
+        await running.durable(3)
+        await trio.testing.wait_all_tasks_blocked()
+    assert failures == ["ERR save failed: the server is shutting down"]
+    assert read_back(directory).operations == numbered(1, 3)
+
+
+# All of it
+
+
+@given(
+    st.lists(
+        st.lists(st.one_of(st.integers(0, 3000), st.just("durable")), max_size=20), min_size=1, max_size=4
+    ),
+    st.sampled_from(["always", "everysec", "no"]),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_whatever_is_written_is_there_after_each_restart(
+    lives: list[list[int | str]], appendfsync: AppendFsync
+) -> None:
+    async def live(directory: Path, steps: list[int | str]) -> None:
+        settings = PersistenceSettings(log_file_size=4096, appendfsync=appendfsync)
+        async with started(directory, HookedFiles(), settings) as running:
+            for step in steps:
+                if isinstance(step, int):
+                    await running.persistence.admit(step)
+                    lsn = running.persistence.appended_lsn + 1
+                    written.append(operation(lsn, step))
+                    running.persistence.append(lsn, written[-1])
+                else:
+                    released = trio.Event()
+                    running.persistence.on_release(len(written), released.set)
+                    await released.wait()
+
+    written: list[Operation] = []
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        Layout(directory).segments.mkdir()
+        for steps in lives:
+            trio.run(live, directory, steps)
+            recovered = read_back(directory)
+            assert [each for _, each in recovered.operations] == written
+            assert recovered.recovery.torn_bytes == 0

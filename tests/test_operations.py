@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram.operations import (
+    AddVectors,
+    AppendString,
+    CreateIndex,
+    DeleteKeys,
+    DeleteVectors,
+    Flush,
+    InstallSegment,
+    Operation,
+    SetExpiry,
+    SetString,
+    decode,
+    encode,
+)
+
+key = st.binary(max_size=30)
+keys = st.lists(key, max_size=4).map(tuple)
+number = st.integers(-(2**63), 2**63 - 1)
+time = st.none() | number
+text = st.text(max_size=20)
+
+operations = st.one_of(
+    st.builds(SetString, key, st.binary(), time),
+    st.builds(AppendString, key, st.binary()),
+    st.builds(DeleteKeys, keys),
+    st.builds(SetExpiry, key, time),
+    st.builds(Flush),
+    st.builds(CreateIndex, key, number, text, number, number, text),
+    st.builds(AddVectors, number, keys, st.binary(), st.lists(st.none() | st.binary()).map(tuple)),
+    st.builds(DeleteVectors, number, keys),
+    st.builds(InstallSegment, number, text, number, number, st.lists(text).map(tuple)),
+)
+
+
+@given(operations)
+def test_an_operation_survives(operation: Operation) -> None:
+    payload = encode(operation)
+    assert decode(payload) == operation
+    assert decode(memoryview(payload)) == operation
+    assert type(decode(payload)) is type(operation)
+
+
+@pytest.mark.parametrize(
+    ("operation", "payload"),
+    [
+        (SetString(b"k", b"v", 5), "9401c4016bc4017605"),
+        (SetString(b"k", b"v"), "9401c4016bc40176c0"),
+        (AppendString(b"k", b"v"), "9302c4016bc40176"),
+        (DeleteKeys((b"k", b"l")), "920392c4016bc4016c"),
+        (SetExpiry(b"k", None), "9304c4016bc0"),
+        (Flush(), "9105"),
+        (CreateIndex(b"k", 4, "l2", 16, 200, "f32"), "9706c4016b04a26c3210ccc8a3663332"),
+        (AddVectors(7, (b"k",), b"\0\0\x80?"), "95070791c4016bc4040000803f90"),
+        (DeleteVectors(7, (b"k",)), "93080791c4016b"),
+        (InstallSegment(7, "ab", 9, -1, ("cd",)), "960907a2616209ff91a26364"),
+    ],
+)
+def test_the_encoding_never_changes(operation: Operation, payload: str) -> None:
+    assert encode(operation).hex() == payload
+    assert decode(bytes.fromhex(payload)) == operation
+
+
+def test_a_field_added_later_has_its_default_in_old_records() -> None:
+    assert decode(bytes.fromhex("9301c4016bc40176")) == SetString(b"k", b"v", None)
+
+
+@given(st.binary())
+def test_what_is_no_operation_is_refused(payload: bytes) -> None:
+    try:
+        operation = decode(payload)
+    except msgspec.DecodeError:
+        return
+    assert decode(encode(operation)) == operation
+
+
+@given(operations, st.data())
+def test_an_operation_cut_short_is_refused(operation: Operation, data: st.DataObject) -> None:
+    payload = encode(operation)
+    cut = data.draw(st.integers(0, len(payload) - 1))
+    with pytest.raises(msgspec.DecodeError):
+        decode(payload[:cut])
+
+
+def test_operations_do_not_change() -> None:
+    with pytest.raises(AttributeError):
+        SetString(b"k", b"v").value = b"w"  # type: ignore[misc]
