@@ -40,10 +40,8 @@ class Keyspace(Generic[Other]):
     def set(self, key: bytes, value: bytes | Other, expires_at: int | None = None) -> None:
         """The key holds the value and lapses at `expires_at`, or never when None."""
         self.values[key] = value
-        if expires_at is not None:
-            self._schedule(key, expires_at)
-        elif self.expiries:
-            self.expiries.pop(key, None)
+        if self.expiries or expires_at is not None:
+            self.set_expiry(key, expires_at)
 
     def delete(self, key: bytes) -> bytes | Other | None:
         """Takes a key away; returns what it held, None when it was not there."""

@@ -37,8 +37,6 @@ from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, read_manifest, write_manifest
 
-_CHECK_HINT = "`engram check` will tell more"
-
 
 @attrs.frozen(kw_only=True)
 class Recovery:
@@ -184,26 +182,22 @@ class _LogReplay:
             with path.open("rb") as file:
                 return file.read(size)
         except FileNotFoundError as error:
-            raise DamagedDataError(path, f"missing; {_CHECK_HINT}") from error
+            raise DamagedDataError(path, "missing") from error
 
     def _check_header(self, number: int, data: bytes) -> log_format.FileHeader:
         path = self._layout.log(number)
         try:
             header = log_format.decode_file_header(data)
         except log_format.FormatError as error:
-            raise DamagedDataError(path, f"{error}; {_CHECK_HINT}", 0) from error
+            raise DamagedDataError(path, f"{error}", 0) from error
         if header.number != number:
-            raise DamagedDataError(path, f"holds file {header.number} of the log; {_CHECK_HINT}", 0)
+            raise DamagedDataError(path, f"holds file {header.number} of the log", 0)
         if self._link is not None and header.link != self._link:
             previous = self._layout.log(number - 1)
             reason = self._defect or "the records end here"
-            raise DamagedDataError(
-                previous, f"{reason}, but not for {path.name}, which follows; {_CHECK_HINT}", self.offset
-            )
+            raise DamagedDataError(previous, f"{reason}, but not for {path.name}, which follows", self.offset)
         if header.first_lsn != self._lsn + 1:
-            raise DamagedDataError(
-                path, f"starts at LSN {header.first_lsn} instead of {self._lsn + 1}; {_CHECK_HINT}", 0
-            )
+            raise DamagedDataError(path, f"starts at LSN {header.first_lsn} instead of {self._lsn + 1}", 0)
         self._durable_lsn = self._lsn
         return header
 
@@ -225,7 +219,7 @@ class _LogReplay:
             if claimed > self._lsn:
                 raise DamagedDataError(
                     path,
-                    f"{scanner.defect} at LSN {self._lsn + 1}, but LSN {claimed} was durable; {_CHECK_HINT}",
+                    f"{scanner.defect} at LSN {self._lsn + 1}, but LSN {claimed} was durable",
                     scanner.offset,
                 )
             self.torn_tail = data[scanner.offset : log_format.used_size(data)]
@@ -236,9 +230,7 @@ class _LogReplay:
             raise DamagedDataError(path, f"record type {record.kind} is not known", record.offset)
         expected = self._lsn + is_operation
         if record.lsn != expected or record.durable_lsn > self._lsn:
-            raise DamagedDataError(
-                path, f"LSN {record.lsn} instead of {expected}; {_CHECK_HINT}", record.offset
-            )
+            raise DamagedDataError(path, f"LSN {record.lsn} instead of {expected}", record.offset)
         self._durable_lsn = max(self._durable_lsn, record.durable_lsn)
         if not is_operation:
             return

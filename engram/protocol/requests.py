@@ -251,9 +251,10 @@ class RequestParser:
 def _plain(data: bytes) -> bool:
     """Whether hiredis either reads in `data` what Redis reads, or returns something that shows it did not.
 
-    In its eyes simple strings, verbatim strings and big numbers are bytes, and sets and attributes are lists,
-    as if they were bulk strings and arrays: so their type bytes must occur nowhere. Other types show. Arrays
-    must be short, because hiredis reserves what each announces, and they may be nested to any depth.
+    In its eyes simple strings, verbatim strings and big numbers are bytes, sets, attributes and pushes are
+    lists, and maps hold bytes, too, as if they were bulk strings and arrays: so their type bytes must occur
+    nowhere. Other types show. Arrays must be short, because hiredis reserves what each announces, and they
+    may be nested to any depth.
     """
     return not (
         b"+" in data
@@ -261,6 +262,8 @@ def _plain(data: bytes) -> bool:
         or b"(" in data
         or b"~" in data
         or b"|" in data
+        or b">" in data
+        or b"%" in data
         or _LONG_ARRAY.search(data) is not None
     )
 
@@ -278,10 +281,8 @@ def _parse_with_hiredis(data: bytes) -> list[list[bytes]] | None:
             return None
     except hiredis.ProtocolError:
         return None
-    if set(map(type, requests)) != {list}:
-        return None
     try:
-        # Joining tells in one pass whether all are bytes.
+        # Joining tells in one pass whether all are lists of bytes.
         b"".join(chain.from_iterable(requests))
     except TypeError:
         return None
