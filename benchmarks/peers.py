@@ -1,0 +1,169 @@
+"""The servers that are measured: started on free ports, pinned to cores, ended by process id."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+ENGRAM = f"{sys.executable} -m engram"
+
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class ServerError(Exception):
+    """A server that is to be measured cannot be run; the text says why."""
+
+
+@attrs.frozen
+class Peer:
+    """A running server on the loopback address."""
+
+    name: str
+    port: int
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """CPU time used so far by the server and its children, those that have ended included."""
+        ticks: dict[int, int] = {}
+        children: dict[int, list[int]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                # proc(5): after the name in parentheses come state, ppid, ...; utime, stime, cutime and
+                # cstime are fields 14 to 17 of the whole line.
+                fields = path.read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            pid = int(path.parent.name)
+            children.setdefault(int(fields[1]), []).append(pid)
+            ticks[pid] = sum(map(int, fields[11:15]))
+        total, family = 0, [self.pid]
+        while family:
+            pid = family.pop()
+            total += ticks.get(pid, 0)
+            family += children.get(pid, [])
+        return total / _TICKS_PER_SECOND
+
+
+@contextmanager
+def running(name: str, command: str, port: int, cores: Sequence[int] = ()) -> Iterator[Peer]:
+    """Runs a server until the block ends. With `cores` it, and all it starts, stays on these.
+
+    `command` is split as a shell would, without a shell.
+
+    Raises:
+        ServerError: there is no such program, or it ended or stayed silent instead of listening.
+    """
+    arguments = shlex.split(command)
+    if shutil.which(arguments[0]) is None:
+        raise ServerError(f"{name}: there is no program '{arguments[0]}'")
+    with tempfile.TemporaryFile() as output:
+        with on_cores(cores):
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            _wait_until_listening(name, process, port, Path(f"/proc/self/fd/{output.fileno()}"))
+            yield Peer(name, port, process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_listening(name: str, process: subprocess.Popen[bytes], port: int, output: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    state = "does not listen" if process.poll() is None else f"ended with code {process.returncode}"
+    tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
+    raise ServerError(f"{name} {state} on port {port}:\n{tail}")
+
+
+@contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Processes started in the block run on these cores only; on any when none are given."""
+    before = os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def end_servers_when_terminated() -> None:
+    """Makes SIGTERM unwind the program like Ctrl-C, so that `running` ends what it has started."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def describe_machine(folder: Path | None = None) -> str:
+    """One line: cores, CPU model, kernel, Python, load, and the file system of a folder when one is given."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    words = [
+        f"{len(os.sched_getaffinity(0))} cores",
+        model,
+        f"Linux {platform.release()}",
+        f"Python {platform.python_version()}",
+        f"load average {os.getloadavg()[0]:.1f}",
+    ]
+    if folder is not None:
+        words.append(f"data on {_file_system(folder)}")
+    return ", ".join(words)
+
+
+def _file_system(folder: Path) -> str:
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    holding = [(point, kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
+    return max(holding, key=lambda mount: len(mount[0]))[1]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose other columns are numbers."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in [header, rule, *rows]
+    )

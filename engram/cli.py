@@ -1,0 +1,123 @@
+"""The `engram` and `trio-run` console scripts."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import trio
+
+from engram import __version__
+from engram.config import SETTINGS, load_config
+from engram.errors import ConfigError, OperatorError
+from engram.server import Started, serve
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+
+def main() -> int:
+    """The `engram` script: runs a server as the command line says; returns the exit code."""
+    return trio.run(command_line, sys.argv[1:])
+
+
+def trio_run() -> int:
+    """The `trio-run` script: `trio-run PACKAGE ARGUMENT...` runs a package's command line under Trio.
+
+    The package has a module `cli` with `async def command_line(arguments) -> exit code`.
+    """
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print("usage: trio-run PACKAGE [ARGUMENT ...]", file=sys.stderr)
+        return EXIT_USAGE
+    package = sys.argv[1]
+    try:
+        entry = importlib.import_module(f"{package}.cli").command_line
+    except (ImportError, AttributeError):
+        print(f"trio-run: '{package}' has no cli.command_line to run", file=sys.stderr)
+        return EXIT_USAGE
+    code: int = trio.run(entry, sys.argv[2:])
+    return code
+
+
+async def command_line(arguments: Sequence[str]) -> int:
+    """Runs a server until SIGTERM, SIGINT or SHUTDOWN; a second signal ends it at once.
+
+    Returns 0 after a clean shutdown, 1 when the server cannot start or go on, 2 for a bad command line.
+    """
+    if list(arguments) in (["--help"], ["-h"]):
+        print(usage())
+        return 0
+    if list(arguments) in (["--version"], ["-v"]):
+        print(f"engram {__version__}")
+        return 0
+    try:
+        config = load_config(arguments)
+    except ConfigError as error:
+        print(f"engram: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    shutdown = trio.Event()
+    code = 0
+    try:
+        async with trio.open_nursery() as signals:
+            signals.start_soon(_watch_signals, shutdown, signals.cancel_scope)
+            async with trio.open_nursery() as nursery:
+                report(await nursery.start(partial(serve, config, shutdown=shutdown)))
+            signals.cancel_scope.cancel()
+    except* OperatorError as group:
+        print(f"engram: {_first(group)}", file=sys.stderr)
+        code = EXIT_FAILURE
+    return code
+
+
+def report(started: Started) -> None:
+    """Prints what recovery found, on standard error, and the line that says the server is up."""
+    if started.recovery is not None:
+        for path in started.recovery.cut_files:
+            print(
+                f"engram: the log ended in {started.recovery.torn_bytes} bytes that were never acknowledged;"
+                f" they were cut and kept in {path}",
+                file=sys.stderr,
+            )
+    where = ", ".join(f"{host}:{port}" for host, port in started.addresses)
+    if started.directory:
+        kept = (
+            f"persisting to {started.directory}: recovered {started.keys} keys and {started.vectors} vectors"
+            f" in {started.seconds:.3f} s"
+        )
+    else:
+        kept = "keeping nothing on disk (no --dir): 0 keys and 0 vectors"
+    print(f"engram {__version__} listening on {where}, {kept}", flush=True)
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = [
+        "usage: engram [config-file] [--setting value ...]",
+        "",
+        "A config file holds `setting value` lines and # comments; the command line wins.",
+        "",
+    ]
+    for setting in SETTINGS.values():
+        default = f" (default: {setting.default_text})" if setting.default_text else ""
+        lines.append(f"  --{setting.name:<28} {setting.summary}{default}")
+    return "\n".join(lines)
+
+
+async def _watch_signals(shutdown: trio.Event, everything: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            if shutdown.is_set():
+                everything.cancel()
+            shutdown.set()
+
+
+def _first(group: BaseExceptionGroup[OperatorError]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

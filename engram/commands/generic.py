@@ -1,0 +1,294 @@
+"""Commands on keys of any kind: deletion, types, expiry and iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engram.commands.arguments import (
+    INTEGER_HIGH,
+    INTEGER_LOW,
+    NOT_AN_INTEGER,
+    SYNTAX_ERROR,
+    integer,
+    text,
+)
+from engram.commands.session import Session
+from engram.commands.table import Command
+from engram.errors import CommandError
+from engram.operations import DeleteKeys, SetExpiry
+from engram.protocol import replies
+from engram.protocol.glob import compile_glob
+from engram.protocol.replies import ONE, ZERO
+
+NO_KEY, NO_EXPIRY = -2, -1
+
+
+def _delete(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    found = [key for key in dict.fromkeys(arguments[1:]) if database.lookup(key) is not None]
+    if found:
+        database.commit(DeleteKeys(tuple(found)))
+    return replies.integer(len(found))
+
+
+def _exists(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    return replies.integer(sum(database.lookup(key) is not None for key in arguments[1:]))
+
+
+def type_name(value: object) -> str:
+    """The answer of TYPE."""
+    if value is None:
+        return "none"
+    return "string" if isinstance(value, bytes) else "vectorset"
+
+
+def _type(session: Session, arguments: list[bytes]) -> bytes:
+    return replies.simple(type_name(session.database.lookup(arguments[1])))
+
+
+def _expire_by(name: str, unit: int, *, absolute: bool) -> Callable[[Session, list[bytes]], bytes]:
+    def handle(session: Session, arguments: list[bytes]) -> bytes:
+        database = session.database
+        key = arguments[1]
+        options = _expire_options(arguments[3:])
+        now = database.now()
+        amount = integer(arguments[2])
+        expires_at = amount * unit + (0 if absolute else now)
+        if not INTEGER_LOW <= amount * unit <= INTEGER_HIGH or expires_at > INTEGER_HIGH:
+            raise CommandError(f"ERR invalid expire time in '{name}' command")
+        if database.lookup(key) is None:
+            return ZERO
+        current = database.keyspace.expiries.get(key)
+        if not _expire_applies(options, current, expires_at):
+            return ZERO
+        if expires_at <= now:
+            database.commit(DeleteKeys((key,)))
+        else:
+            database.commit(SetExpiry(key, expires_at))
+        return ONE
+
+    return handle
+
+
+def _expire_options(words: list[bytes]) -> set[bytes]:
+    options: set[bytes] = set()
+    for word in words:
+        option = word.upper()
+        if option not in (b"NX", b"XX", b"GT", b"LT"):
+            raise CommandError(f"ERR Unsupported option {text(word)}")
+        options.add(option)
+    if b"NX" in options and len(options) > 1:
+        raise CommandError("ERR NX and XX, GT or LT options at the same time are not compatible")
+    if {b"GT", b"LT"} <= options:
+        raise CommandError("ERR GT and LT options at the same time are not compatible")
+    return options
+
+
+def _expire_applies(options: set[bytes], current: int | None, expires_at: int) -> bool:
+    """Whether EXPIRE's conditions hold; a key without expiry counts as lapsing after all others."""
+    return not (
+        (b"NX" in options and current is not None)
+        or (b"XX" in options and current is None)
+        or (b"GT" in options and (current is None or expires_at <= current))
+        or (b"LT" in options and current is not None and expires_at >= current)
+    )
+
+
+def _remaining(unit: int, *, absolute: bool) -> Callable[[Session, list[bytes]], bytes]:
+    def handle(session: Session, arguments: list[bytes]) -> bytes:
+        database = session.database
+        if database.lookup(arguments[1]) is None:
+            return replies.integer(NO_KEY)
+        expires_at = database.keyspace.expiries.get(arguments[1])
+        if expires_at is None:
+            return replies.integer(NO_EXPIRY)
+        if absolute:
+            return replies.integer((expires_at + unit // 2) // unit if unit > 1 else expires_at)
+        remaining = max(0, expires_at - database.now())
+        return replies.integer((remaining + unit // 2) // unit if unit > 1 else remaining)
+
+    return handle
+
+
+def _persist(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    key = arguments[1]
+    if database.lookup(key) is None or key not in database.keyspace.expiries:
+        return ZERO
+    database.commit(SetExpiry(key, None))
+    return ONE
+
+
+def _keys(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    keys = database.keyspace.values.keys()
+    if arguments[1] != b"*":
+        matches = compile_glob(arguments[1])
+        return replies.bulk_array(database.live_keys(filter(matches, keys)))
+    return replies.bulk_array(database.live_keys(keys))
+
+
+def _scan(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    if not arguments[1].isdigit() or int(arguments[1]) >= 1 << 64:
+        raise CommandError("ERR invalid cursor")
+    cursor, count = int(arguments[1]), 10
+    pattern = kind = None
+    words = iter(arguments[2:])
+    for word in words:
+        operand = next(words, None)
+        if operand is None:
+            raise CommandError(SYNTAX_ERROR)
+        match word.upper():
+            case b"COUNT":
+                count = integer(operand, NOT_AN_INTEGER)
+                if count < 1:
+                    raise CommandError(SYNTAX_ERROR)
+            case b"MATCH":
+                pattern = operand
+            case b"TYPE":
+                kind = text(operand).lower()
+            case _:
+                raise CommandError(SYNTAX_ERROR)
+    keyspace = database.keyspace
+    cursor, keys = keyspace.scan(cursor, count)
+    keys = database.live_keys(keys)
+    if pattern is not None and pattern != b"*":
+        keys = list(filter(compile_glob(pattern), keys))
+    if kind is not None:
+        keys = [key for key in keys if type_name(keyspace.values.get(key)) == kind]
+    return replies.array((replies.bulk(b"%d" % cursor), replies.bulk_array(keys)))
+
+
+_KEY = (1, 1, 1)
+_ALL_KEYS = (1, -1, 1)
+_LOOKED_AT, _UPDATED, _REMOVED = ("RO",), ("RW", "update"), ("RM", "delete")
+_CONDITIONS = "[NX | XX | GT | LT]"
+
+
+def _expire_command(name: str, unit: int, *, absolute: bool, operand: str, since: str) -> Command:
+    what = "a Unix timestamp" if absolute else "a number of"
+    span = "milliseconds" if unit == 1 else "seconds"
+    return Command(
+        name,
+        _expire_by(name, unit, absolute=absolute),
+        -3,
+        f"key {operand} {_CONDITIONS}",
+        f"Sets the expiration time of a key to {what}{' in' if absolute else ''} {span}.",
+        "generic",
+        ("write", "fast"),
+        _KEY,
+        key_flags=_UPDATED,
+        since=since,
+    )
+
+
+def _remaining_command(name: str, unit: int, *, absolute: bool, since: str) -> Command:
+    what = "expiration time of a key as a Unix timestamp" if absolute else "time to live of a key"
+    span = "milliseconds" if unit == 1 else "seconds"
+    return Command(
+        name,
+        _remaining(unit, absolute=absolute),
+        2,
+        "key",
+        f"Returns the {what} in {span}.",
+        "generic",
+        ("readonly", "fast"),
+        _KEY,
+        since=since,
+    )
+
+
+COMMANDS = (
+    Command(
+        "del",
+        _delete,
+        -2,
+        "key [key ...]",
+        "Deletes one or more keys.",
+        "generic",
+        ("write",),
+        _ALL_KEYS,
+        key_flags=_REMOVED,
+        complexity="O(N) where N is the number of keys; a vector index is freed in slices afterwards.",
+    ),
+    Command(
+        "unlink",
+        _delete,
+        -2,
+        "key [key ...]",
+        "Deletes one or more keys; large values are freed afterwards.",
+        "generic",
+        ("write", "fast"),
+        _ALL_KEYS,
+        key_flags=_REMOVED,
+        since="4.0.0",
+        complexity="O(N) where N is the number of keys.",
+    ),
+    Command(
+        "exists",
+        _exists,
+        -2,
+        "key [key ...]",
+        "Determines whether one or more keys exist.",
+        "generic",
+        ("readonly", "fast"),
+        _ALL_KEYS,
+        key_flags=_LOOKED_AT,
+        complexity="O(N) where N is the number of keys to check.",
+    ),
+    Command(
+        "type",
+        _type,
+        2,
+        "key",
+        "Determines the type of value stored at a key.",
+        "generic",
+        ("readonly", "fast"),
+        _KEY,
+        key_flags=_LOOKED_AT,
+    ),
+    _expire_command("expire", 1000, absolute=False, operand="seconds", since="1.0.0"),
+    _expire_command("pexpire", 1, absolute=False, operand="milliseconds", since="2.6.0"),
+    _expire_command("expireat", 1000, absolute=True, operand="unix-time-seconds", since="1.2.0"),
+    _expire_command("pexpireat", 1, absolute=True, operand="unix-time-milliseconds", since="2.6.0"),
+    _remaining_command("ttl", 1000, absolute=False, since="1.0.0"),
+    _remaining_command("pttl", 1, absolute=False, since="2.6.0"),
+    _remaining_command("expiretime", 1000, absolute=True, since="7.0.0"),
+    _remaining_command("pexpiretime", 1, absolute=True, since="7.0.0"),
+    Command(
+        "persist",
+        _persist,
+        2,
+        "key",
+        "Removes the expiration time of a key.",
+        "generic",
+        ("write", "fast"),
+        _KEY,
+        key_flags=_UPDATED,
+        since="2.2.0",
+    ),
+    Command(
+        "keys",
+        _keys,
+        2,
+        "pattern",
+        "Returns all key names that match a pattern.",
+        "generic",
+        ("readonly",),
+        complexity="O(N) where N is the number of keys in the database.",
+        more_categories=("@dangerous",),
+    ),
+    Command(
+        "scan",
+        _scan,
+        -2,
+        "cursor [MATCH pattern] [COUNT count] [TYPE type]",
+        "Iterates over the key names in the database.",
+        "generic",
+        ("readonly",),
+        since="2.8.0",
+        complexity="O(1) for every call, O(N) for the first of an iteration and for a complete one.",
+    ),
+)

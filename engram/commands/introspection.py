@@ -1,0 +1,259 @@
+"""COMMAND: the table, as clients ask for it. https://redis.io/docs/latest/commands/command/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from engram.commands.arguments import SYNTAX_ERROR, text
+from engram.commands.session import Session
+from engram.commands.syntax import Argument
+from engram.commands.table import Command, check_arity, container
+from engram.errors import CommandError
+from engram.protocol import replies
+from engram.protocol.glob import compile_glob
+from engram.protocol.replies import Encoder
+
+Find = Callable[[bytes], Command | None]
+
+
+def command_info(command: Command, encoder: Encoder) -> bytes:
+    """A command's entry in COMMAND: ten fields."""
+    first, last, step = command.keys
+    specifications = (_key_specification(command, encoder),) if first else ()
+    return replies.array(
+        (
+            _bulk(command.name),
+            replies.integer(command.arity),
+            encoder.set(map(replies.simple, command.flags)),
+            replies.integer(first),
+            replies.integer(last),
+            replies.integer(step),
+            encoder.set(map(replies.simple, command.categories)),
+            encoder.set(()),
+            encoder.set(specifications),
+            encoder.set(command_info(each, encoder) for each in command.subcommands.values()),
+        )
+    )
+
+
+def command_docs(command: Command, encoder: Encoder) -> bytes:
+    """A command's entry in COMMAND DOCS, without its name."""
+    pairs = [
+        (_bulk("summary"), _bulk(command.summary)),
+        (_bulk("since"), _bulk(command.since)),
+        (_bulk("group"), _bulk(command.group)),
+        (_bulk("complexity"), _bulk(command.complexity)),
+    ]
+    if command.arguments:
+        described = replies.array(_argument(each, encoder) for each in command.arguments)
+        pairs.append((_bulk("arguments"), described))
+    if command.subcommands:
+        inner = ((_bulk(each.name), command_docs(each, encoder)) for each in command.subcommands.values())
+        pairs.append((_bulk("subcommands"), encoder.map(inner)))
+    return encoder.map(pairs)
+
+
+def _bulk(word: str) -> bytes:
+    return replies.bulk(word.encode())
+
+
+def _argument(argument: Argument, encoder: Encoder) -> bytes:
+    pairs = [(_bulk("name"), _bulk(argument.name)), (_bulk("type"), _bulk(argument.type))]
+    if not argument.arguments:
+        pairs.append((_bulk("display_text"), _bulk(argument.name)))
+    if argument.type == "key":
+        pairs.append((_bulk("key_spec_index"), replies.integer(0)))
+    if argument.token is not None:
+        pairs.append((_bulk("token"), _bulk(argument.token)))
+    flags = [name for name in ("optional", "multiple") if getattr(argument, name)]
+    if flags:
+        pairs.append((_bulk("flags"), encoder.set(map(replies.simple, flags))))
+    if argument.arguments:
+        inner = replies.array(_argument(each, encoder) for each in argument.arguments)
+        pairs.append((_bulk("arguments"), inner))
+    return encoder.map(pairs)
+
+
+def _key_specification(command: Command, encoder: Encoder) -> bytes:
+    first, last, step = command.keys
+
+    def pairs(**fields: int) -> bytes:
+        return encoder.map((_bulk(name), replies.integer(value)) for name, value in fields.items())
+
+    def search(kind: str, specification: bytes) -> bytes:
+        return encoder.map(((_bulk("type"), _bulk(kind)), (_bulk("spec"), specification)))
+
+    relative = last if last < 0 else last - first
+    return encoder.map(
+        (
+            (_bulk("flags"), encoder.set(map(replies.simple, command.key_flags))),
+            (_bulk("begin_search"), search("index", pairs(index=first))),
+            (_bulk("find_keys"), search("range", pairs(lastkey=relative, keystep=step, limit=0))),
+        )
+    )
+
+
+def introspection(table: Mapping[bytes, Command]) -> Command:
+    """The COMMAND command over a table of lower-case names (itself included, once it is added)."""
+
+    def find(name: bytes) -> Command | None:
+        head, _, tail = name.lower().partition(b"|")
+        command = table.get(head)
+        return command.subcommands.get(tail) if command is not None and tail else command
+
+    def everything(session: Session, arguments: list[bytes]) -> bytes:
+        return replies.array(command_info(each, session.encoder) for each in table.values())
+
+    def info(session: Session, arguments: list[bytes]) -> bytes:
+        if len(arguments) == 2:
+            return everything(session, arguments)
+        found = (find(name) for name in arguments[2:])
+        return replies.array(
+            session.encoder.null if each is None else command_info(each, session.encoder) for each in found
+        )
+
+    def docs(session: Session, arguments: list[bytes]) -> bytes:
+        found: Iterable[Command | None] = table.values()
+        if len(arguments) > 2:
+            found = (find(name) for name in arguments[2:])
+        return session.encoder.map(
+            (_bulk(each.name), command_docs(each, session.encoder)) for each in found if each is not None
+        )
+
+    def count(session: Session, arguments: list[bytes]) -> bytes:
+        return replies.integer(len(table))
+
+    def get_keys(session: Session, arguments: list[bytes]) -> bytes:
+        request = arguments[2:]
+        command = table.get(request[0].lower())
+        if command is not None and command.subcommands and len(request) > 1:
+            command = command.subcommands.get(request[1].lower())
+        if command is None:
+            raise CommandError("ERR Invalid command specified")
+        if not command.keys[0]:
+            raise CommandError("ERR The command has no key arguments")
+        try:
+            check_arity(command, request)
+        except CommandError as error:
+            raise CommandError("ERR Invalid number of arguments specified for command") from error
+        return replies.bulk_array(request[position] for position in command.key_positions(request))
+
+    def listing(session: Session, arguments: list[bytes]) -> bytes:
+        listed = [each for command in table.values() for each in (command, *command.subcommands.values())]
+        if len(arguments) > 2:
+            if len(arguments) != 5 or arguments[2].upper() != b"FILTERBY":
+                raise CommandError(SYNTAX_ERROR)
+            match arguments[3].upper():
+                case b"PATTERN":
+                    matches = compile_glob(arguments[4].lower())
+                    listed = [each for each in listed if matches(each.name.encode())]
+                case b"ACLCAT":
+                    category = f"@{text(arguments[4]).lower()}"
+                    listed = [each for each in listed if category in each.categories]
+                case b"MODULE":
+                    listed = []
+                case _:
+                    raise CommandError(SYNTAX_ERROR)
+        return replies.bulk_array(each.name.encode() for each in listed)
+
+    def help_text(session: Session, arguments: list[bytes]) -> bytes:
+        return replies.array(replies.simple(line) for line in _HELP)
+
+    group, flags, categories = "server", ("loading", "stale"), ("@connection",)
+    since = "2.8.13"
+    part = partial(Command, group=group, flags=flags, more_categories=categories)
+    held = container(
+        "command",
+        (
+            part("command|count", count, 2, "", "Returns a count of commands.", since=since),
+            part(
+                "command|info",
+                info,
+                -2,
+                "[command-name [command-name ...]]",
+                "Returns information about one, multiple or all commands.",
+                since=since,
+                complexity="O(N) where N is the number of commands to look up",
+            ),
+            part(
+                "command|docs",
+                docs,
+                -2,
+                "[command-name [command-name ...]]",
+                "Returns documentary information about one, multiple or all commands.",
+                since="7.0.0",
+                complexity="O(N) where N is the number of commands to look up",
+            ),
+            part(
+                "command|getkeys",
+                get_keys,
+                -3,
+                "command [arg ...]",
+                "Extracts the key names from an arbitrary command.",
+                since=since,
+                complexity="O(N) where N is the number of arguments to the command",
+            ),
+            part(
+                "command|list",
+                listing,
+                -2,
+                "[FILTERBY (MODULE module-name | ACLCAT category | PATTERN pattern)]",
+                "Returns a list of command names.",
+                since="7.0.0",
+                complexity="O(N) where N is the number of commands",
+            ),
+            part(
+                "command|help",
+                help_text,
+                2,
+                "",
+                "Returns helpful text about the different subcommands.",
+                since="5.0.0",
+            ),
+        ),
+        summary="Returns detailed information about all commands.",
+        group=group,
+        since=since,
+    )
+    dispatch = held.handler
+
+    def handle(session: Session, arguments: list[bytes]) -> bytes:
+        if len(arguments) == 1:
+            return everything(session, arguments)
+        reply = dispatch(session, arguments)
+        assert isinstance(reply, bytes)
+        return reply
+
+    return Command(
+        "command",
+        handle,
+        -1,
+        "",
+        held.summary,
+        group,
+        flags,
+        since=since,
+        complexity="O(N) where N is the number of commands",
+        more_categories=categories,
+        subcommands=held.subcommands,
+    )
+
+
+_HELP = (
+    "COMMAND <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
+    "(no subcommand)",
+    "    Return details about all commands.",
+    "COUNT",
+    "    Return the total number of commands in this server.",
+    "LIST [FILTERBY (MODULE module-name | ACLCAT category | PATTERN pattern)]",
+    "    Return a list of all commands in this server.",
+    "INFO [<command-name> ...]",
+    "    Return details about multiple commands.",
+    "DOCS [<command-name> ...]",
+    "    Return documentation details about multiple commands.",
+    "GETKEYS <full-command>",
+    "    Return the keys from a full command.",
+    "HELP",
+    "    Print this help.",
+)

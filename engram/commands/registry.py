@@ -1,0 +1,26 @@
+"""All commands by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from engram.commands import administration, clients, generic, strings, vectors
+from engram.commands.introspection import introspection
+from engram.commands.table import Command
+
+
+def _build() -> dict[bytes, Command]:
+    table: dict[bytes, Command] = {}
+    for module in (clients, strings, generic, vectors, administration):
+        for command in module.COMMANDS:
+            table[command.name.encode()] = command
+    table[b"command"] = introspection(table)
+    return table
+
+
+# By lower-case name.
+COMMANDS: Mapping[bytes, Command] = MappingProxyType(_build())
+
+# The spellings that clients use, so that dispatch needs no change of case.
+SPELLINGS = {spelling: command for name, command in COMMANDS.items() for spelling in (name, name.upper())}

@@ -1,0 +1,124 @@
+"""The one command table: dispatch, arity, COMMAND and the reference page all read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import attrs
+
+from engram.commands.session import Session, Slot
+from engram.commands.syntax import Argument, parse_usage
+from engram.errors import CommandError
+
+Handler = Callable[[Session, list[bytes]], bytes | Slot]
+Throttle = Callable[[Session, list[bytes]], float]
+
+_KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
+_CATEGORIES = {"generic": ("@keyspace",), "server": (), "vector": ("@vectorset",)}
+
+
+@attrs.frozen(eq=False)
+class Command:
+    """One command, or a container of subcommands.
+
+    Fields are those of Redis's command table: https://redis.io/docs/latest/commands/command/.
+    `arity` counts the name; a negative one is a minimum. `keys` is (first, last, step), zeros when
+    there are none. `key_flags` say what is done with the keys, and `more_categories` are the ACL
+    categories that do not follow from flags and group.
+    """
+
+    name: str
+    handler: Handler
+    arity: int
+    usage: str
+    summary: str
+    group: str
+    flags: tuple[str, ...] = ()
+    keys: tuple[int, int, int] = (0, 0, 0)
+    since: str = "1.0.0"
+    complexity: str = "O(1)"
+    key_flags: tuple[str, ...] = attrs.field()
+    more_categories: tuple[str, ...] = ()
+    subcommands: Mapping[bytes, Command] = attrs.field(factory=dict)
+    # Seconds to wait before a call is carried out, when the server cannot keep up with its kind.
+    throttle: Throttle | None = None
+    minimum: int = attrs.field(init=False)
+    maximum: int = attrs.field(init=False)
+    writes: bool = attrs.field(init=False)
+    arguments: tuple[Argument, ...] = attrs.field(init=False)
+
+    @key_flags.default
+    def _usual_key_flags(self) -> tuple[str, ...]:
+        return next((_KEY_FLAGS[flag] for flag in self.flags if flag in _KEY_FLAGS), ())
+
+    def __attrs_post_init__(self) -> None:
+        unbounded = 1 << 62
+        object.__setattr__(self, "minimum", abs(self.arity))
+        object.__setattr__(self, "maximum", self.arity if self.arity > 0 else unbounded)
+        object.__setattr__(self, "writes", "write" in self.flags)
+        object.__setattr__(self, "arguments", parse_usage(self.usage))
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The ACL categories, as Redis derives them from flags and group."""
+        found = []
+        if self.writes:
+            found.append("@write")
+        if "readonly" in self.flags:
+            found.append("@read")
+        if "admin" in self.flags:
+            found += ["@admin", "@dangerous"]
+        found += _CATEGORIES.get(self.group, (f"@{self.group}",))
+        found += self.more_categories
+        found.append("@fast" if "fast" in self.flags else "@slow")
+        return tuple(found)
+
+    def key_positions(self, arguments: Sequence[bytes]) -> list[int]:
+        """Where the keys are in a request, name included."""
+        first, last, step = self.keys
+        if not first:
+            return []
+        end = last if last >= 0 else len(arguments) + last
+        return list(range(first, end + 1, step))
+
+
+def container(name: str, subcommands: Iterable[Command], **fields: str) -> Command:
+    """A command that only holds subcommands; theirs are named `container|subcommand`."""
+    table = {command.name.partition("|")[2].encode(): command for command in subcommands}
+
+    def handle(session: Session, arguments: list[bytes]) -> bytes | Slot:
+        command = table.get(arguments[1].lower())
+        if command is None:
+            word = arguments[1][:128].decode("utf-8", "surrogateescape")
+            raise CommandError(f"ERR unknown subcommand '{word}'. Try {name.upper()} HELP.")
+        check_arity(command, arguments)
+        return command.handler(session, arguments)
+
+    return Command(
+        name,
+        handle,
+        arity=-2,
+        usage="",
+        summary=fields["summary"],
+        group=fields["group"],
+        since=fields.get("since", "1.0.0"),
+        complexity="Depends on subcommand.",
+        subcommands=table,
+    )
+
+
+def check_arity(command: Command, arguments: Sequence[bytes]) -> None:
+    """Raises CommandError when a request has too few or too many arguments."""
+    if not command.minimum <= len(arguments) <= command.maximum:
+        raise CommandError(f"ERR wrong number of arguments for '{command.name}' command")
+
+
+def unknown_command(arguments: Sequence[bytes]) -> CommandError:
+    """The error for a command that is not in the table, in Redis's words."""
+    shown = ""
+    for argument in arguments[1:]:
+        if len(shown) >= 128:
+            break
+        shown += f"'{argument[: 128 - len(shown)].decode('utf-8', 'surrogateescape')}' "
+    name = arguments[0][:128].decode("utf-8", "surrogateescape")
+    return CommandError(f"ERR unknown command '{name}', with args beginning with: {shown}")

@@ -1,0 +1,135 @@
+"""The live state as commands see it: the engine, a clock, and the log that each change goes to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from engram.engine import Engine
+from engram.errors import CommandError
+from engram.index.vector_index import VectorIndex
+from engram.operations import DeleteKeys, Operation
+
+WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
+
+# What a record takes in the log beyond the bytes a client sent for it, generously.
+RECORD_OVERHEAD = 256
+
+EXPIRY_BATCH = 512
+
+
+class Journal(Protocol):
+    """What the database needs of the log; `persistence.Persistence` is the one that writes to disk."""
+
+    def has_room(self, size: int) -> bool: ...
+
+    async def admit(self, size: int) -> None: ...
+
+    def append(self, lsn: int, operation: Operation) -> None: ...
+
+    def released(self, lsn: int) -> bool: ...
+
+    def on_release(self, lsn: int, callback: Callable[[], None]) -> None: ...
+
+
+def clock() -> int:
+    """Milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+class Database:
+    """The one place where operations are made live.
+
+    Everything here is synchronous: a command, from its first look at the state to its last change,
+    is atomic.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal | None,
+        *,
+        now: Callable[[], int] = clock,
+        changed: Callable[[VectorIndex], None] = lambda index: None,
+    ) -> None:
+        self.engine = engine
+        self.keyspace = engine.keyspace
+        self.journal = journal
+        self.now = now
+        # Called after each change of an index, so that its graphs can be built.
+        self.changed = changed
+        self.expired_keys = 0
+
+    @property
+    def lsn(self) -> int:
+        """The number of the last change made."""
+        return self.engine.lsn
+
+    def commit(self, operation: Operation) -> int:
+        """Applies a change and queues it for the log; returns its LSN.
+
+        Room in the log must have been admitted before.
+        """
+        engine = self.engine
+        lsn = engine.lsn + 1
+        engine.apply(lsn, operation)
+        if self.journal is not None:
+            self.journal.append(lsn, operation)
+        return lsn
+
+    def lookup(self, key: bytes) -> bytes | VectorIndex | None:
+        """What a key holds now; a key found to have lapsed is deleted."""
+        keyspace = self.keyspace
+        if keyspace.expiries:
+            expires_at = keyspace.expiries.get(key)
+            if expires_at is not None and expires_at <= self.now():
+                self._expire((key,))
+                return None
+        return keyspace.values.get(key)
+
+    def string(self, key: bytes) -> bytes | None:
+        """The string at a key, None when there is no such key.
+
+        Raises:
+            CommandError: the key holds something else.
+        """
+        # As `lookup`, which is the slower of the two for what is asked most often.
+        keyspace = self.keyspace
+        value = self.lookup(key) if keyspace.expiries else keyspace.values.get(key)
+        if value is None or type(value) is bytes:
+            return value
+        raise CommandError(WRONG_TYPE)
+
+    def index(self, key: bytes) -> VectorIndex | None:
+        """The vector index at a key, None when there is no such key.
+
+        Raises:
+            CommandError: the key holds something else.
+        """
+        value = self.lookup(key)
+        if value is None or isinstance(value, VectorIndex):
+            return value
+        raise CommandError(WRONG_TYPE)
+
+    def live_keys(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of `keys` that have not lapsed."""
+        expiries = self.keyspace.expiries
+        if not expiries:
+            return list(keys)
+        now = self.now()
+        return [key for key in keys if (at := expiries.get(key)) is None or at > now]
+
+    def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
+        """Deletes up to `limit` keys that have lapsed; returns how many."""
+        keys = self.keyspace.expired(self.now(), limit)
+        return len(keys) if keys and self._expire(tuple(keys)) else 0
+
+    def _expire(self, keys: tuple[bytes, ...]) -> bool:
+        size = RECORD_OVERHEAD + sum(map(len, keys)) + 8 * len(keys)
+        if self.journal is not None and not self.journal.has_room(size):
+            # Reads go on without room in the log: the key is treated as gone, and deleted later.
+            return False
+        self.commit(DeleteKeys(keys))
+        self.expired_keys += len(keys)
+        return True

@@ -1,0 +1,164 @@
+"""The state machine: applying an operation is the only thing that changes the state, live and at recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
+from engram.index.parameters import Parameters
+from engram.index.segment import SegmentStore
+from engram.index.vector_index import IndexState, VectorIndex
+from engram.keyspace import Keyspace
+from engram.operations import (
+    AddVectors,
+    AppendString,
+    CreateIndex,
+    DeleteKeys,
+    DeleteVectors,
+    Flush,
+    InstallSegment,
+    Operation,
+    SetExpiry,
+    SetString,
+)
+
+Apply = Callable[[int, Any], None]
+
+
+class Engine:
+    """The keyspace and the vector indices in it, as of `lsn`.
+
+    Nothing here reads a clock, the disk's log or a random number: the same operations give the same
+    state, whether a client has just sent them or the log is read back.
+
+    `released_segments` names segments that this state no longer refers to, and `dropped` holds large
+    mappings nobody refers to any more; whoever runs the engine takes from both.
+    """
+
+    def __init__(self, segments: SegmentStore, *, seal_rows: int) -> None:
+        self.lsn = 0
+        self.keyspace: Keyspace[VectorIndex] = Keyspace()
+        self.indices: dict[int, VectorIndex] = {}
+        self.released_segments: list[str] = []
+        self.dropped: list[dict[Any, Any]] = []
+        self._segments = segments
+        self._seal_rows = seal_rows
+        self._apply: dict[type[Operation], Apply] = {
+            SetString: self._set_string,
+            AppendString: self._append_string,
+            DeleteKeys: self._delete_keys,
+            SetExpiry: self._set_expiry,
+            Flush: self._flush,
+            CreateIndex: self._create_index,
+            AddVectors: self._add_vectors,
+            DeleteVectors: self._delete_vectors,
+            InstallSegment: self._install_segment,
+        }
+
+    def apply(self, lsn: int, operation: Operation) -> None:
+        """Makes the change that is number `lsn`, the successor of the last one."""
+        self._apply[type(operation)](lsn, operation)
+        self.lsn = lsn
+
+    def _set_string(self, lsn: int, operation: SetString) -> None:
+        if self.indices:
+            self._drop(self.keyspace.values.get(operation.key))
+        self.keyspace.set(operation.key, operation.value, operation.expires_at)
+
+    def _append_string(self, lsn: int, operation: AppendString) -> None:
+        value = self.keyspace.values.get(operation.key, b"")
+        assert isinstance(value, bytes)
+        self.keyspace.values[operation.key] = value + operation.suffix
+
+    def _delete_keys(self, lsn: int, operation: DeleteKeys) -> None:
+        for key in operation.keys:
+            self._drop(self.keyspace.delete(key))
+
+    def _set_expiry(self, lsn: int, operation: SetExpiry) -> None:
+        self.keyspace.set_expiry(operation.key, operation.expires_at)
+
+    def _flush(self, lsn: int, operation: Flush) -> None:
+        for index in list(self.indices.values()):
+            self._drop(index)
+        self.dropped += self.keyspace.clear()
+
+    def _create_index(self, lsn: int, operation: CreateIndex) -> None:
+        parameters = Parameters(
+            dimension=operation.dimension,
+            metric=operation.metric,
+            connectivity=operation.connectivity,
+            expansion=operation.expansion,
+            quantization=operation.quantization,
+        )
+        self._drop(self.keyspace.values.get(operation.key))
+        index = VectorIndex(lsn, parameters, seal_rows=self._seal_rows)
+        self.indices[lsn] = index
+        self.keyspace.set(operation.key, index)
+
+    def _add_vectors(self, lsn: int, operation: AddVectors) -> None:
+        index = self.indices[operation.index]
+        vectors = np.frombuffer(operation.vectors, "<f4").reshape(len(operation.keys), -1)
+        index.add(lsn, operation.keys, vectors, operation.attributes)
+
+    def _delete_vectors(self, lsn: int, operation: DeleteVectors) -> None:
+        self.indices[operation.index].delete(lsn, operation.keys)
+
+    def _install_segment(self, lsn: int, operation: InstallSegment) -> None:
+        index = self.indices.get(operation.index)
+        if index is None:
+            if operation.segment:
+                self.released_segments.append(operation.segment)
+            return
+        segment = self._segments.take(operation.segment, operation.checksum) if operation.segment else None
+        self.released_segments += index.install(lsn, segment, operation.through, operation.replaces)
+
+    def _drop(self, value: bytes | VectorIndex | None) -> None:
+        if isinstance(value, VectorIndex):
+            value.dropped = True
+            del self.indices[value.id]
+            self.released_segments += (segment.id for segment in value.segments)
+            self.dropped.append(value.live)
+
+    def export(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """The whole state as columns and metadata, for a snapshot; `restore` is the inverse.
+
+        Raises no error and changes nothing; the columns may share memory with the state.
+        """
+        strings = [(key, value) for key, value in self.keyspace.values.items() if isinstance(value, bytes)]
+        expiries = self.keyspace.expiries
+        states = [
+            (key, value.export())
+            for key, value in self.keyspace.values.items()
+            if isinstance(value, VectorIndex)
+        ]
+        columns = {
+            **pack_bytes("string-keys", [key for key, _ in strings]),
+            **pack_bytes("string-values", [value for _, value in strings]),
+            **pack_bytes("expiry-keys", expiries),
+            "expiry-times": np.fromiter(expiries.values(), np.int64, len(expiries)),
+            **pack_bytes("index-keys", [key for key, _ in states]),
+            **IndexState.pack([state for _, state in states]),
+        }
+        return columns, {"lsn": self.lsn, "indices": [state.describe() for _, state in states]}
+
+    def restore(self, folder: ColumnFolder) -> None:
+        """Fills an empty engine from a snapshot.
+
+        Raises:
+            DamagedDataError: a segment that the snapshot names is missing or is not what was written.
+        """
+        columns = folder.columns
+        values: dict[bytes, bytes | VectorIndex] = dict(
+            zip(unpack_bytes("string-keys", columns), unpack_bytes("string-values", columns), strict=True)
+        )
+        states = IndexState.unpack(folder.metadata["indices"], columns)
+        for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
+            index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
+            values[key] = index
+            self.indices[index.id] = index
+        expiries = zip(unpack_bytes("expiry-keys", columns), columns["expiry-times"].tolist(), strict=True)
+        self.keyspace.load(values, dict(expiries))
+        self.lsn = folder.metadata["lsn"]

@@ -1,0 +1,126 @@
+"""The process that builds one segment: `python -m engram.index.build_process`.
+
+It reads a `BuildJob` as one line of JSON from standard input and ends when that closes, so that none
+outlives its server. It prints a `BuildResult`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from engram.columns import write_columns
+from engram.errors import EngramError
+from engram.files import DiskFiles
+from engram.index.distances import row_norms
+from engram.index.graph import GraphBuilder, Quantizer
+from engram.index.parameters import Parameters
+from engram.index.recall import SCAN_ROWS_PER_EXPANSION, measure_expansion, narrowest_expansion
+from engram.index.segment import GRAPH, ROW_FILES, SegmentStore
+from engram.index.texts import Positions
+
+_NICENESS = 10
+_SAMPLE_ROWS = 128
+_LEAST_EXPANSION = 64
+
+
+class BuildJob(msgspec.Struct, frozen=True):
+    """What to build: the folder `<segment>.building` in `store` holds the rows (`segment.ROW_FILES`)."""
+
+    store: str
+    segment: str
+    index: int
+    dimension: int
+    metric: str
+    connectivity: int
+    expansion: int
+    quantization: str
+
+
+class BuildResult(msgspec.Struct, frozen=True):
+    """`checksum` is that of the table of columns of the finished folder."""
+
+    checksum: int
+
+
+def build_segment(job: BuildJob) -> BuildResult:
+    """Adds a graph to the rows, makes all durable, and gives the folder its name (blocking).
+
+    Raises:
+        DamagedDataError: what was written does not read back.
+        OSError: it cannot be written.
+    """
+    files = DiskFiles()
+    store = SegmentStore(Path(job.store), files, 1)
+    building = store.building(job.segment)
+    parameters = Parameters(job.dimension, job.metric, job.connectivity, job.expansion, job.quantization)
+    rows = np.load(building / "vectors.npy", mmap_mode="r").view(np.ndarray)
+    norms = row_norms(rows)
+    quantizer = Quantizer.fit(parameters, rows, norms)
+    builder = GraphBuilder(parameters, quantizer)
+
+    inside, sample = _split(len(rows))
+    builder.add(inside, rows, norms)
+    expansion = narrowest_expansion(len(inside))
+    if expansion * SCAN_ROWS_PER_EXPANSION < len(inside):
+        expansion = measure_expansion(builder.graph, parameters.metric, rows, norms, inside, sample)
+    builder.add(sample, rows, norms)
+    builder.save(building / GRAPH)
+
+    checksum = write_columns(
+        files,
+        building,
+        {"norms": norms, "center": quantizer.center},
+        {
+            "index": job.index,
+            "parameters": msgspec.to_builtins(parameters),
+            "scale": quantizer.scale,
+            "expansion": expansion,
+        },
+        [*ROW_FILES, GRAPH],
+    )
+    segment = store.open(building.name, checksum)
+    asked = slice(None, None, max(1, len(rows) // _SAMPLE_ROWS))
+    search = (rows[asked], norms[asked], 1, _LEAST_EXPANSION)
+    if not np.array_equal(segment.graphs[0].search(*search), builder.graph.search(*search)):
+        raise OSError(f"{building / GRAPH} does not answer as the graph that was written")
+    files.rename(building, store.folder / job.segment)
+    files.sync_folder(store.folder)
+    return BuildResult(checksum)
+
+
+def _split(count: int) -> tuple[Positions, Positions]:
+    """The positions to start the graph with, and those to measure it by and then add."""
+    stride = max(2, count // _SAMPLE_ROWS)
+    sampled = np.zeros(count, bool)
+    sampled[stride - 1 :: stride] = True
+    return np.flatnonzero(~sampled), np.flatnonzero(sampled)
+
+
+def _end_with_input() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def main() -> int:
+    """Builds the segment that standard input asks for."""
+    os.nice(_NICENESS)
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=BuildJob)
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    try:
+        result = build_segment(job)
+    except (EngramError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    sys.stdout.buffer.write(msgspec.json.encode(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

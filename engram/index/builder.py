@@ -1,0 +1,236 @@
+"""Building segments in the background, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable
+from subprocess import PIPE
+from typing import TypeVar
+
+import attrs
+import msgspec
+import numpy as np
+import trio
+
+from engram.errors import EngramError, LogFailureError
+from engram.index.build_process import BuildJob, BuildResult
+from engram.index.head import ALIVE
+from engram.index.segment import RowSource, SegmentStore
+from engram.index.texts import Positions
+from engram.index.vector_index import MergePlan, SealPlan, VectorIndex
+from engram.operations import InstallSegment
+
+logger = logging.getLogger(__name__)
+
+# Assumed until a build has been measured.
+_FIRST_RATE = 5000.0
+_RATED_BUILDS = 8
+_ERROR_BYTES = 4096
+
+T = TypeVar("T")
+
+Install = Callable[[VectorIndex, InstallSegment], Awaitable[None]]
+
+
+class BuildError(EngramError):
+    """The process that builds a segment failed."""
+
+
+@attrs.frozen
+class BuilderSettings:
+    """`command` is the process that builds; times are in seconds, and double from retry to retry."""
+
+    builds_at_once: int = 1
+    first_retry: float = 1.0
+    longest_retry: float = 60.0
+    command: tuple[str, ...] = (sys.executable, "-m", "engram.index.build_process")
+
+
+class Builder:
+    """Builds what indices need, the one that has waited longest first.
+
+    `install` logs and applies the operation that puts a finished, durable segment in its place; it may
+    find that the index has been dropped, and then does nothing. A build that fails is tried again later.
+
+    Counters: `running` and `waiting` builds, `builds` done, `failures`, and the text of the `last_error`.
+    """
+
+    def __init__(
+        self, store: SegmentStore, install: Install, *, settings: BuilderSettings | None = None
+    ) -> None:
+        self._store = store
+        self._install = install
+        self._settings = settings or BuilderSettings()
+        self._waiting: deque[VectorIndex] = deque()
+        # Ids of the indices that wait, are built for, or failed and will wait again.
+        self._known: set[int] = set()
+        self._failed: dict[int, int] = {}
+        self._idle = trio.lowlevel.ParkingLot()
+        self._limiter = trio.CapacityLimiter(self._settings.builds_at_once)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_RATED_BUILDS)
+        self._next_slot = 0.0
+        self.running = 0
+        self.builds = 0
+        self.failures = 0
+        self.last_error: str | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many indices wait for a build."""
+        return len(self._waiting)
+
+    @property
+    def rate(self) -> float:
+        """Rows a second of recent builds."""
+        if not self._recent:
+            return _FIRST_RATE
+        return sum(rows for rows, _ in self._recent) / sum(seconds for _, seconds in self._recent)
+
+    def consider(self, index: VectorIndex) -> None:
+        """Queues an index if it needs a build; to be called after each of its changes."""
+        if index.needs_maintenance and index.id not in self._known and not index.dropped:
+            self._known.add(index.id)
+            self._waiting.append(index)
+            self._idle.unpark()
+
+    def delay(self, index: VectorIndex, limit: int) -> float:
+        """Seconds that a row for `index` should wait when `limit` rows or more have no graph yet.
+
+        Rows that wait are spaced so that together they come as fast as graphs are built, and slower the
+        further the index is beyond the limit.
+        """
+        excess = index.rows_unindexed - limit
+        if excess < 0:
+            return 0.0
+        now = trio.current_time()
+        pace = self.rate * max(0.1, 1.0 - excess / limit)
+        self._next_slot = max(now, self._next_slot) + 1.0 / pace
+        return self._next_slot - now
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Builds until cancelled; a process under way is then killed, and its folder removed."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(self._settings.builds_at_once):
+                nursery.start_soon(self._work, nursery)
+            task_status.started()
+
+    async def _work(self, nursery: trio.Nursery) -> None:
+        while True:
+            if not self._waiting:
+                await self._idle.park()
+                continue
+            index = self._waiting.popleft()
+            self.running += 1
+            try:
+                await self._build(index)
+            except LogFailureError:
+                raise
+            except Exception as error:
+                # Whatever it was: rows without a graph are still found, only slower.
+                logger.warning("building a segment of index %d failed: %s", index.id, error)
+                self.failures += 1
+                self.last_error = str(error)
+                nursery.start_soon(self._retry, index)
+            else:
+                self._failed.pop(index.id, None)
+                self._known.discard(index.id)
+                self.consider(index)
+            finally:
+                self.running -= 1
+
+    async def _retry(self, index: VectorIndex) -> None:
+        failed = self._failed.get(index.id, 0)
+        self._failed[index.id] = failed + 1
+        await trio.sleep(min(self._settings.longest_retry, self._settings.first_retry * 2.0**failed))
+        self._known.discard(index.id)
+        self.consider(index)
+        if index.dropped:
+            del self._failed[index.id]
+
+    async def _build(self, index: VectorIndex) -> None:
+        plan = None if index.dropped else index.plan()
+        if plan is None:
+            return
+        began = trio.current_time()
+        name = secrets.token_hex(8)
+        try:
+            rows = await self._in_thread(lambda: self._store.write_rows(name, live_rows(plan)))
+            checksum = 0
+            if rows:
+                checksum = await self._run_process(index, name)
+                segment = await self._in_thread(lambda: self._store.open(name, checksum))
+                self._recent.append((rows, max(1e-3, trio.current_time() - began)))
+                self._store.adopt(segment)
+            if not index.dropped:
+                await self._install(index, _operation(index, plan, name if rows else "", checksum))
+                self.builds += 1
+        finally:
+            self._store.discard(name)
+            if all(installed.id != name for installed in index.segments):
+                with trio.CancelScope(shield=True):
+                    await self._in_thread(lambda: self._store.remove(name))
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(function, limiter=self._limiter)
+
+    async def _run_process(self, index: VectorIndex, name: str) -> int:
+        """Has the graph built; returns the checksum of the finished folder."""
+        job = BuildJob(str(self._store.folder), name, index.id, **attrs.asdict(index.parameters))
+        output, errors = bytearray(), bytearray()
+        process = await trio.lowlevel.open_process(
+            list(self._settings.command),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_collect, process.stdout, output)
+                nursery.start_soon(_collect, process.stderr, errors)
+                nursery.start_soon(_send, process.stdin, msgspec.json.encode(job) + b"\n")
+                await process.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+                for stream in (process.stdin, process.stdout, process.stderr):
+                    await stream.aclose()
+        if process.returncode != 0:
+            reason = errors[-_ERROR_BYTES:].decode(errors="replace").strip()
+            raise BuildError(f"the building process ended with code {process.returncode}: {reason}")
+        return msgspec.json.decode(output, type=BuildResult).checksum
+
+
+async def _collect(stream: trio.abc.ReceiveStream, collected: bytearray) -> None:
+    async for data in stream:
+        collected += data
+
+
+async def _send(stream: trio.abc.SendStream, data: bytes) -> None:
+    try:
+        await stream.send_all(data)
+    except trio.BrokenResourceError:
+        # It ended without reading: its exit code tells.
+        return
+
+
+def _operation(index: VectorIndex, plan: SealPlan | MergePlan, name: str, checksum: int) -> InstallSegment:
+    if isinstance(plan, SealPlan):
+        return InstallSegment(index.id, name, checksum, plan.through, ())
+    return InstallSegment(index.id, name, checksum, -1, tuple(source.id for source in plan.sources))
+
+
+def live_rows(plan: SealPlan | MergePlan) -> list[tuple[RowSource, Positions]]:
+    """The rows that live by now; those that die later, installing the segment finds."""
+    if isinstance(plan, SealPlan):
+        return [(chunk, np.flatnonzero(chunk.deaths[: chunk.count] == ALIVE)) for chunk in plan.chunks]
+    return [(source.segment, np.flatnonzero(source.deaths == ALIVE)) for source in plan.sources]

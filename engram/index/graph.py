@@ -1,0 +1,161 @@
+"""HNSW graphs: the one module that touches usearch.
+
+usearch trusts its callers and its files: a flipped bit in a file, a `remove` on a view or a missing path
+corrupt or end the process. So only two things are offered here: building a graph, in a process made for
+that, and searching a file whose checksum has been compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+import numpy as np
+from usearch.compiled import MetricKind, ScalarKind
+from usearch.index import Index
+
+from engram.columns import Array
+from engram.index.distances import TINY_NORM, Doubles, Floats
+from engram.index.parameters import Parameters
+from engram.index.texts import Positions
+
+# The rest of the numbers are held finer when the largest few are clipped.
+_PERCENTILE = 99.95
+_SAMPLE_ROWS = 4096
+_ADD_ROWS = 1024
+
+_SCALARS = {"int8": ScalarKind.I8, "bf16": ScalarKind.BF16, "f32": ScalarKind.F32}
+
+
+@attrs.frozen(eq=False)
+class Quantizer:
+    """How rows and queries are written in a graph, and what it orders them by.
+
+    cosine: unit rows, by inner product. l2: rows less `center`, their mean, by squared Euclidean distance.
+    dot: rows as they are, by inner product. "int8" (cosine only) multiplies by `scale`, rounds, and clips
+    to -127..127; "bf16" and "f32" are rounded by usearch.
+    """
+
+    metric: str
+    quantization: str
+    scale: float
+    center: Floats
+
+    @classmethod
+    def fit(cls, parameters: Parameters, rows: Floats, norms: Doubles) -> Quantizer:
+        """The quantizer for these rows, shape (n, dimension)."""
+        step = max(1, len(rows) // _SAMPLE_ROWS)
+        sample, norms = rows[::step], norms[::step]
+        center = np.zeros(parameters.dimension, np.float32)
+        if parameters.metric == "l2":
+            center = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+        quantizer = cls(parameters.metric, parameters.quantization, 1.0, center)
+        if parameters.quantization != "int8":
+            return quantizer
+        spread = float(np.percentile(np.abs(quantizer._prepare(sample, norms)), _PERCENTILE))
+        return attrs.evolve(quantizer, scale=127.0 / spread if spread > 0.0 else 1.0)
+
+    def encode(self, rows: Floats, norms: Doubles) -> Array:
+        """Rows or queries, shape (n, dimension), with their norms (n,), as the graph takes them."""
+        encoded = self._prepare(rows, norms)
+        if self.quantization != "int8":
+            return encoded
+        encoded *= np.float32(self.scale)
+        np.rint(encoded, out=encoded)
+        return np.clip(encoded, -127.0, 127.0, out=encoded).astype(np.int8)
+
+    def _prepare(self, rows: Floats, norms: Doubles) -> Floats:
+        if self.metric == "cosine":
+            scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > TINY_NORM)
+            return rows * scale.astype(np.float32)[:, None]
+        if self.metric == "l2":
+            return rows - self.center
+        return np.ascontiguousarray(rows)
+
+
+def _empty_index(parameters: Parameters) -> Index:
+    return Index(
+        ndim=parameters.dimension,
+        metric=MetricKind.L2sq if parameters.metric == "l2" else MetricKind.IP,
+        dtype=_SCALARS[parameters.quantization],
+        connectivity=parameters.connectivity,
+        expansion_add=parameters.expansion,
+        # A node's key is its position. The table that finds a node by its key would take time and memory.
+        enable_key_lookups=False,
+    )
+
+
+class Graph:
+    """A graph that can be searched, by one thread at a time."""
+
+    def __init__(self, index: Index, quantizer: Quantizer) -> None:
+        # The wrapper empties the compiled object when it is collected: it must live as long.
+        self._index = index
+        self._compiled = index._compiled
+        self._quantizer = quantizer
+
+    @classmethod
+    def open(cls, path: Path, parameters: Parameters, quantizer: Quantizer) -> Graph:
+        """Maps a graph file, whose checksum must have been compared (blocking, and holds the GIL).
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RuntimeError: the file is no graph.
+        """
+        # usearch closes descriptor 0 when the file is missing.
+        path.stat()
+        index = _empty_index(parameters)
+        index.view(path)
+        return cls(index, quantizer)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def search(self, queries: Floats, norms: Doubles, count: int, expansion: int) -> Positions:
+        """Positions of up to `count` near rows for each query, shape (n, count), -1 where there are fewer.
+
+        `queries` is (n, dimension), with their norms (n,).
+        """
+        self._compiled.expansion_search = max(expansion, count)
+        encoded = self._quantizer.encode(queries, norms)
+        keys, _, counts, _, _ = self._compiled.search_many(encoded, count, exact=False, threads=1)
+        positions: Positions = keys.astype(np.int64)
+        if counts.min() < count:
+            positions[np.arange(count) >= counts[:, None]] = -1
+        return positions
+
+
+class GraphBuilder:
+    """A graph that grows. `save` and adding hold the GIL or run for long: for a process of its own."""
+
+    def __init__(self, parameters: Parameters, quantizer: Quantizer) -> None:
+        self._index = _empty_index(parameters)
+        self._quantizer = quantizer
+
+    @property
+    def graph(self) -> Graph:
+        """What has been added so far, to be searched."""
+        return Graph(self._index, self._quantizer)
+
+    def add(self, positions: Positions, rows: Floats, norms: Doubles) -> None:
+        """Adds the rows at `positions` of `rows` (n, dimension) with their norms (n,)."""
+        for start in range(0, len(positions), _ADD_ROWS):
+            part = positions[start : start + _ADD_ROWS]
+            encoded = self._quantizer.encode(rows[part], norms[part])
+            # Adding with several threads can leave nodes that no search reaches.
+            self._index.add(part.astype(np.uint64), encoded, threads=1)
+
+    def save(self, path: Path) -> None:
+        """Writes the graph file; it is not synced.
+
+        Raises:
+            OSError: it cannot be written, or is not as long as it should be: usearch does not notice every
+                full disk.
+        """
+        try:
+            self._index.save(path)
+        except RuntimeError as error:
+            raise OSError(f"{path}: {error}") from error
+        size, expected = path.stat().st_size, self._index.serialized_length
+        if size != expected:
+            raise OSError(f"{path} has {size} bytes instead of {expected}: is the disk full?")

@@ -1,0 +1,209 @@
+"""The newest rows of an index: float32 in chunks, scanned exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.index.distances import Doubles, Floats, row_norms
+from engram.index.texts import Positions, Texts
+
+# The death of a row that lives.
+ALIVE = np.iinfo(np.int64).max
+
+_FIRST_CAPACITY = 16
+
+RowIds = npt.NDArray[np.int64]
+Lsns = npt.NDArray[np.int64]
+
+
+class Chunk:
+    """A block of rows with room for `capacity` of them.
+
+    Rows are only appended, and of what is there only a death is ever changed, once. So a search, in
+    another thread, may read the first `count` rows of the moment it was asked for, without a lock.
+
+    vectors: (capacity, dimension) float32; row_ids: (capacity,) int64, increasing; deaths: (capacity,)
+    int64, the LSN that killed the row or ALIVE; keys: one for each row; attributes: JSON texts by
+    position, of the rows that have them.
+    """
+
+    __slots__ = (
+        "_norms",
+        "attributes",
+        "capacity",
+        "count",
+        "dead",
+        "deaths",
+        "keys",
+        "norms_known",
+        "row_ids",
+        "vectors",
+    )
+
+    def __init__(self, capacity: int, dimension: int) -> None:
+        self.capacity = capacity
+        self.count = 0
+        self.dead = 0
+        self.vectors: Floats = np.empty((capacity, dimension), np.float32)
+        self.row_ids: RowIds = np.empty(capacity, np.int64)
+        self.deaths: Lsns = np.full(capacity, ALIVE, np.int64)
+        self.keys: list[bytes] = []
+        self.attributes: dict[int, bytes] = {}
+        self._norms: Doubles = np.empty(capacity, np.float64)
+        self.norms_known = 0
+
+    def norms(self, count: int) -> Doubles:
+        """The norms of the first `count` rows, computed at the first search that needs them.
+
+        Two threads may compute the same ones at once: they write the same numbers.
+        """
+        known = self.norms_known
+        if known < count:
+            self._norms[known:count] = row_norms(self.vectors[known:count])
+            self.norms_known = count
+        return self._norms[:count]
+
+    def append(self, row_id: int, key: bytes, vector: Floats) -> None:
+        """Appends one row; there must be room."""
+        position = self.count
+        self.vectors[position] = vector
+        self.row_ids[position] = row_id
+        self.keys.append(key)
+        self.count = position + 1
+
+    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats) -> None:
+        """Appends rows; there must be room."""
+        start, end = self.count, self.count + len(keys)
+        self.vectors[start:end] = vectors
+        self.row_ids[start:end] = row_ids
+        self.keys.extend(keys)
+        self.count = end
+
+    def norms_at(self, positions: Positions) -> Doubles:
+        """The norms of rows that a search has asked `norms` for."""
+        return self._norms[positions]
+
+    def keys_at(self, positions: Positions) -> list[bytes]:
+        """The keys of the rows at these positions."""
+        keys = self.keys
+        return [keys[position] for position in positions.tolist()]
+
+    def attributes_at(self, positions: Positions) -> list[bytes]:
+        """The JSON texts of the rows at these positions, empty for those without."""
+        return [self.attributes.get(position, b"") for position in positions.tolist()]
+
+    def keys_of(self, positions: Positions) -> Texts:
+        """The keys of the rows at these positions, as arrays."""
+        return Texts.of(self.keys_at(positions))
+
+    def attributes_of(self, positions: Positions) -> Texts:
+        """The JSON texts of the rows at these positions, as arrays."""
+        return Texts.of(self.attributes_at(positions))
+
+    def position(self, row_id: int) -> int:
+        """Where a row is that is known to be here."""
+        return int(self.row_ids[: self.count].searchsorted(row_id))
+
+    def kill(self, position: int, lsn: int) -> None:
+        """Marks a living row as dead."""
+        self.deaths[position] = lsn
+        self.dead += 1
+
+    def copy(self, start: int, capacity: int, dimension: int) -> Chunk:
+        """A chunk of another capacity that holds the rows from `start` on.
+
+        This one stays as it is for those who search it.
+        """
+        copied = Chunk(capacity, dimension)
+        rows = slice(start, self.count)
+        copied.extend(self.row_ids[rows], self.keys[rows], self.vectors[rows])
+        copied.deaths[: copied.count] = self.deaths[rows]
+        copied.dead = int(np.count_nonzero(copied.deaths[: copied.count] != ALIVE))
+        copied.attributes = {
+            position - start: text for position, text in self.attributes.items() if position >= start
+        }
+        return copied
+
+
+class Head:
+    """The chunks, oldest first, and appending to the last of them."""
+
+    def __init__(self, dimension: int, chunk_rows: int) -> None:
+        self.dimension = dimension
+        self.chunk_rows = chunk_rows
+        # Replaced, not changed, when a chunk comes or goes: views hold it.
+        self.chunks: tuple[Chunk, ...] = ()
+        # Rows in all chunks but the last.
+        self.rows_before_tail = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, dead ones included."""
+        return self.rows_before_tail + (self.chunks[-1].count if self.chunks else 0)
+
+    @property
+    def rows_in_whole_chunks(self) -> int:
+        """How many rows are in chunks that will not grow any more."""
+        if not self.chunks:
+            return 0
+        tail = self.chunks[-1]
+        return self.rows_before_tail + (tail.count if tail.count >= self.chunk_rows else 0)
+
+    def tail(self) -> Chunk:
+        """A last chunk with room for at least one row more.
+
+        The first chunk starts small and doubles, so that a small index takes little memory.
+        """
+        chunks = self.chunks
+        if not chunks:
+            tail = Chunk(min(_FIRST_CAPACITY, self.chunk_rows), self.dimension)
+            self.chunks = (tail,)
+            return tail
+        tail = chunks[-1]
+        if tail.count < tail.capacity:
+            return tail
+        if tail.count < self.chunk_rows:
+            tail = tail.copy(0, min(2 * tail.capacity, self.chunk_rows), self.dimension)
+            self.chunks = (*chunks[:-1], tail)
+            return tail
+        self.rows_before_tail += tail.count
+        tail = Chunk(self.chunk_rows, self.dimension)
+        self.chunks = (*chunks, tail)
+        return tail
+
+    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats) -> None:
+        """Appends rows; their ids are greater than all here."""
+        done = 0
+        while done < len(keys):
+            tail = self.tail()
+            part = slice(done, min(done + tail.capacity - tail.count, len(keys)))
+            tail.extend(row_ids[part], keys[part], vectors[part])
+            done = part.stop
+
+    def find(self, row_id: int) -> tuple[Chunk, int]:
+        """Where a row is that is known to be here."""
+        chunks = self.chunks
+        chunk = chunks[-1]
+        if row_id < chunk.row_ids[0]:
+            low, high = 0, len(chunks) - 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                if row_id < chunks[middle].row_ids[0]:
+                    high = middle
+                else:
+                    low = middle
+            chunk = chunks[low]
+        return chunk, chunk.position(row_id)
+
+    def drop_through(self, row_id: int) -> None:
+        """Lets go of the rows up to and including `row_id`."""
+        chunks = list(self.chunks)
+        while chunks and chunks[0].row_ids[chunks[0].count - 1] <= row_id:
+            del chunks[0]
+        if chunks and chunks[0].row_ids[0] <= row_id:
+            first = chunks[0]
+            start = int(first.row_ids[: first.count].searchsorted(row_id, "right"))
+            chunks[0] = first.copy(start, max(first.count - start, _FIRST_CAPACITY), self.dimension)
+        self.chunks = tuple(chunks)
+        self.rows_before_tail = sum(chunk.count for chunk in chunks[:-1])

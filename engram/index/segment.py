@@ -1,0 +1,225 @@
+"""Segments: immutable rows of an index with a graph, as files that are mapped.
+
+A segment folder is an `engram.columns` folder:
+
+    row-ids                (n,) int64, increasing
+    keys-bytes, keys-ends  the key of each row
+    attributes-...         the JSON text of each row, empty when it has none
+    vectors                (n, dimension) float32
+    norms                  (n,) float64
+    center                 (dimension,) float32, the quantizer's
+    graph.usearch          the HNSW graph; nodes are row positions
+
+The metadata names the index, its parameters, the quantizer's scale and the measured expansion. While the
+graph is being built, a folder `<id>.building` holds the rows.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from engram.columns import Array, open_columns
+from engram.errors import DamagedDataError
+from engram.files import Files
+from engram.index.distances import Doubles, Floats
+from engram.index.graph import Graph, Quantizer
+from engram.index.parameters import Parameters
+from engram.index.texts import Positions, Texts
+
+GRAPH = "graph.usearch"
+
+# What is written before the graph is built.
+ROW_FILES = (
+    "row-ids.npy",
+    "keys-bytes.npy",
+    "keys-ends.npy",
+    "attributes-bytes.npy",
+    "attributes-ends.npy",
+    "vectors.npy",
+)
+
+_COPIED_ROWS = 2048
+
+
+class RowSource(Protocol):
+    """Rows by position: a chunk of the head, or a segment."""
+
+    @property
+    def row_ids(self) -> npt.NDArray[np.int64]: ...
+
+    @property
+    def vectors(self) -> Floats: ...
+
+    def keys_of(self, positions: Positions) -> Texts: ...
+
+    def attributes_of(self, positions: Positions) -> Texts: ...
+
+
+@attrs.frozen(eq=False)
+class Segment:
+    """An opened segment; its files may be unlinked while it is used.
+
+    `graphs` holds one view of the graph for each search worker. `expansion` is the ef at which searches
+    found enough of the nearest rows when it was measured, 0 when no reasonable one did.
+    """
+
+    id: str
+    path: Path
+    checksum: int
+    index_id: int
+    parameters: Parameters
+    expansion: int
+    row_ids: npt.NDArray[np.int64]
+    vectors: Floats
+    norms: Doubles
+    graphs: tuple[Graph, ...]
+    keys: Texts
+    attributes: Texts
+
+    def position(self, row_id: int) -> int:
+        """Where a row is that is known to be here."""
+        return int(self.row_ids.searchsorted(row_id))
+
+    def norms_at(self, positions: Positions) -> Doubles:
+        """The norms of the rows at these positions."""
+        return self.norms[positions]
+
+    def keys_at(self, positions: Positions) -> list[bytes]:
+        """The keys of the rows at these positions."""
+        return self.keys.at(positions)
+
+    def attributes_at(self, positions: Positions) -> list[bytes]:
+        """The JSON texts of the rows at these positions, empty for those without."""
+        return self.attributes.at(positions)
+
+    def keys_of(self, positions: Positions) -> Texts:
+        """The keys of the rows at these positions, as arrays."""
+        return self.keys.select(positions)
+
+    def attributes_of(self, positions: Positions) -> Texts:
+        """The JSON texts of the rows at these positions, as arrays."""
+        return self.attributes.select(positions)
+
+
+def _bytes(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _vector_bytes(parts: Sequence[tuple[RowSource, Positions]]) -> Iterator[memoryview]:
+    for source, positions in parts:
+        for start in range(0, len(positions), _COPIED_ROWS):
+            yield _bytes(source.vectors[positions[start : start + _COPIED_ROWS]])
+
+
+class SegmentStore:
+    """The folder of segments.
+
+    `views` is the number of search workers; with 0 no graph is opened, and segments cannot be searched.
+    """
+
+    def __init__(self, folder: Path, files: Files, views: int) -> None:
+        self.folder = folder
+        self.files = files
+        self._views = views
+        self._adopted: dict[str, Segment] = {}
+
+    def open(self, segment_id: str, checksum: int) -> Segment:
+        """Opens a segment (blocking); every file is read and its checksum compared.
+
+        A damaged graph would end the process; damaged rows or keys would give wrong answers.
+
+        Raises:
+            DamagedDataError: a file is missing or is not what was written.
+        """
+        path = self.folder / segment_id
+        opened = open_columns(path, checksum)
+        metadata: dict[str, Any] = opened.metadata
+        columns = opened.columns
+        parameters = Parameters(**metadata["parameters"])
+        quantizer = Quantizer(
+            parameters.metric, parameters.quantization, metadata["scale"], np.array(columns["center"])
+        )
+        graphs = tuple(Graph.open(path / GRAPH, parameters, quantizer) for _ in range(self._views))
+        if any(len(graph) != len(columns["row-ids"]) for graph in graphs):
+            raise DamagedDataError(path / GRAPH, "does not have as many nodes as the segment has rows")
+        return Segment(
+            segment_id,
+            path,
+            checksum,
+            metadata["index"],
+            parameters,
+            metadata["expansion"],
+            columns["row-ids"],
+            columns["vectors"],
+            columns["norms"],
+            graphs,
+            Texts(columns["keys-bytes"], columns["keys-ends"]),
+            Texts(columns["attributes-bytes"], columns["attributes-ends"]),
+        )
+
+    def building(self, segment_id: str) -> Path:
+        """The folder of a segment that is not finished."""
+        return self.folder / f"{segment_id}.building"
+
+    def write_rows(self, segment_id: str, parts: Sequence[tuple[RowSource, Positions]]) -> int:
+        """Writes `ROW_FILES` of a segment to be built, from the rows at these positions (blocking).
+
+        Returns how many rows there are; when there is none, nothing is written. Raises OSError.
+        """
+        rows = sum(len(positions) for _, positions in parts)
+        if not rows:
+            return 0
+        path = self.building(segment_id)
+        self.files.make_folder(path)
+        dimension = parts[0][0].vectors.shape[1]
+        keys = Texts.concatenate([source.keys_of(positions) for source, positions in parts])
+        attributes = Texts.concatenate([source.attributes_of(positions) for source, positions in parts])
+        columns = {
+            "row-ids": np.concatenate([source.row_ids[positions] for source, positions in parts]),
+            "keys-bytes": keys.joined,
+            "keys-ends": keys.ends,
+            "attributes-bytes": attributes.joined,
+            "attributes-ends": attributes.ends,
+        }
+        for name, column in columns.items():
+            self._write_array(path / f"{name}.npy", column.dtype, column.shape, [_bytes(column)])
+        self._write_array(path / "vectors.npy", np.dtype(np.float32), (rows, dimension), _vector_bytes(parts))
+        return rows
+
+    def _write_array(
+        self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], data: Iterable[memoryview]
+    ) -> None:
+        header = io.BytesIO()
+        description = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        np.lib.format.write_array_header_1_0(header, description)
+        self.files.write_file(path, chain([header.getvalue()], data))
+
+    def adopt(self, segment: Segment) -> None:
+        """Keeps an opened segment for `take`."""
+        self._adopted[segment.id] = segment
+
+    def take(self, segment_id: str, checksum: int) -> Segment:
+        """The adopted segment of that id, else a newly opened one (which blocks)."""
+        adopted = self._adopted.pop(segment_id, None)
+        return adopted if adopted is not None else self.open(segment_id, checksum)
+
+    def discard(self, segment_id: str) -> None:
+        """Forgets an adopted segment that was not taken."""
+        self._adopted.pop(segment_id, None)
+
+    def remove(self, segment_id: str) -> None:
+        """Deletes the files of a segment, finished or not (blocking); without any it does nothing."""
+        self.files.remove_tree(self.building(segment_id))
+        self.files.remove_tree(self.folder / segment_id)

@@ -1,0 +1,34 @@
+"""Vectors as clients send them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engram.errors import CommandError
+
+Vector = npt.NDArray[np.float32]
+
+# Squares, and sums of a few of them, then stay finite in float32.
+MAXIMUM_NORM = 1e18
+
+
+def decode_vector(blob: bytes, dimension: int) -> Vector:
+    """The vector, float32 of shape (dimension,), that little-endian float32 bytes stand for.
+
+    It is a read-only view of `blob`.
+
+    Raises:
+        CommandError: the bytes are no float32 vector, have another dimension, or hold a NaN, an infinity
+            or so large numbers that distances would overflow.
+    """
+    size = len(blob)
+    if size != 4 * dimension:
+        if not size or size % 4:
+            raise CommandError("ERR invalid vector encoding")
+        raise CommandError(f"ERR wrong vector dimension: index expects {dimension}, got {size // 4}")
+    vector = np.frombuffer(blob, "<f4")
+    # Unlike other products, vdot does not warn of an overflow. Written so that a NaN fails too.
+    if not np.vdot(vector, vector) <= MAXIMUM_NORM**2:
+        raise CommandError(f"ERR vector must be finite, with a norm of at most {MAXIMUM_NORM:g}")
+    return vector

@@ -1,0 +1,218 @@
+"""The replies of one client on their way out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+import trio
+
+from engram.commands.session import Server, Slot
+from engram.transport import Transport
+
+# Replies that may wait for the log or for a search before further requests are left unread.
+_UNRELEASED_REPLIES = 1024
+_UNRELEASED_BYTES = 4 << 20
+
+_WRITE_SIZE = 256 << 10
+
+# With fewer clients than this a reply is sent at once.
+_MANY_CLIENTS = 5
+
+
+class Outbox:
+    """Sends replies in order, each once it is known and the state it shows is durable.
+
+    `flush` is what moves replies along, and it is synchronous: the connection calls it after a burst of
+    requests, the log when a batch is durable, a search when it is done. So a batch that releases the
+    replies of fifty clients wakes no task. Only what a socket will not take at once is left to a writer
+    task. `start_writer` starts `write` in the client's nursery, `abort` ends the client.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        server: Server,
+        *,
+        start_writer: Callable[[], None],
+        abort: Callable[[], None],
+    ) -> None:
+        self._transport = transport
+        self._server = server
+        self._journal = server.database.journal
+        self._start_writer = start_writer
+        self._abort = abort
+        self._waiting: deque[tuple[bytes | Slot, int]] = deque()
+        self._waiting_bytes = 0
+        self._registered = False
+        self._departing: list[bytes] = []
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._write_scope: trio.CancelScope | None = None
+        self._progress = trio.lowlevel.ParkingLot()
+        self._broken = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of replies held."""
+        return self._waiting_bytes + self._unsent_bytes
+
+    @property
+    def congested(self) -> bool:
+        """Whether further requests of this client should wait."""
+        if not self._unsent_bytes and not self._waiting:
+            return False
+        return (
+            self._unsent_bytes > self._server.config.client_output_buffer_limit
+            or len(self._waiting) > _UNRELEASED_REPLIES
+            or self._waiting_bytes > _UNRELEASED_BYTES
+        )
+
+    async def relieved(self) -> None:
+        """Waits until the outbox is not congested."""
+        while self.congested:
+            await self._progress.park()
+
+    async def drained(self) -> None:
+        """Waits until every reply has been sent."""
+        self.depart()
+        while (self._waiting or self._unsent or self._write_scope is not None) and not self._broken:
+            await self._progress.park()
+
+    def send(self, reply: bytes, lsn: int) -> None:
+        """Sends an encoded reply, or several, that show the state at `lsn`: now, or in its turn."""
+        if not self._waiting and (self._journal is None or self._journal.released(lsn)):
+            self._send(reply)
+            return
+        self._waiting_bytes += len(reply)
+        self._waiting.append((reply, lsn))
+        self.flush()
+
+    def send_soon(self, reply: bytes, lsn: int) -> None:
+        """As `send`, but perhaps only when the other clients that are ready have been served, too."""
+        server = self._server
+        many = len(server.sessions) >= _MANY_CLIENTS and len(reply) < _WRITE_SIZE
+        if not many or self._waiting or not (self._journal is None or self._journal.released(lsn)):
+            self.send(reply, lsn)
+            return
+        self._departing.append(reply)
+        if len(self._departing) == 1:
+            server.departures.add(self)
+
+    def depart(self) -> None:
+        """Sends what `send_soon` put off."""
+        if self._departing:
+            self._send(b"")
+
+    def expect(self, slot: Slot, lsn: int) -> None:
+        """Keeps the place of a reply that will show the state at `lsn`."""
+        slot.on_fill = self.flush
+        self._waiting.append((slot, lsn))
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends every reply that is ready, up to the first that is not."""
+        waiting, journal = self._waiting, self._journal
+        ready = []
+        while waiting:
+            reply, lsn = waiting[0]
+            if isinstance(reply, Slot):
+                if reply.reply is None:
+                    break
+                content = reply.reply
+            else:
+                content = reply
+            if journal is not None and not journal.released(lsn):
+                if not self._registered:
+                    self._registered = True
+                    journal.on_release(lsn, self._released)
+                break
+            waiting.popleft()
+            if content is reply:
+                self._waiting_bytes -= len(content)
+            ready.append(content)
+        if ready:
+            self._send(ready[0] if len(ready) == 1 else b"".join(ready))
+            if self._progress:
+                self._progress.unpark_all()
+
+    def discard(self) -> None:
+        """Forgets everything: the client is gone."""
+        self._broken = True
+        self._waiting.clear()
+        self._departing.clear()
+        self._unsent.clear()
+        self._waiting_bytes = self._unsent_bytes = 0
+        self._progress.unpark_all()
+
+    def _released(self) -> None:
+        self._registered = False
+        self.flush()
+
+    def _send(self, data: bytes) -> None:
+        if self._broken:
+            return
+        if self._departing:
+            data = b"".join((*self._departing, data))
+            self._departing.clear()
+        sent = 0
+        if self._write_scope is None:
+            try:
+                sent = self._transport.send_now(data)
+            except OSError:
+                self.discard()
+                self._abort()
+                return
+            self._server.statistics.net_output_bytes += sent
+            if sent == len(data):
+                return
+            self._write_scope = trio.CancelScope()
+            self._start_writer()
+        self._unsent.append(memoryview(data)[sent:])
+        self._unsent_bytes += len(data) - sent
+        self._limit_writing(self._write_scope)
+
+    def _limit_writing(self, scope: trio.CancelScope) -> None:
+        # Only a client that holds up its own requests is hurried; one that reads late may.
+        backed_up = self._unsent_bytes > self._server.config.client_output_buffer_limit
+        if not backed_up:
+            scope.deadline = float("inf")
+        elif scope.deadline == float("inf"):
+            scope.deadline = trio.current_time() + self._server.config.client_write_timeout
+
+    async def write(self) -> None:
+        """The writer task: sends what the socket would not take at once, then ends."""
+        scope = self._write_scope
+        assert scope is not None
+        finished = False
+        try:
+            with scope, suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                while self._unsent:
+                    data = self._next_write()
+                    await self._transport.send_all(data)
+                    self._unsent_bytes -= len(data)
+                    self._server.statistics.net_output_bytes += len(data)
+                    scope.deadline = float("inf")
+                    self._limit_writing(scope)
+                    self._progress.unpark_all()
+                finished = True
+        finally:
+            self._write_scope = None
+            if not finished:
+                # Part of it may have been sent: nothing can follow.
+                self.discard()
+                self._abort()
+            self._progress.unpark_all()
+
+    def _next_write(self) -> bytes | memoryview:
+        first = self._unsent.popleft()
+        if len(first) >= _WRITE_SIZE:
+            if len(first) > _WRITE_SIZE:
+                self._unsent.appendleft(first[_WRITE_SIZE:])
+            return first[:_WRITE_SIZE]
+        parts, size = [first], len(first)
+        while self._unsent and size + len(self._unsent[0]) <= _WRITE_SIZE:
+            parts.append(self._unsent.popleft())
+            size += len(parts[-1])
+        return b"".join(parts)

@@ -1,0 +1,349 @@
+"""The server: its nurseries, listeners, start-up and drain."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import attrs
+import trio
+
+from engram.commands.session import Server
+from engram.config import Config
+from engram.connection import Connection
+from engram.database import RECORD_OVERHEAD, Database
+from engram.engine import Engine
+from engram.errors import OperatorError
+from engram.files import DiskFiles
+from engram.index.builder import Builder
+from engram.index.search import SearchService
+from engram.index.segment import SegmentStore
+from engram.index.vector_index import VectorIndex
+from engram.operations import InstallSegment
+from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
+from engram.protocol import replies
+from engram.transport import SocketTransport
+
+logger = logging.getLogger("engram")
+
+MAXCLIENTS_REACHED = replies.error("ERR max number of clients reached")
+
+# A thread waits this long for the interpreter lock before its holder is asked for it. A batch of
+# searches takes the lock once a query, so the default of 5 ms would make it wait most of the time.
+SWITCH_INTERVAL = 0.0005
+
+_IDLE_EXPIRY_INTERVAL = 0.1
+_FREE_SLICE = 4096
+
+
+@attrs.frozen
+class Started:
+    """What `serve` reports once it listens. `addresses` are (host, port); `seconds` is what recovery took."""
+
+    addresses: tuple[tuple[str, int], ...]
+    directory: str
+    keys: int
+    vectors: int
+    seconds: float
+    recovery: Recovery | None
+
+
+async def serve(
+    config: Config,
+    *,
+    shutdown: trio.Event | None = None,
+    task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Runs a server until `shutdown` is set or a client asks for it.
+
+    Reports a `Started` once it accepts connections. Cancelling it ends it at once: clients get no last
+    replies, and what was not yet acknowledged may be lost.
+
+    Raises:
+        OperatorError: the address or the data directory cannot be used, or the log has failed.
+    """
+    shutdown = trio.Event() if shutdown is None else shutdown
+    began = time.monotonic()
+    listeners = _listen(config)
+    try:
+        with _data_folder(config) as folder:
+            await _serve(config, folder, listeners, shutdown, began, task_status)
+    except BaseExceptionGroup as group:
+        # The operator is told the reason, not the shape of the nurseries.
+        matched, rest = group.split(OperatorError)
+        if matched is None or rest is not None:
+            raise
+        raise _first(matched) from group
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, OperatorError)
+    return error
+
+
+@contextmanager
+def _data_folder(config: Config) -> Iterator[Path]:
+    """The data directory, locked; without one a temporary folder that goes with the process."""
+    if not config.dir:
+        with tempfile.TemporaryDirectory(prefix="engram-", ignore_cleanup_errors=True) as temporary:
+            (Path(temporary) / "segments").mkdir()
+            yield Path(temporary)
+        return
+    lock = lock_directory(Path(config.dir))
+    try:
+        yield Path(config.dir)
+    finally:
+        os.close(lock)
+
+
+def _listen(config: Config) -> list[socket.socket]:
+    listeners: list[socket.socket] = []
+    port = config.port
+    for host in config.bind:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.create_server(address, family=family, backlog=config.tcp_backlog)
+        except OSError as error:
+            for other in listeners:
+                other.close()
+            raise OperatorError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+        listener.setblocking(False)
+        listeners.append(listener)
+        # All addresses share the port that the first one was given.
+        port = listener.getsockname()[1]
+    return listeners
+
+
+def search_threads(config: Config) -> int:
+    """How many threads search."""
+    return config.search_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+async def _serve(
+    config: Config,
+    folder: Path,
+    listeners: list[socket.socket],
+    shutdown: trio.Event,
+    began: float,
+    task_status: trio.TaskStatus[Started],
+) -> None:
+    files = DiskFiles()
+    store = SegmentStore(folder / "segments", files, search_threads(config))
+    engine = Engine(store, seal_rows=config.seal_rows)
+    recovery: Recovery | None = None
+    persistence: Persistence | None = None
+    if config.dir:
+        try:
+            recovery = await trio.to_thread.run_sync(recover, folder, files, engine.restore, engine.apply)
+        except OSError as error:
+            raise OperatorError(
+                f"{error.filename or folder}: cannot be read back: {error.strerror}"
+            ) from error
+        persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
+    database = Database(engine, persistence)
+
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        if persistence is not None:
+            await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
+        if not index.dropped:
+            database.commit(operation)
+            database.changed(index)
+
+    searches = SearchService(search_threads(config), config.search_batch)
+    builder = Builder(store, install)
+    database.changed = builder.consider
+
+    def reconfigure() -> None:
+        if persistence is not None:
+            _configure_log(persistence.settings, config)
+
+    async with trio.open_nursery() as storage_nursery:
+        if persistence is not None:
+            await storage_nursery.start(persistence.run)
+        async with trio.open_nursery() as work_nursery:
+            await work_nursery.start(searches.run)
+            await work_nursery.start(builder.run)
+            for index in engine.indices.values():
+                builder.consider(index)
+            work_nursery.start_soon(_expire, database)
+            work_nursery.start_soon(_free, engine, store, persistence is None)
+            server = Server(
+                config=config,
+                database=database,
+                storage=persistence,
+                searches=searches,
+                builder=builder,
+                run_id=secrets.token_hex(20),
+                started=time.time(),
+                port=listeners[0].getsockname()[1],
+                start_soon=work_nursery.start_soon,
+                shut_down=shutdown.set,
+                reconfigure=reconfigure,
+            )
+            sys.setswitchinterval(SWITCH_INTERVAL)
+            _settle_garbage_collector()
+            started = Started(
+                addresses=tuple(listener.getsockname()[:2] for listener in listeners),
+                directory=config.dir,
+                keys=len(engine.keyspace),
+                vectors=sum(map(len, engine.indices.values())),
+                seconds=time.monotonic() - began,
+                recovery=recovery,
+            )
+            work_nursery.start_soon(server.departures.run)
+            await _serve_clients(server, listeners, shutdown, partial(task_status.started, started))
+            work_nursery.cancel_scope.cancel()
+        # Nothing writes any more: the log is drained and synced, and its task ends.
+        if persistence is not None:
+            persistence.close()
+
+
+async def _serve_clients(
+    server: Server, listeners: list[socket.socket], shutdown: trio.Event, ready: Callable[[], None]
+) -> None:
+    """Accepts clients until `shutdown`, then lets each have its last replies."""
+    connections: set[Connection] = set()
+    async with trio.open_nursery() as client_nursery:
+        async with trio.open_nursery() as front_nursery:
+            for listener in listeners:
+                front_nursery.start_soon(_accept, listener, server, connections, client_nursery)
+            ready()
+            await shutdown.wait()
+            front_nursery.cancel_scope.cancel()
+        for connection in connections:
+            connection.finish()
+
+
+def _settle_garbage_collector() -> None:
+    # What was recovered lives for long: it need not be looked at again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def _log_settings(config: Config) -> PersistenceSettings:
+    settings = PersistenceSettings(log_file_size=config.log_file_size)
+    _configure_log(settings, config)
+    return settings
+
+
+def _configure_log(settings: PersistenceSettings, config: Config) -> None:
+    settings.appendfsync = config.appendfsync
+    settings.queue_bytes = config.log_queue_size
+    settings.snapshot_log_size = config.snapshot_log_size
+
+
+def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:
+    def command(last_file: int) -> list[str]:
+        return [sys.executable, "-m", "engram.snapshotter", str(folder), str(last_file)]
+
+    return command
+
+
+async def _accept(
+    listener: socket.socket, server: Server, connections: set[Connection], nursery: trio.Nursery
+) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        try:
+            client, peer = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            continue
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            logger.warning("cannot accept a connection: %s", error.strerror)
+            await trio.sleep(0.1)
+            continue
+        server.statistics.connections_received += 1
+        if len(connections) >= server.config.maxclients:
+            server.statistics.connections_rejected += 1
+            with client:
+                client.setblocking(False)
+                _send_and_forget(client, MAXCLIENTS_REACHED)
+            continue
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection = Connection(
+            SocketTransport(client),
+            server,
+            address=_address(peer),
+            local_address=_address(client.getsockname()),
+            descriptor=client.fileno(),
+        )
+        connections.add(connection)
+        nursery.start_soon(_attend, connection, connections)
+
+
+def _send_and_forget(client: socket.socket, data: bytes) -> None:
+    try:
+        client.send(data)
+    except OSError as error:
+        logger.debug("a rejected client left at once: %s", error)
+
+
+def _address(name: tuple[str, int]) -> str:
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _attend(connection: Connection, connections: set[Connection]) -> None:
+    """Serves one client; what goes wrong there ends that client alone."""
+    try:
+        await connection.serve()
+    except Exception:
+        logger.exception("client %s ended by an error", connection.session.address)
+    finally:
+        connections.discard(connection)
+
+
+async def _expire(database: Database) -> None:
+    """Deletes keys soon after they lapse."""
+    while True:
+        next_expiry = database.engine.keyspace.next_expiry()
+        pause = _IDLE_EXPIRY_INTERVAL
+        if next_expiry is not None:
+            pause = min(pause, max(0.001, (next_expiry - database.now()) / 1000))
+        await trio.sleep(pause)
+        while database.expire_due():
+            await trio.lowlevel.checkpoint()
+
+
+async def _free(engine: Engine, store: SegmentStore, temporary: bool) -> None:
+    """Frees what was dropped, in slices: freeing a million keys at once would hold every client up.
+
+    In a temporary folder the files of segments go as soon as nothing refers to them; otherwise the
+    persistence task knows when they are no longer needed.
+    """
+    while True:
+        await trio.sleep(_IDLE_EXPIRY_INTERVAL)
+        while engine.dropped:
+            mapping = engine.dropped[-1]
+            for _ in range(min(_FREE_SLICE, len(mapping))):
+                mapping.popitem()
+            if not mapping:
+                engine.dropped.pop()
+            await trio.lowlevel.checkpoint()
+        released, engine.released_segments = engine.released_segments, []
+        if temporary:
+            for segment_id in released:
+                await trio.to_thread.run_sync(store.remove, segment_id)

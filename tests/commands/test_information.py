@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import hiredis
+import pytest
+
+from engram import REDIS_VERSION, __version__
+from engram.commands.information import human
+from tests.commands.test_administration import Snapshots
+from tests.conftest import Client, House, OpenHouse, vector
+
+
+async def info(client: Client, *sections: str) -> dict[str, str]:
+    reader = hiredis.Reader()
+    reader.feed(await client.call(" ".join(("INFO", *sections))))
+    text = reader.gets().decode()
+    lines = text.split("\r\n")
+    assert lines.pop() == ""
+    fields = dict(line.split(":", 1) for line in lines if line and not line.startswith("# "))
+    return {**fields, "sections": " ".join(line[2:] for line in lines if line.startswith("# "))}
+
+
+async def test_what_clients_look_for(house: House) -> None:
+    fields = await info(house.connect())
+    assert fields["redis_version"] == REDIS_VERSION
+    assert fields["engram_version"] == __version__
+    assert fields["arch_bits"] == "64"
+    assert fields["loading"] == fields["cluster_enabled"] == fields["aof_enabled"] == "0"
+    assert fields["role"] == "master"
+    assert fields["redis_mode"] == "standalone"
+    assert fields["tcp_port"] == "6380"
+
+
+async def test_sections(house: House) -> None:
+    client = house.connect()
+    everything = "Server Clients Memory Persistence Stats Replication CPU Cluster Keyspace Vectors"
+    assert (await info(client))["sections"] == everything
+    assert (await info(client, "everything"))["sections"] == everything
+    assert (await info(client, "server", "default"))["sections"] == everything
+    assert (await info(client, "CPU", "server"))["sections"] == "Server CPU"
+    assert await client.call("INFO nosuch") == b"$0\r\n\r\n"
+    await client.call("HELLO 3")
+    assert await client.call("INFO nosuch") == b"=4\r\ntxt:\r\n"
+    assert (await client.call("INFO keyspace")) == b"=16\r\ntxt:# Keyspace\r\n\r\n"
+
+
+async def test_counters(house: House) -> None:
+    client = house.connect()
+    await client.call("SET a 1 PX 5")
+    await client.call("SET b 1")
+    await client.call("SET c 1 EX 100")
+    await client.call("NOSUCH")
+    await client.call("VNEW v 1")
+    await client.call([b"VADD", b"v", b"x", vector(1)])
+    await client.call([b"VSEARCH", b"v", vector(1), b"1"])
+    house.clock.time += 5
+    await client.call("GET a")
+    fields = await info(client)
+    assert fields["db0"] == "keys=3,expires=1,avg_ttl=0"
+    assert fields["connected_clients"] == "1"
+    assert fields["expired_keys"] == "1"
+    assert fields["total_error_replies"] == "1"
+    assert fields["total_commands_processed"] == "9"
+    assert fields["vectors_indices"] == fields["vectors_rows"] == fields["vectors_rows_unindexed"] == "1"
+    assert fields["vectors_searches"] == "1"
+    assert int(fields["total_net_input_bytes"]) > 100
+    await client.call("CONFIG RESETSTAT")
+    fields = await info(client)
+    assert fields["total_error_replies"] == fields["expired_keys"] == "0"
+    assert fields["total_commands_processed"] == "1"
+
+
+async def test_persistence(open_house: OpenHouse) -> None:
+    storage = Snapshots()
+    storage.held.allocation_error = "No space left on device"
+    async with open_house(storage=storage) as house:
+        fields = await info(house.connect(), "persistence")
+    assert fields["aof_enabled"] == "1"
+    assert fields["aof_last_write_status"] == "err"
+    assert fields["log_allocation_error"] == "No space left on device"
+    assert fields["rdb_last_bgsave_status"] == "ok"
+    assert fields["rdb_last_bgsave_time_sec"] == "2"
+    assert fields["rdb_changes_since_last_save"] == "7"
+    assert fields["log_last_fsync_usec"] == "2000"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0B"), (1023, "1023B"), (1536, "1.50K"), (3 << 20, "3.00M"), (1 << 50, "1024.00T")],
+)
+def test_sizes_for_people(size: int, text: str) -> None:
+    assert human(size) == text

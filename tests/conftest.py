@@ -1,0 +1,281 @@
+"""A whole server over memory streams, with a clock, a log and searches that a test holds in its hand."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from engram.commands.session import Server, Storage
+from engram.config import Config
+from engram.connection import Connection
+from engram.database import Database
+from engram.engine import Engine
+from engram.errors import CommandError
+from engram.files import DiskFiles
+from engram.index.builder import Builder
+from engram.index.search import SearchResult, SearchService
+from engram.index.segment import SegmentStore
+from engram.index.vector_index import VectorIndex, View
+from engram.operations import InstallSegment, Operation
+from engram.transport import StreamTransport
+
+START = 1_800_000_000_000
+
+# A test that waits for longer has gone wrong.
+PATIENCE = 5
+
+Done = Callable[[SearchResult | Exception], None]
+
+
+def encode_request(words: Iterable[bytes]) -> bytes:
+    """A request as clients send it, an array of bulk strings."""
+    parts = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
+    return b"*%d\r\n%b" % (len(parts), b"".join(parts))
+
+
+def vector(*numbers: float) -> bytes:
+    """A vector as clients send it."""
+    return np.array(numbers, "<f4").tobytes()
+
+
+def reply_length(data: bytes | bytearray, start: int = 0) -> int | None:
+    """Where the reply that begins at `start` ends; None when it is not complete."""
+    stop = data.find(b"\r\n", start)
+    if stop < 0:
+        return None
+    kind, stop = data[start : start + 1], stop + 2
+    if kind in (b"+", b"-", b":", b"_", b"#", b","):
+        return stop
+    count = int(data[start + 1 : stop - 2])
+    if kind in (b"$", b"="):
+        stop += count + 2 if count >= 0 else 0
+        return stop if stop <= len(data) else None
+    for _ in range(2 * count if kind == b"%" else count):
+        end = reply_length(data, stop)
+        if end is None:
+            return None
+        stop = end
+    return stop
+
+
+@attrs.define
+class Clock:
+    """Milliseconds since the epoch, as a test says."""
+
+    time: int = START
+
+    def __call__(self) -> int:
+        return self.time
+
+
+class ManualJournal:
+    """A log in memory. What is appended is durable when `release` says so.
+
+    `refusal` is the text of the error that admission ends with while `room` is False; without one,
+    admission waits.
+    """
+
+    def __init__(self, *, automatic: bool = False) -> None:
+        self.records: list[tuple[int, Operation]] = []
+        self.durable = 0
+        self.automatic = automatic
+        self.room = True
+        self.refusal = ""
+        self.admissions = 0
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self._parked = trio.lowlevel.ParkingLot()
+
+    def has_room(self, size: int) -> bool:
+        return self.room
+
+    async def admit(self, size: int) -> None:
+        self.admissions += 1
+        await trio.lowlevel.checkpoint()
+        while not self.room:
+            if self.refusal:
+                raise CommandError(self.refusal)
+            await self._parked.park()
+
+    def append(self, lsn: int, operation: Operation) -> None:
+        self.records.append((lsn, operation))
+        if self.automatic:
+            self.durable = lsn
+
+    def released(self, lsn: int) -> bool:
+        return lsn <= self.durable
+
+    def on_release(self, lsn: int, callback: Callable[[], None]) -> None:
+        self._waiting.append((lsn, callback))
+
+    def release(self, lsn: int | None = None) -> None:
+        """Everything up to `lsn` (all of it when None) is durable."""
+        self.durable = self.records[-1][0] if lsn is None else lsn
+        while self._waiting and self.released(self._waiting[0][0]):
+            self._waiting.popleft()[1]()
+
+    def make_room(self) -> None:
+        self.room = True
+        self._parked.unpark_all()
+
+
+class HeldSearches(SearchService):
+    """Searches that a test answers, when it likes."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.held: list[Done] = []
+
+    def submit(
+        self, index_id: int, view: View, query: np.ndarray, k: int, ef: int | None, done: Done
+    ) -> None:
+        self.held.append(done)
+
+
+class Client:
+    """One end of a connection. All that arrives is kept in `received`."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.received = bytearray()
+        self.gone = trio.Event()
+        self._progress = trio.lowlevel.ParkingLot()
+
+    async def read(self) -> None:
+        """Receives until the server closes; to be run in the background."""
+        try:
+            async for data in self.stream:
+                self.received += data
+                self._progress.unpark_all()
+        except trio.BrokenResourceError:
+            self._progress.unpark_all()
+        finally:
+            self.gone.set()
+
+    async def send(self, *requests: Iterable[bytes] | str) -> None:
+        """Sends requests in one burst; a text stands for its words."""
+        words = (request.encode().split() if isinstance(request, str) else request for request in requests)
+        await self.stream.send_all(b"".join(map(encode_request, words)))
+
+    async def reply(self) -> bytes:
+        """The next reply, as bytes."""
+        with trio.fail_after(PATIENCE):
+            while (length := reply_length(self.received)) is None:
+                await self._progress.park()
+        reply = bytes(self.received[:length])
+        del self.received[:length]
+        return reply
+
+    async def call(self, request: Iterable[bytes] | str) -> bytes:
+        """Sends one request and returns its reply."""
+        await self.send(request)
+        return await self.reply()
+
+    async def arrived(self) -> bytes:
+        """What has arrived once nothing moves any more."""
+        await trio.testing.wait_all_tasks_blocked()
+        data = bytes(self.received)
+        self.received.clear()
+        return data
+
+    async def ended(self) -> bytes:
+        """What arrives before the server closes."""
+        with trio.fail_after(PATIENCE):
+            await self.gone.wait()
+        return bytes(self.received)
+
+
+@attrs.define
+class House:
+    """A server in memory, as `server.serve` puts one together, and clients for it."""
+
+    server: Server
+    database: Database
+    engine: Engine
+    clock: Clock
+    nursery: trio.Nursery
+    shutdown: trio.Event
+    connections: list[Connection] = attrs.field(factory=list)
+
+    def connect(
+        self, *, streams: tuple[trio.abc.Stream, trio.abc.Stream] | None = None, reads: bool = True
+    ) -> Client:
+        """A new client; `reads` is False for one that leaves its replies unread."""
+        near, far = streams or trio.testing.memory_stream_pair()
+        number = 1000 + len(self.connections)
+        connection = Connection(
+            StreamTransport(far),
+            self.server,
+            address=f"127.0.0.1:{number}",
+            local_address="127.0.0.1:6380",
+            descriptor=number,
+        )
+        self.connections.append(connection)
+        self.nursery.start_soon(connection.serve)
+        client = Client(near)
+        if reads:
+            self.nursery.start_soon(client.read)
+        return client
+
+
+OpenHouse = Callable[..., AbstractAsyncContextManager[House]]
+
+
+@pytest.fixture
+def open_house(tmp_path: Path) -> OpenHouse:
+    """Opens a house: `open_house(journal=..., storage=..., searches=..., config=...)`, all optional."""
+
+    @asynccontextmanager
+    async def opened(
+        journal: ManualJournal | None = None,
+        storage: Storage | None = None,
+        searches: SearchService | None = None,
+        config: Config | None = None,
+    ) -> AsyncIterator[House]:
+        folder = tmp_path / "segments"
+        folder.mkdir(exist_ok=True)
+        store = SegmentStore(folder, DiskFiles(), 1)
+        clock, shutdown = Clock(), trio.Event()
+        engine = Engine(store, seal_rows=1 << 20)
+        database = Database(engine, journal, now=clock)
+
+        async def install(index: VectorIndex, operation: InstallSegment) -> None:
+            database.commit(operation)
+
+        held = searches is not None
+        searches = searches or SearchService(1, 64)
+        async with trio.open_nursery() as nursery:
+            if not held:
+                await nursery.start(searches.run)
+            server = Server(
+                config=config or Config(),
+                database=database,
+                storage=storage,
+                searches=searches,
+                builder=Builder(store, install),
+                run_id="0" * 40,
+                started=START / 1000,
+                port=6380,
+                start_soon=nursery.start_soon,
+                shut_down=shutdown.set,
+                reconfigure=lambda: None,
+            )
+            nursery.start_soon(server.departures.run)
+            yield House(server, database, engine, clock, nursery, shutdown)
+            nursery.cancel_scope.cancel()
+
+    return opened
+
+
+@pytest.fixture
+async def house(open_house: OpenHouse) -> AsyncIterator[House]:
+    """A house where nothing is kept on disk."""
+    async with open_house() as opened:
+        yield opened

@@ -1,0 +1,561 @@
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
+
+from engram.config import Config
+from engram.index.search import SearchResult
+from engram.operations import DeleteKeys, SetString
+from tests.conftest import (
+    PATIENCE,
+    HeldSearches,
+    House,
+    ManualJournal,
+    OpenHouse,
+    encode_request,
+    vector,
+)
+
+OK, PONG, ONE = b"+OK\r\n", b"+PONG\r\n", b":1\r\n"
+
+
+def pings(count: int, size: int = 0) -> list[list[bytes]]:
+    return [[b"PING", b"%d" % number + b"." * size] for number in range(count)]
+
+
+def pongs(count: int, size: int = 0) -> bytes:
+    bodies = [b"%d" % number + b"." * size for number in range(count)]
+    return b"".join(b"$%d\r\n%b\r\n" % (len(body), body) for body in bodies)
+
+
+# Order
+
+
+async def test_a_burst_is_answered_in_order(house: House) -> None:
+    client = house.connect()
+    await client.send("SET k v", "GET k", "NOSUCH", "GET", "INCR n", "GET n")
+    assert await client.arrived() == (
+        b"+OK\r\n$1\r\nv\r\n"
+        b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n"
+        b"-ERR wrong number of arguments for 'get' command\r\n"
+        b":1\r\n$1\r\n1\r\n"
+    )
+
+
+async def test_one_send_for_a_burst(house: House) -> None:
+    near, far = trio.testing.memory_stream_pair()
+    sends: list[bytes] = []
+    send_all = far.send_all
+
+    async def counted(data: bytes) -> None:
+        sends.append(bytes(data))
+        await send_all(data)
+
+    far.send_all = counted  # type: ignore[method-assign, assignment]
+    client = house.connect(streams=(near, far))
+    await client.send(*pings(100))
+    await client.arrived()
+    assert sends == [pongs(100)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+async def test_requests_cut_anywhere(house: House, size: int) -> None:
+    client = house.connect()
+    data = encode_request([b"SET", b"k", b"a\r\nb"]) + b"GET k\r\n" + encode_request([b"INCR", b"n"])
+    for start in range(0, len(data), size):
+        await client.stream.send_all(data[start : start + size])
+        await wait_all_tasks_blocked()
+    assert await client.arrived() == b"+OK\r\n$4\r\na\r\nb\r\n:1\r\n"
+
+
+async def test_replies_wait_for_a_search_before_them(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client, other = house.connect(), house.connect()
+        await client.call("VNEW a 1")
+        await client.call([b"VADD", b"a", b"x", vector(1)])
+        query = [b"VSEARCH", b"a", vector(1), b"1"]
+        await client.send("PING 1", query, "PING 2", query, "PING 3")
+        assert await client.arrived() == b"$1\r\n1\r\n"
+        assert await other.call("PING") == PONG
+        first, second = searches.held
+        second(SearchResult([b"y"], [b"1"]))
+        assert await client.arrived() == b""
+        first(SearchResult([b"x"], [b"0"]))
+        assert await client.arrived() == (
+            b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n$1\r\n2\r\n*2\r\n$1\r\ny\r\n$1\r\n1\r\n$1\r\n3\r\n"
+        )
+
+
+async def test_a_search_ends_after_its_client_has_gone(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client, other = house.connect(), house.connect()
+        await client.call("VNEW a 1")
+        await client.call([b"VADD", b"a", b"x", vector(1)])
+        await client.send([b"VSEARCH", b"a", vector(1), b"1"])
+        await wait_all_tasks_blocked()
+        assert await other.call("CLIENT KILL ID 1") == ONE
+        assert await client.ended() == b""
+        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        assert await other.call("PING") == PONG
+
+
+async def test_many_clients_are_each_answered_in_order(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        clients = [house.connect() for _ in range(8)]
+        await clients[0].call("VNEW a 1")
+        await clients[0].call([b"VADD", b"a", b"x", vector(1)])
+        for client in clients:
+            await client.send("PING 1")
+            await client.send("PING 2", [b"VSEARCH", b"a", vector(1), b"1"], "PING 3")
+            await client.send("PING 4", "NOSUCH")
+            await client.stream.send_all(b"*x\r\n")
+        await wait_all_tasks_blocked()
+        for done in searches.held:
+            done(SearchResult([b"x"], [b"0"]))
+        for client in clients:
+            assert await client.ended() == (
+                b"$1\r\n1\r\n$1\r\n2\r\n*2\r\n$1\r\nx\r\n$1\r\n0\r\n$1\r\n3\r\n$1\r\n4\r\n"
+                b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n"
+                b"-ERR Protocol error: invalid multibulk length\r\n"
+            )
+
+
+# CLIENT REPLY, QUIT and errors that end a connection; what Redis 8 sends for the same bytes
+
+
+@pytest.mark.parametrize(
+    ("requests", "replies"),
+    [
+        (["CLIENT REPLY OFF", "PING", "FOO", "CLIENT REPLY ON", "PING 1"], b"+OK\r\n$1\r\n1\r\n"),
+        (["CLIENT REPLY SKIP", "PING 0", "PING 1"], b"$1\r\n1\r\n"),
+        (["CLIENT REPLY SKIP", "CLIENT REPLY SKIP", "PING 0", "PING 1"], b"$1\r\n1\r\n"),
+        (["CLIENT REPLY SKIP", "CLIENT REPLY ON", "PING 1"], b"+OK\r\n$1\r\n1\r\n"),
+        (["CLIENT REPLY SKIP", "CLIENT REPLY FOO", "PING 1"], b"$1\r\n1\r\n"),
+        (["CLIENT REPLY SKIP", "NOSUCH", "PING 1"], b"$1\r\n1\r\n"),
+        (["CLIENT REPLY OFF", "CLIENT REPLY SKIP", "PING 0", "PING 1", "CLIENT REPLY ON"], b"+OK\r\n"),
+        (["CLIENT REPLY OFF", "RESET", "PING 1"], b"+RESET\r\n$1\r\n1\r\n"),
+    ],
+)
+async def test_client_reply(house: House, requests: list[str], replies: bytes) -> None:
+    client = house.connect()
+    await client.send(*requests)
+    assert await client.arrived() == replies
+    slow = house.connect()
+    arrived = b""
+    for request in requests:
+        await slow.send(request)
+        arrived += await slow.arrived()
+    assert arrived == replies
+
+
+async def test_a_search_is_not_answered_when_replies_are_off(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await client.call([b"VADD", b"a", b"x", vector(1)])
+        await client.send("CLIENT REPLY SKIP", [b"VSEARCH", b"a", vector(1), b"1"], "PING")
+        assert await client.arrived() == PONG
+        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        assert await client.arrived() == b""
+
+
+async def test_quit_answers_what_came_before_it_and_closes(house: House) -> None:
+    client = house.connect()
+    await client.send("PING 1", "QUIT", "SET k v")
+    assert await client.ended() == b"$1\r\n1\r\n+OK\r\n"
+    assert b"k" not in house.engine.keyspace.values
+    await trio.testing.wait_all_tasks_blocked()
+    assert house.server.sessions == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"*1\r\n+PING\r\n", b"expected '$', got '+'"),
+        (b"*x\r\n", b"invalid multibulk length"),
+        (b"*2000000000\r\n", b"invalid multibulk length"),
+        (b"*1\r\n$x\r\n", b"invalid bulk length"),
+        (b"*1\r\n$999999999999\r\n", b"invalid bulk length"),
+        (b'PING "a\r\n', b"unbalanced quotes in request"),
+    ],
+)
+async def test_a_protocol_error_ends_the_connection_after_the_replies_before_it(
+    house: House, data: bytes, error: bytes
+) -> None:
+    client, other = house.connect(), house.connect()
+    await client.stream.send_all(encode_request([b"PING", b"1"]) + data + encode_request([b"PING", b"2"]))
+    assert await client.ended() == b"$1\r\n1\r\n-ERR Protocol error: %b\r\n" % error
+    assert await other.call("PING") == PONG
+
+
+async def test_empty_requests_are_skipped(house: House) -> None:
+    client = house.connect()
+    await client.stream.send_all(b"\r\n*0\r\n*-1\r\n  \r\nping 'a b'\r\nECHO \"\\x41\\n\"\n")
+    assert await client.arrived() == b"$3\r\na b\r\n$2\r\nA\n\r\n"
+
+
+async def test_a_client_that_leaves_is_forgotten(house: House) -> None:
+    client = house.connect()
+    await client.call("PING")
+    assert list(house.server.sessions) == [1]
+    await client.stream.send_eof()  # type: ignore[attr-defined]
+    await wait_all_tasks_blocked()
+    assert house.server.sessions == {}
+
+
+async def test_a_client_that_stops_sending_still_gets_its_replies(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        near, far = trio.testing.memory_stream_pair()
+        client = house.connect(streams=(near, far))
+        await client.call("VNEW a 1")
+        await client.call([b"VADD", b"a", b"x", vector(1)])
+        await client.send([b"VSEARCH", b"a", vector(1), b"1"], "PING")
+        await near.send_eof()
+        assert await client.arrived() == b""
+        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        assert await client.ended() == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n" + PONG
+
+
+async def test_client_kill(house: House) -> None:
+    client, victim, third = house.connect(), house.connect(), house.connect()
+    assert await client.call("CLIENT KILL ID 2") == ONE
+    assert await victim.ended() == b""
+    assert await client.call("CLIENT KILL 127.0.0.1:1002") == OK
+    assert await third.ended() == b""
+    assert await client.call("CLIENT KILL ID 1") == b":0\r\n"
+    await client.send("CLIENT KILL ID 1 SKIPME no", "PING")
+    assert await client.ended() == ONE
+
+
+async def test_a_client_that_waits_for_room_in_the_log_can_be_killed(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        journal.room = False
+        await client.send("PING", "SET k v")
+        assert await client.arrived() == PONG
+        assert await other.call("CLIENT KILL ID 1") == ONE
+        assert await client.ended() == b""
+        journal.make_room()
+        await wait_all_tasks_blocked()
+        assert journal.records == []
+
+
+# Durability: no reply leaves before the state it shows is durable
+
+
+async def test_a_write_is_answered_once_it_is_durable(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send("SET k v")
+        assert await client.arrived() == b""
+        assert journal.records == [(1, SetString(b"k", b"v"))]
+        journal.release()
+        assert await client.arrived() == OK
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        ("GET k", b"$1\r\nv\r\n"),
+        ("EXISTS k", ONE),
+        ("DBSIZE", ONE),
+        ("KEYS *", b"*1\r\n$1\r\nk\r\n"),
+        ("SET k w NX", b"$-1\r\n"),
+        ("INCR k", b"-ERR value is not an integer or out of range\r\n"),
+        ("PING", PONG),
+        ("NOSUCH", b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n"),
+    ],
+)
+async def test_no_client_is_shown_what_is_not_durable(
+    open_house: OpenHouse, request_: str, reply: bytes
+) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        writer, reader = house.connect(), house.connect()
+        await writer.send("SET k v")
+        await wait_all_tasks_blocked()
+        await reader.send(request_)
+        assert await reader.arrived() == b""
+        journal.release()
+        assert await reader.arrived() == reply
+        assert await writer.arrived() == OK
+        assert await reader.call("GET k") == b"$1\r\nv\r\n"
+
+
+async def test_the_deletion_of_a_lapsed_key_is_durable_before_it_is_seen(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send("SET k v PX 5")
+        await wait_all_tasks_blocked()
+        journal.release()
+        assert await client.arrived() == OK
+        house.clock.time += 5
+        await client.send("GET k")
+        assert await client.arrived() == b""
+        assert journal.records[1:] == [(2, DeleteKeys((b"k",)))]
+        journal.release()
+        assert await client.arrived() == b"$-1\r\n"
+        assert house.database.expired_keys == 1
+
+
+async def test_replies_leave_as_far_as_the_log_has_come(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        for number in range(1, 4):
+            await client.send(f"SET k {number}")
+            await wait_all_tasks_blocked()
+        journal.release(2)
+        assert await client.arrived() == OK + OK
+        journal.release(3)
+        assert await client.arrived() == OK
+
+
+async def test_a_search_shows_nothing_that_is_not_durable(open_house: OpenHouse) -> None:
+    journal, searches = ManualJournal(), HeldSearches()
+    async with open_house(journal, searches=searches) as house:
+        client = house.connect()
+        await client.send(
+            "VNEW a 1", [b"VADD", b"a", b"x", vector(1)], [b"VSEARCH", b"a", vector(1), b"1"], "PING"
+        )
+        await wait_all_tasks_blocked()
+        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        assert await client.arrived() == b""
+        journal.release()
+        assert await client.arrived() == OK + ONE + b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n" + PONG
+
+
+async def test_a_search_done_after_its_state_became_durable(open_house: OpenHouse) -> None:
+    journal, searches = ManualJournal(), HeldSearches()
+    async with open_house(journal, searches=searches) as house:
+        client = house.connect()
+        await client.send(
+            "VNEW a 1", [b"VADD", b"a", b"x", vector(1)], [b"VSEARCH", b"a", vector(1), b"1"], "SET k v"
+        )
+        await wait_all_tasks_blocked()
+        journal.release(2)
+        assert await client.arrived() == OK + ONE
+        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        assert await client.arrived() == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
+        journal.release()
+        assert await client.arrived() == OK
+
+
+@pytest.mark.parametrize("ticks", range(6))
+async def test_a_reply_released_while_its_client_is_ending(open_house: OpenHouse, ticks: int) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send("SET k v")
+        await wait_all_tasks_blocked()
+        house.server.sessions[1].close()
+        for _ in range(ticks):
+            await trio.lowlevel.checkpoint()
+        journal.release()
+        await wait_all_tasks_blocked()
+        assert client.gone.is_set()
+        assert house.server.sessions == {}
+
+
+# Admission
+
+
+MISCONF = "MISCONF Errors writing to the log: No space left on device"
+
+
+async def test_a_write_without_room_is_refused_and_changes_nothing(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.call("SET k v")
+        await client.call("VNEW a 1")
+        journal.room, journal.refusal = False, MISCONF
+        refused = f"-{MISCONF}\r\n".encode()
+        before = journal.records.copy()
+        for request in ("SET k w", "DEL k", "INCR n", "EXPIRE k 5", "FLUSHALL", "VNEW b 1", "SET k x GET"):
+            assert (request, await client.call(request)) == (request, refused)
+        assert await client.call([b"VADD", b"a", b"x", vector(1)]) == refused
+        assert await client.call("SET k") == b"-ERR wrong number of arguments for 'set' command\r\n"
+        await client.send("GET k", "SET k w", "GET k", "DBSIZE")
+        assert await client.arrived() == b"$1\r\nv\r\n" + refused + b"$1\r\nv\r\n:2\r\n"
+        assert journal.records == before
+        journal.make_room()
+        assert await client.call("SET k w") == OK
+        assert await client.call("GET k") == b"$1\r\nw\r\n"
+
+
+async def test_a_lapsed_key_reads_as_gone_without_room_to_delete_it(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.call("SET k v PX 5")
+        house.clock.time += 5
+        journal.room, journal.refusal = False, MISCONF
+        assert await client.call("GET k") == b"$-1\r\n"
+        assert await client.call("KEYS *") == b"*0\r\n"
+        assert len(journal.records) == 1
+        journal.make_room()
+        assert await client.call("GET k") == b"$-1\r\n"
+        assert journal.records[1:] == [(2, DeleteKeys((b"k",)))]
+
+
+async def test_a_write_waits_for_room_and_the_replies_before_it_do_not(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        journal.room = False
+        await client.send("PING 1", "SET k v", "GET k")
+        assert await client.arrived() == b"$1\r\n1\r\n"
+        assert await other.call("GET k") == b"$-1\r\n"
+        journal.make_room()
+        assert await client.arrived() == b"+OK\r\n$1\r\nv\r\n"
+
+
+async def test_the_log_is_asked_once_for_a_burst_with_room(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = ManualJournal(automatic=True)
+    asked: list[int] = []
+
+    def has_room(size: int) -> bool:
+        asked.append(size)
+        return True
+
+    monkeypatch.setattr(journal, "has_room", has_room)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send(*([b"SET", b"k", b"v" * 100] for _ in range(50)))
+        assert await client.arrived() == OK * 50
+        assert len(asked) == 1
+        assert asked[0] > sum(len(operation.value) for _, operation in journal.records)  # type: ignore[union-attr]
+        assert journal.admissions == 0
+
+
+# What a client may make the server hold
+
+
+async def test_a_client_that_pipelines_and_reads_late_gets_everything(open_house: OpenHouse) -> None:
+    config = Config(client_output_buffer_limit=1 << 16)
+    async with open_house(config=config) as house:
+        client = house.connect(streams=lockstep_stream_pair(), reads=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.stream.send_all, b"".join(map(encode_request, pings(5000, 100))))
+            await wait_all_tasks_blocked()
+            assert client.received == b""
+            nursery.start_soon(client.read)
+            expected = pongs(5000, 100)
+            with trio.fail_after(PATIENCE):
+                while len(client.received) < len(expected):
+                    await wait_all_tasks_blocked()
+            assert client.received == expected
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_never_reads_is_dropped(
+    open_house: OpenHouse, autojump_clock: MockClock
+) -> None:
+    config = Config(client_output_buffer_limit=1 << 16, client_write_timeout=7)
+    async with open_house(config=config) as house:
+        client, other = house.connect(streams=lockstep_stream_pair(), reads=False), house.connect()
+        held: list[int] = []
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+
+            async def flood() -> None:
+                data = b"".join(map(encode_request, pings(20_000, 1000)))
+                with pytest.raises(trio.BrokenResourceError):
+                    await client.stream.send_all(data)
+
+            nursery.start_soon(flood)
+            await wait_all_tasks_blocked()
+            session = house.server.sessions[1]
+            held.append(sum(session.buffered()))
+            assert await other.call("PING") == PONG
+        assert held[0] < 1_000_000
+        assert 7 <= trio.current_time() - began < 8
+        assert list(house.server.sessions) == [2]
+
+
+async def test_a_client_below_the_limit_may_read_whenever_it_likes(
+    open_house: OpenHouse, autojump_clock: MockClock
+) -> None:
+    async with open_house() as house:
+        client = house.connect(streams=lockstep_stream_pair(), reads=False)
+        await client.send("PING 1", "PING 2")
+        await trio.sleep(100_000)
+        house.nursery.start_soon(client.read)
+        assert await client.reply() == b"$1\r\n1\r\n"
+        assert await client.reply() == b"$1\r\n2\r\n"
+
+
+async def test_requests_are_left_unread_while_many_replies_wait_for_the_log(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client = house.connect(streams=lockstep_stream_pair())
+        async with trio.open_nursery() as nursery:
+
+            async def flood() -> None:
+                for _ in range(3000):
+                    await client.send("SET k v")
+
+            nursery.start_soon(flood)
+            await wait_all_tasks_blocked()
+            stopped_at = len(journal.records)
+            assert 0 < stopped_at < 1500
+            with trio.fail_after(PATIENCE):
+                while len(client.received) < 3000 * len(OK):
+                    journal.release()
+                    await wait_all_tasks_blocked()
+        assert client.received == OK * 3000
+
+
+# Shutting down
+
+
+async def test_finish_lets_the_replies_out_and_takes_no_more_requests(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client, idle = house.connect(), house.connect()
+        await client.send("SET k v")
+        await wait_all_tasks_blocked()
+        for connection in house.connections:
+            connection.finish()
+        assert await idle.ended() == b""
+        await client.send("SET k w")
+        assert await client.arrived() == b""
+        journal.release()
+        assert await client.ended() == OK
+        assert house.engine.keyspace.values == {b"k": b"v"}
+
+
+async def test_finish_waits_no_longer_than_it_may(open_house: OpenHouse, autojump_clock: MockClock) -> None:
+    async with open_house(ManualJournal(), config=Config(shutdown_timeout=3)) as house:
+        client = house.connect()
+        await client.send("SET k v")
+        await wait_all_tasks_blocked()
+        began = trio.current_time()
+        house.connections[0].finish()
+        assert await client.ended() == b""
+        assert trio.current_time() - began == pytest.approx(3)
+
+
+async def test_finish_frees_a_client_that_waits_for_room(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        journal.room = False
+        await client.send("PING", "SET k v")
+        await wait_all_tasks_blocked()
+        house.connections[0].finish()
+        assert await client.ended() == PONG
+        assert journal.records == []

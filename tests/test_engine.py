@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram.columns import open_columns, write_columns
+from engram.engine import Engine
+from engram.files import DiskFiles
+from engram.index.segment import SegmentStore
+from engram.operations import (
+    AddVectors,
+    AppendString,
+    CreateIndex,
+    DeleteKeys,
+    DeleteVectors,
+    Flush,
+    InstallSegment,
+    Operation,
+    SetExpiry,
+    SetString,
+    decode,
+    encode,
+)
+from tests.conftest import vector
+
+KEYS = (b"a", b"b", b"c", b"")
+MEMBERS = (b"x", b"y", b"z", b"\xff\x00")
+SHAPES = {"cosine": 2, "l2": 3, "dot": 1}
+
+# One step of a history: a word and choices that `to_operation` fits to the state.
+Step = tuple[str, bytes, bytes, int]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["set", "set", "append", "delete", "expire", "create", "create", "add", "add", "add", "remove"]
+            + ["flush"]
+        ),
+        st.sampled_from(KEYS),
+        st.sampled_from(MEMBERS),
+        st.integers(0, 1 << 40),
+    ),
+    max_size=40,
+)
+
+
+@contextmanager
+def engines(seal_rows: int = 64) -> Iterator[Any]:
+    """A maker of engines that share one folder of segments."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield lambda: Engine(SegmentStore(Path(folder), DiskFiles(), 0), seal_rows=seal_rows)
+
+
+def to_operation(engine: Engine, step: Step) -> Operation | None:
+    """What a command would log for this step; None when it would find nothing to do."""
+    word, key, member, number = step
+    value = engine.keyspace.values.get(key)
+    index = None if value is None or isinstance(value, bytes) else value
+    match word:
+        case "set":
+            return SetString(key, member, number if number % 2 else None)
+        case "append" if isinstance(value, bytes):
+            return AppendString(key, member)
+        case "delete" if value is not None:
+            return DeleteKeys((key,))
+        case "expire" if value is not None:
+            return SetExpiry(key, number if number % 3 else None)
+        case "create" if value is None:
+            metric = list(SHAPES)[number % 3]
+            return CreateIndex(key, SHAPES[metric], metric, 16, 128, "f32")
+        case "add" if index is not None:
+            numbers = np.arange(number % 7, number % 7 + index.parameters.dimension, dtype="<f4")
+            attributes = (b'{"n":%d}' % number,) if number % 2 else ()
+            return AddVectors(index.id, (member,), numbers.tobytes(), attributes)
+        case "remove" if index is not None and member in index:
+            return DeleteVectors(index.id, (member,))
+        case "flush":
+            return Flush()
+    return None
+
+
+def live(engine: Engine, steps: Iterable[Step]) -> list[Operation]:
+    operations = []
+    for step in steps:
+        operation = to_operation(engine, step)
+        if operation is not None:
+            engine.apply(engine.lsn + 1, operation)
+            operations.append(operation)
+    return operations
+
+
+def state(engine: Engine) -> dict[str, Any]:
+    """All that clients can see of an engine."""
+    values: dict[bytes, Any] = {}
+    for key, value in engine.keyspace.values.items():
+        if isinstance(value, bytes):
+            values[key] = value
+            continue
+        rows = {}
+        for member in value.live:
+            found = value.vector(member)
+            assert found is not None
+            rows[member] = (found.tolist(), value.attributes(member), value.live[member])
+        values[key] = (value.id, value.parameters, rows)
+    return {
+        "values": values,
+        "expiries": dict(engine.keyspace.expiries),
+        "next expiry": engine.keyspace.next_expiry(),
+        "indices": sorted(engine.indices),
+        "lsn": engine.lsn,
+    }
+
+
+@given(STEPS)
+def test_replay_gives_the_same_state(steps: list[Step]) -> None:
+    with engines() as make:
+        first, second = make(), make()
+        for lsn, operation in enumerate(live(first, steps), 1):
+            second.apply(lsn, decode(encode(operation)))
+        assert state(second) == state(first)
+
+
+@settings(max_examples=50)
+@given(STEPS, STEPS)
+def test_a_snapshot_is_restored_as_it_was_and_goes_on_the_same(before: list[Step], after: list[Step]) -> None:
+    files = DiskFiles()
+    with engines() as make, tempfile.TemporaryDirectory() as folder:
+        first, second = make(), make()
+        live(first, before)
+        path = Path(folder, "snapshot")
+        files.make_folder(path)
+        columns, metadata = first.export()
+        checksum = write_columns(files, path, columns, metadata)
+        second.restore(open_columns(path, checksum))
+        assert state(second) == state(first)
+        assert live(second, after) == live(first, after)
+        assert state(second) == state(first)
+
+
+@given(STEPS)
+def test_an_index_is_held_exactly_as_long_as_its_key(steps: list[Step]) -> None:
+    with engines() as make:
+        engine = make()
+        live(engine, steps)
+        held = {value.id: value for value in engine.keyspace.values.values() if not isinstance(value, bytes)}
+        assert engine.indices == held
+        assert not any(index.dropped for index in engine.indices.values())
+
+
+def test_what_takes_the_place_of_an_index_drops_it() -> None:
+    create = CreateIndex(b"a", 2, "l2", 16, 128, "f32")
+    for last in (SetString(b"a", b""), DeleteKeys((b"a",)), Flush(), create):
+        with engines() as make:
+            engine = make()
+            engine.apply(1, create)
+            engine.apply(2, AddVectors(1, (b"x",), vector(1, 2)))
+            index = engine.indices[1]
+            engine.apply(3, last)
+            assert index.dropped
+            assert 1 not in engine.indices
+            assert engine.dropped[0] == {b"x": 0}
+
+
+def test_a_segment_of_an_index_that_is_gone_is_released() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, InstallSegment(7, "deadbeef", 1, 10, ()))
+        assert engine.released_segments == ["deadbeef"]
+        engine.apply(2, InstallSegment(7, "", 0, 10, ("deadbeef",)))
+        assert engine.released_segments == ["deadbeef"]
+
+
+def test_append_to_a_missing_key_starts_it() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, AppendString(b"a", b"x"))
+        engine.apply(2, AppendString(b"a", b"y"))
+        assert engine.keyspace.values == {b"a": b"xy"}

@@ -1,0 +1,132 @@
+"""Imports go one way: each room of the house names the rooms it stands on."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ENGRAM = Path(__file__).parents[1] / "engram"
+
+GROUND = frozenset({"operations", "errors", "files", "columns"})
+STATE = GROUND | {"keyspace", "index"}
+
+# A room is a module or a package directly under `engram`, and may import itself, the names defined in
+# engram/__init__.py, and these rooms.
+MAY_IMPORT: Mapping[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "files": frozenset(),
+    "operations": frozenset(),
+    "columns": frozenset({"errors", "files"}),
+    "config": frozenset({"errors"}),
+    "protocol": frozenset({"errors"}),
+    "keyspace": GROUND,
+    "index": GROUND,
+    "persistence": GROUND,
+    "engine": STATE,
+    "database": STATE | {"engine"},
+    "departures": frozenset(),
+    "commands": STATE | {"config", "database", "departures", "engine", "protocol"},
+    "transport": frozenset({"errors"}),
+    "outbox": frozenset({"commands", "database", "transport"}),
+    "connection": frozenset({"commands", "database", "errors", "outbox", "protocol", "transport"}),
+    "snapshotter": STATE | {"engine", "persistence"},
+    "server": STATE
+    | {"commands", "config", "connection", "database", "engine", "persistence", "protocol", "transport"},
+    "cli": frozenset({"config", "errors", "server"}),
+    "__main__": frozenset({"cli"}),
+    "__init__": frozenset({"config", "server"}),
+}
+
+# Packages from elsewhere that only these rooms import, and rooms that do not import them.
+ONLY_IN: Mapping[str, frozenset[str]] = {"usearch": frozenset({"index"})}
+NEVER_IN: Mapping[str, frozenset[str]] = {
+    "trio": frozenset({"protocol", "keyspace", "engine", "operations"}),
+    "numpy": frozenset({"protocol"}),
+}
+
+
+def read_tree(folder: Path) -> dict[str, str]:
+    """The source of each module of the package, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imported_names(source: str) -> Iterator[str]:
+    """Dotted names of what a module imports, wherever in it; a relative import keeps its dots."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def violations(tree: Mapping[str, str]) -> list[str]:
+    """What breaks the rules, a sentence each."""
+    found = []
+    for path, source in sorted(tree.items()):
+        room = room_of(path)
+        if room not in MAY_IMPORT:
+            found.append(f"{path}: '{room}' is not in the table of rooms")
+            continue
+        for name in imported_names(source):
+            package, _, rest = name.partition(".")
+            if not package:
+                found.append(f"{path} imports {name}: imports are absolute here")
+            elif package != "engram":
+                if room not in ONLY_IN.get(package, {room}) or room in NEVER_IN.get(package, ()):
+                    found.append(f"{path} imports {name}: '{room}' must not know {package}")
+            else:
+                target = rest.partition(".")[0]
+                if target in MAY_IMPORT and target not in MAY_IMPORT[room] | {room}:
+                    found.append(f"{path} imports {name}: '{room}' must not know '{target}'")
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    assert violations(read_tree(ENGRAM)) == []
+
+
+def test_rules_have_no_circle() -> None:
+    order = list(TopologicalSorter(MAY_IMPORT).static_order())
+    assert order.index("operations") < order.index("engine") < order.index("server") < order.index("cli")
+
+
+def test_a_good_tree_passes() -> None:
+    tree = {
+        "__init__.py": "__version__ = '1'",
+        "protocol/requests.py": "import re\nfrom engram.errors import CommandError",
+        "index/search.py": "import trio\nimport usearch.index\nfrom engram.index.head import Head",
+        "commands/clients.py": "from engram import __version__\nfrom engram.protocol import replies",
+    }
+    assert violations(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("protocol/requests.py", "import engram.index.search"),
+        ("protocol/requests.py", "from engram import keyspace"),
+        ("protocol/replies.py", "import numpy as np"),
+        ("protocol/replies.py", "from trio.lowlevel import checkpoint"),
+        ("index/head.py", "from engram.keyspace import Keyspace"),
+        ("keyspace.py", "from engram.protocol.replies import OK"),
+        ("persistence/snapshot.py", "def later():\n    from engram.engine import Engine"),
+        ("engine.py", "from engram.database import Database"),
+        ("engine.py", "import trio"),
+        ("commands/vectors.py", "from usearch.index import Index"),
+        ("commands/vectors.py", "if TYPE_CHECKING:\n    from engram.server import Server"),
+        ("connection.py", "from engram.persistence import Persistence"),
+        ("index/head.py", "from .. import keyspace"),
+        ("cellar.py", ""),
+    ],
+)
+def test_a_bad_tree_is_found_out(path: str, source: str) -> None:
+    assert len(violations({path: source})) == 1

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import attrs
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from engram.commands.session import Slot, Statistics
+from engram.config import Config
+from engram.departures import Departing
+from engram.outbox import Outbox
+from tests.conftest import House, ManualJournal, OpenHouse
+
+
+class Pipe:
+    """A transport that takes `room` bytes at once, and the rest when `drain` lets it."""
+
+    def __init__(self, room: int = 1 << 40) -> None:
+        self.room = room
+        self.taken = bytearray()
+        self.sends = 0
+        self.gone = False
+        self._more = trio.lowlevel.ParkingLot()
+
+    def drain(self, room: int) -> None:
+        self.room += room
+        self._more.unpark_all()
+
+    async def receive(self) -> bytes:
+        return b""
+
+    def send_now(self, data: bytes | memoryview) -> int:
+        if self.gone:
+            raise BrokenPipeError
+        self.sends += 1
+        sent = min(self.room, len(data))
+        self.taken += data[:sent]
+        self.room -= sent
+        return sent
+
+    async def send_all(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.send_now(rest) :]
+            if rest:
+                await self._more.park()
+
+    async def close(self) -> None: ...
+
+
+@attrs.define
+class Bench:
+    """An outbox, where it sends to, and whether it has ended its client."""
+
+    outbox: Outbox
+    pipe: Pipe
+    journal: ManualJournal
+    aborted: list[bool]
+
+
+@pytest.fixture
+async def house(open_house: OpenHouse) -> AsyncIterator[House]:
+    config = Config(client_output_buffer_limit=1000, client_write_timeout=7)
+    async with open_house(ManualJournal(), config=config) as opened:
+        yield opened
+
+
+@pytest.fixture
+def bench(house: House) -> Bench:
+    journal = house.database.journal
+    assert isinstance(journal, ManualJournal)
+    pipe, aborted = Pipe(), []
+    outbox = Outbox(
+        pipe,
+        house.server,
+        start_writer=lambda: house.nursery.start_soon(outbox.write),
+        abort=lambda: aborted.append(True),
+    )
+    return Bench(outbox, pipe, journal, aborted)
+
+
+async def test_what_shows_durable_state_leaves_at_once(bench: Bench) -> None:
+    bench.journal.durable = 5
+    bench.outbox.send(b"a", 4)
+    bench.outbox.send(b"b", 5)
+    assert bench.pipe.taken == b"ab"
+    assert bench.outbox.size == 0
+
+
+async def test_what_waits_leaves_in_one_send(bench: Bench) -> None:
+    slot = Slot()
+    bench.outbox.send(b"a", 1)
+    bench.outbox.expect(slot, 2)
+    bench.outbox.send(b"c", 2)
+    slot.fill(b"b")
+    assert bench.pipe.sends == 0
+    assert bench.outbox.size == 2
+    bench.journal.release(2)
+    assert bench.pipe.taken == b"abc"
+    assert bench.pipe.sends == 1
+    assert bench.outbox.size == 0
+
+
+async def test_what_comes_later_never_overtakes(bench: Bench) -> None:
+    slot = Slot()
+    bench.outbox.expect(slot, 0)
+    bench.outbox.send(b"b", 0)
+    bench.outbox.send_soon(b"c", 0)
+    assert bench.pipe.taken == b""
+    slot.fill(b"a")
+    assert bench.pipe.taken == b"abc"
+
+
+async def test_the_rest_follows_when_the_socket_takes_it(bench: Bench) -> None:
+    bench.pipe.room = 3
+    bench.outbox.send(b"abcdef", 0)
+    bench.outbox.send(b"ghi", 0)
+    assert bench.pipe.taken == b"abc"
+    assert bench.outbox.size == 6
+    await wait_all_tasks_blocked()
+    bench.pipe.drain(4)
+    await wait_all_tasks_blocked()
+    assert bench.pipe.taken == b"abcdefg"
+    bench.pipe.drain(100)
+    await bench.outbox.drained()
+    assert bench.pipe.taken == b"abcdefghi"
+    assert bench.outbox.size == 0
+    bench.outbox.send(b"j", 0)
+    assert bench.pipe.taken == b"abcdefghij"
+
+
+async def test_a_client_that_takes_nothing_in_time_is_ended(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.pipe.room = 0
+    bench.outbox.send(b"x" * 1001, 0)
+    assert bench.outbox.congested
+    began = trio.current_time()
+    await bench.outbox.relieved()
+    assert trio.current_time() - began == pytest.approx(7)
+    assert bench.aborted
+    assert bench.outbox.size == 0
+
+
+async def test_a_client_that_takes_a_little_now_and_then_is_kept(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    bench.pipe.room = 0
+    size = 2_000_000
+    bench.outbox.send(b"x" * size, 0)
+    for _ in range(16):
+        await trio.sleep(6)
+        bench.pipe.drain(256 << 10)
+    await bench.outbox.drained()
+    assert bench.pipe.taken == b"x" * size
+    assert not bench.aborted
+
+
+async def test_a_client_below_the_limit_is_not_hurried(bench: Bench, autojump_clock: MockClock) -> None:
+    bench.pipe.room = 0
+    bench.outbox.send(b"x" * 1000, 0)
+    assert not bench.outbox.congested
+    await trio.sleep(1000)
+    assert not bench.aborted
+    bench.pipe.drain(1000)
+    await bench.outbox.drained()
+    assert bench.pipe.taken == b"x" * 1000
+
+
+async def test_a_peer_that_has_gone_ends_the_client(bench: Bench) -> None:
+    bench.pipe.gone = True
+    bench.outbox.send(b"a", 0)
+    assert bench.aborted == [True]
+    await bench.outbox.drained()
+    bench.outbox.send(b"b", 0)
+    assert bench.pipe.taken == b""
+
+
+async def test_a_peer_that_goes_while_more_is_sent_ends_the_client(bench: Bench) -> None:
+    bench.pipe.room = 1
+    bench.outbox.send(b"abc", 0)
+    await wait_all_tasks_blocked()
+    bench.pipe.gone = True
+    bench.pipe.drain(1)
+    await bench.outbox.drained()
+    assert bench.aborted
+    assert bench.outbox.size == 0
+
+
+async def test_a_slot_filled_after_the_client_has_gone(bench: Bench) -> None:
+    slot = Slot()
+    bench.outbox.expect(slot, 0)
+    bench.outbox.discard()
+    slot.fill(b"a")
+    assert bench.pipe.taken == b""
+
+
+@pytest.mark.parametrize("count", [1024, 1025])
+async def test_many_replies_that_wait_congest(bench: Bench, count: int) -> None:
+    for _ in range(count):
+        bench.outbox.expect(Slot(), 0)
+    assert bench.outbox.congested == (count > 1024)
+
+
+async def test_replies_put_off_leave_with_what_comes_first(bench: Bench, house: House) -> None:
+    clients = [house.connect() for _ in range(5)]
+    await wait_all_tasks_blocked()
+    assert len(clients) == len(house.server.sessions)
+    bench.outbox.send_soon(b"a", 0)
+    bench.outbox.send_soon(b"b", 0)
+    assert bench.pipe.sends == 0
+    bench.outbox.send(b"c", 0)
+    assert bench.pipe.taken == b"abc"
+    bench.outbox.send_soon(b"d", 0)
+    await wait_all_tasks_blocked()
+    assert bench.pipe.taken == b"abcd"
+    assert bench.pipe.sends == 2
+
+
+class Together:
+    """Departures that leave when the test says so."""
+
+    def __init__(self) -> None:
+        self.outboxes: list[Departing] = []
+
+    def add(self, outbox: Departing) -> None:
+        self.outboxes.append(outbox)
+
+    def depart(self) -> None:
+        while self.outboxes:
+            self.outboxes.pop().depart()
+
+
+class SimpleServer:
+    """As much of a server as an outbox sees."""
+
+    def __init__(self, journal: ManualJournal, sessions: dict[int, None]) -> None:
+        self.journal = journal
+        self.database = self
+        self.sessions = sessions
+        self.config = Config()
+        self.statistics = Statistics()
+        self.departures = Together()
+
+
+# Replies are numbered; an action sends the next one or moves the log, the slots or the socket on.
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["send", "soon", "slot", "fill", "release", "drain"]), st.integers(0, 50)),
+    max_size=60,
+)
+
+
+@given(ACTIONS, st.booleans())
+def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int]], many: bool) -> None:
+    async def main() -> None:
+        journal, pipe = ManualJournal(), Pipe(0)
+        async with trio.open_nursery() as nursery:
+            server = SimpleServer(journal, {number: None for number in range(9 if many else 0)})
+            outbox = Outbox(
+                pipe,
+                server,  # type: ignore[arg-type]
+                start_writer=lambda: nursery.start_soon(outbox.write),
+                abort=lambda: None,
+            )
+            expected, slots, lsn = [], [], 0
+            for word, number in actions:
+                body = b"<%d:%d>" % (len(expected), lsn)
+                match word:
+                    case "send" | "soon":
+                        lsn += number % 2
+                        expected.append((body, lsn))
+                        (outbox.send if word == "send" else outbox.send_soon)(body, lsn)
+                    case "slot":
+                        slots.append((Slot(), body))
+                        expected.append((body, lsn))
+                        outbox.expect(slots[-1][0], lsn)
+                    case "fill" if slots:
+                        slot, body = slots.pop(number % len(slots))
+                        slot.fill(body)
+                    case "release":
+                        journal.release(min(lsn, journal.durable + number))
+                    case "drain":
+                        pipe.drain(number)
+                await trio.lowlevel.checkpoint()
+                allowed = b"".join(body for body, at in expected if at <= journal.durable)
+                assert allowed.startswith(pipe.taken)
+            for slot, body in slots:
+                slot.fill(body)
+            journal.release(lsn)
+            server.departures.depart()
+            pipe.drain(1 << 20)
+            await outbox.drained()
+            assert pipe.taken == b"".join(body for body, _ in expected)
+            assert outbox.size == 0
+
+    trio.run(main)
