@@ -20,13 +20,13 @@ from engram.files import DiskFiles
 from engram.index.distances import row_norms
 from engram.index.graph import GraphBuilder, Quantizer
 from engram.index.parameters import Parameters
-from engram.index.recall import SCAN_ROWS_PER_EXPANSION, measure_expansion, narrowest_expansion
+from engram.index.recall import measure_expansion
 from engram.index.segment import GRAPH, ROW_FILES, SegmentStore
 from engram.index.texts import Positions
 
 _NICENESS = 10
 _SAMPLE_ROWS = 128
-_LEAST_EXPANSION = 64
+_CHECK_EXPANSION = 64
 
 
 class BuildJob(msgspec.Struct, frozen=True):
@@ -66,9 +66,7 @@ def build_segment(job: BuildJob) -> BuildResult:
 
     inside, sample = _split(len(rows))
     builder.add(inside, rows, norms)
-    expansion = narrowest_expansion(len(inside))
-    if expansion * SCAN_ROWS_PER_EXPANSION < len(inside):
-        expansion = measure_expansion(builder.graph, parameters.metric, rows, norms, inside, sample)
+    expansion = measure_expansion(builder.graph, parameters.metric, rows, norms, inside, sample)
     builder.add(sample, rows, norms)
     builder.save(building / GRAPH)
 
@@ -86,7 +84,7 @@ def build_segment(job: BuildJob) -> BuildResult:
     )
     segment = store.open(building.name, checksum)
     asked = slice(None, None, max(1, len(rows) // _SAMPLE_ROWS))
-    search = (rows[asked], norms[asked], 1, _LEAST_EXPANSION)
+    search = (rows[asked], norms[asked], 1, _CHECK_EXPANSION)
     if not np.array_equal(segment.graphs[0].search(*search), builder.graph.search(*search)):
         raise OSError(f"{building / GRAPH} does not answer as the graph that was written")
     files.rename(building, store.folder / job.segment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from engram.index.distances import Doubles, Floats, Queries
@@ -28,24 +30,26 @@ def narrowest_expansion(rows: int) -> int:
     with ten copies of each of 19,000 embeddings, ef 64 finds 0.998 of the neighbours of another copy and
     0.971 of those of a new embedding; ef 128 finds 0.989 of these.
     """
-    return round(64 * max(1.0, rows / 16_384) ** (1 / 3))
+    return round(64 * math.cbrt(max(1.0, rows / 16_384)))
 
 
 def measure_expansion(
     graph: Graph, metric: str, rows: Floats, norms: Doubles, inside: Positions, sample: Positions
 ) -> int:
-    """The ef at which searches of `graph` find nearly all of the 10 nearest, 0 when a scan is better.
+    """The ef at which searches of `graph` find nearly all of the 10 nearest, 0 when none is wide enough.
 
     The graph holds the rows of (n, dimension) at positions `inside`, and not those at `sample`, which are
     the queries: queries that are rows of the graph would be found too easily.
     """
+    narrowest = narrowest_expansion(len(inside))
+    widest = len(inside) // SCAN_ROWS_PER_EXPANSION
+    if narrowest >= widest:
+        # It is scanned anyhow.
+        return narrowest
     queries = Queries.of(metric, rows[sample])
     nearest = _least_ranks(queries, rows, norms, inside)
-    recall = 0.0
-    narrowest = expansion = narrowest_expansion(len(inside))
-    for expansion in (narrowest, *(wider for wider in _EXPANSIONS if wider > narrowest)):
-        if expansion * SCAN_ROWS_PER_EXPANSION >= len(inside):
-            break
+    fair = 0
+    for expansion in (narrowest, *(wider for wider in _EXPANSIONS if narrowest < wider < widest)):
         found = graph.search(queries.vectors, queries.norms, OVERSAMPLING * _NEIGHBORS, expansion)
         terms = queries.terms(norms[found.ravel()])
         ranks = terms.ranks(np.matmul(rows[found], queries.scaled[:, :, None]).ravel()).reshape(found.shape)
@@ -54,7 +58,9 @@ def measure_expansion(
         recall = float(np.minimum(hits, _NEIGHBORS).mean()) / _NEIGHBORS
         if recall >= _GOOD_RECALL:
             return expansion
-    return expansion if recall >= _FAIR_RECALL else 0
+        if recall >= _FAIR_RECALL:
+            fair = expansion
+    return fair
 
 
 def _least_ranks(queries: Queries, rows: Floats, norms: Doubles, inside: Positions) -> Floats:

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import pytest
+import trio
+import trio.testing
+
+from engram.errors import CommandError, LogFailureError
+from engram.index.builder import Builder, BuilderSettings
+from engram.index.parameters import default_parameters
+from engram.index.search import search_batch
+from engram.index.segment import SegmentStore
+from engram.index.vector_index import VectorIndex
+from engram.operations import InstallSegment
+
+Floats = npt.NDArray[np.float32]
+Clustered = Callable[..., Floats]
+
+# A sound builder, as a shell command of which more can be made.
+BUILD = " ".join(BuilderSettings().command)
+
+
+def shell(script: str) -> BuilderSettings:
+    return BuilderSettings(command=("sh", "-c", script))
+
+
+@attrs.define
+class Engine:
+    """Applies operations at once, as an engine whose log is always ready does."""
+
+    store: SegmentStore
+    lsn: int = 10
+    operations: list[InstallSegment] = attrs.Factory(list)
+    changed: trio.Event = attrs.Factory(trio.Event)
+
+    async def install(self, index: VectorIndex, operation: InstallSegment) -> None:
+        await trio.lowlevel.checkpoint()
+        self.lsn += 1
+        segment = self.store.take(operation.segment, operation.checksum) if operation.segment else None
+        for name in index.install(self.lsn, segment, operation.through, operation.replaces):
+            self.store.remove(name)
+        self.operations.append(operation)
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def wait(self, operations: int) -> None:
+        while len(self.operations) < operations:
+            await self.changed.wait()
+
+
+@pytest.fixture
+def engine(store: SegmentStore) -> Engine:
+    return Engine(store)
+
+
+@pytest.fixture
+def index(clustered: Clustered) -> VectorIndex:
+    rows = clustered(70, 8)
+    index = VectorIndex(1, default_parameters(8, "cosine"), seal_rows=64)
+    index.add(2, [b"%d" % row for row in range(70)], rows)
+    return index
+
+
+async def test_a_head_becomes_a_segment(
+    engine: Engine, index: VectorIndex, clustered: Clustered, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install)
+    await nursery.start(builder.run)
+    builder.consider(index)
+    builder.consider(index)
+    assert builder.waiting == 1
+    await engine.wait(1)
+    await trio.testing.wait_all_tasks_blocked()
+    (operation,) = engine.operations
+    assert (operation.index, operation.through, operation.replaces) == (1, 63, ())
+    assert [path.name for path in engine.store.folder.iterdir()] == [operation.segment]
+    assert (index.rows_unindexed, [installed.rows for installed in index.segments]) == (6, [64])
+    (result,) = search_batch([index.view(engine.lsn)], clustered(70, 8)[3:4], 2, None, 0)
+    assert result.keys[0] == b"3"
+    assert (builder.builds, builder.failures, builder.waiting, builder.running) == (1, 0, 0, 0)
+    assert builder.rate > 0.0
+    assert builder.last_error is None
+
+
+async def test_rows_that_die_while_they_are_built_are_dead_in_the_segment(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        index.delete(5, [b"7"])
+        index.add(6, [b"8"], np.ones((1, 8), np.float32))
+        await engine.install(index, operation)
+
+    builder = Builder(engine.store, install)
+    await nursery.start(builder.run)
+    builder.consider(index)
+    await engine.wait(1)
+    assert [installed.dead for installed in index.segments] == [2]
+    (result,) = search_batch([index.view(engine.lsn)], np.ones((1, 8), np.float32), 100, None, 0)
+    assert sorted(map(int, result.keys)) == [row for row in range(70) if row != 7]
+
+
+async def test_the_index_that_waits_longest_is_next_and_merges_follow(
+    engine: Engine, clustered: Clustered, nursery: trio.Nursery
+) -> None:
+    indices = []
+    for number in (3, 1, 2):
+        index = VectorIndex(number, default_parameters(8, "cosine"), seal_rows=16)
+        index.add(2, [b"%d" % row for row in range(32)], clustered(32, 8))
+        indices.append(index)
+    builder = Builder(engine.store, engine.install)
+    for index in indices:
+        builder.consider(index)
+    await nursery.start(builder.run)
+    await engine.wait(3)
+    assert [operation.index for operation in engine.operations] == [3, 1, 2]
+    first = indices[0]
+    first.delete(50, [b"%d" % row for row in range(20)])
+    builder.consider(first)
+    old = first.segments[0].id
+    await engine.wait(4)
+    assert engine.operations[3].replaces == (old,)
+    assert [(installed.rows, installed.dead) for installed in first.segments] == [(12, 0)]
+
+
+async def test_rows_that_are_all_dead_need_no_process(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    index.delete(3, [b"%d" % row for row in range(64)])
+    builder = Builder(engine.store, engine.install, settings=shell("exit 9"))
+    await nursery.start(builder.run)
+    builder.consider(index)
+    await engine.wait(1)
+    assert engine.operations == [InstallSegment(1, "", 0, 63, ())]
+    assert index.rows_total == 6
+    assert list(engine.store.folder.iterdir()) == []
+
+
+async def test_a_process_that_dies_is_tried_again(
+    engine: Engine,
+    index: VectorIndex,
+    tmp_path_factory: pytest.TempPathFactory,
+    nursery: trio.Nursery,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    tries = tmp_path_factory.mktemp("tries") / "tries"
+    script = (
+        f"echo >> {tries}; if [ $(wc -l < {tries}) -lt 4 ]; then echo no luck >&2; exit 3; fi; exec {BUILD}"
+    )
+    builder = Builder(engine.store, engine.install, settings=shell(script))
+    await nursery.start(builder.run)
+    began = trio.current_time()
+    builder.consider(index)
+    await engine.wait(1)
+    assert builder.failures == 3
+    assert builder.last_error == "the building process ended with code 3: no luck"
+    assert trio.current_time() - began == pytest.approx(1.0 + 2.0 + 4.0)
+    assert len(list(engine.store.folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("answer", ["", "nonsense"])
+async def test_a_process_that_does_not_answer_has_failed(
+    engine: Engine, index: VectorIndex, answer: str, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install, settings=shell(f"read job; echo {answer}"))
+    await nursery.start(builder.run)
+    builder.consider(index)
+    while not builder.failures:
+        await trio.lowlevel.checkpoint()
+    assert builder.last_error is not None
+    assert list(engine.store.folder.iterdir()) == []
+    assert engine.operations == []
+
+
+async def test_waits_between_retries_do_not_grow_beyond_a_limit(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    tries: list[float] = []
+    fifth = trio.Event()
+
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        tries.append(trio.current_time())
+        if len(tries) == 5:
+            fifth.set()
+        raise CommandError("MISCONF no space left")
+
+    index.delete(3, [b"%d" % row for row in range(64)])
+    builder = Builder(engine.store, install, settings=BuilderSettings(first_retry=1.0, longest_retry=3.0))
+    await nursery.start(builder.run)
+    builder.consider(index)
+    await fifth.wait()
+    assert np.diff(tries) == pytest.approx([1.0, 2.0, 3.0, 3.0])
+
+
+async def test_other_indices_do_not_wait_for_one_that_fails(
+    engine: Engine, index: VectorIndex, clustered: Clustered, nursery: trio.Nursery
+) -> None:
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        if index.id == 1:
+            raise CommandError("MISCONF no space left")
+        await engine.install(index, operation)
+
+    other = VectorIndex(2, default_parameters(8, "cosine"), seal_rows=64)
+    other.add(2, [b"%d" % row for row in range(64)], clustered(64, 8))
+    builder = Builder(engine.store, install, settings=BuilderSettings(first_retry=1e6, longest_retry=1e6))
+    await nursery.start(builder.run)
+    builder.consider(index)
+    builder.consider(other)
+    await engine.wait(1)
+    assert engine.operations[0].index == 2
+    assert builder.failures == 1
+
+
+async def test_a_cancelled_build_takes_its_process_and_folder_along(
+    engine: Engine, index: VectorIndex, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    fifo = tmp_path_factory.mktemp("fifo") / "pid"
+    os.mkfifo(fifo)
+    builder = Builder(engine.store, engine.install, settings=shell(f"echo $$ > {fifo}; exec sleep 1000"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(builder.run)
+        builder.consider(index)
+        pid = int(await trio.to_thread.run_sync(fifo.read_text))
+        os.kill(pid, 0)
+        assert builder.running == 1
+        assert len(list(engine.store.folder.iterdir())) == 1
+        nursery.cancel_scope.cancel()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert list(engine.store.folder.iterdir()) == []
+    assert engine.operations == []
+
+
+async def test_an_index_dropped_meanwhile_leaves_nothing(
+    engine: Engine, index: VectorIndex, tmp_path_factory: pytest.TempPathFactory, nursery: trio.Nursery
+) -> None:
+    fifo = tmp_path_factory.mktemp("fifo") / "go"
+    os.mkfifo(fifo)
+    builder = Builder(engine.store, engine.install, settings=shell(f"read line < {fifo}; exec {BUILD}"))
+    await nursery.start(builder.run)
+    builder.consider(index)
+
+    def go() -> None:
+        fifo.write_text("go\n")
+
+    await trio.to_thread.run_sync(go)
+    index.dropped = True
+    while builder.running:
+        await trio.lowlevel.checkpoint()
+    assert builder.failures == 0
+    assert engine.operations == []
+    assert list(engine.store.folder.iterdir()) == []
+
+
+async def test_an_index_dropped_before_its_turn_is_not_built(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install, settings=shell("exit 1"))
+    builder.consider(index)
+    index.dropped = True
+    await nursery.start(builder.run)
+    await trio.testing.wait_all_tasks_blocked()
+    assert (builder.waiting, builder.failures) == (0, 0)
+
+
+async def test_a_log_without_room_is_tried_again(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    refused: list[str] = []
+
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        if not refused:
+            refused.append(operation.segment)
+            raise CommandError("MISCONF no space left")
+        await engine.install(index, operation)
+
+    builder = Builder(engine.store, install)
+    await nursery.start(builder.run)
+    builder.consider(index)
+    await engine.wait(1)
+    assert (builder.failures, builder.last_error) == (1, "MISCONF no space left")
+    assert [path.name for path in engine.store.folder.iterdir()] == [engine.operations[0].segment]
+    assert engine.operations[0].segment not in refused
+
+
+async def test_a_log_that_fails_ends_the_builder(engine: Engine, index: VectorIndex) -> None:
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        raise LogFailureError("the disk is gone")
+
+    builder = Builder(engine.store, install)
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(LogFailureError, match="the disk is gone"), flatten_subgroups=True
+    ):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(builder.run)
+            builder.consider(index)
+
+
+async def test_rows_beyond_the_limit_come_as_fast_as_graphs_are_built(
+    engine: Engine, index: VectorIndex, autojump_clock: trio.testing.MockClock
+) -> None:
+    builder = Builder(engine.store, engine.install)
+    assert builder.delay(index, 71) == 0.0
+    pause = 1.0 / builder.rate
+    assert [builder.delay(index, 70) for _ in range(3)] == pytest.approx([pause, 2 * pause, 3 * pause])
+    await trio.sleep(1.0)
+    assert builder.delay(index, 70) == pytest.approx(pause)
+    await trio.sleep(1.0)
+    # Half as many again: half as fast.
+    assert builder.delay(index, 47) == pytest.approx(pause / (1.0 - 23 / 47))

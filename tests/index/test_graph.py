@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from usearch.index import Index
+
+from engram.index.distances import METRICS, row_norms
+from engram.index.graph import Graph, GraphBuilder, Quantizer
+from engram.index.parameters import Parameters, default_parameters
+
+Floats = npt.NDArray[np.float32]
+Clustered = Callable[..., Floats]
+
+
+def built(parameters: Parameters, rows: Floats) -> GraphBuilder:
+    norms = row_norms(rows)
+    builder = GraphBuilder(parameters, Quantizer.fit(parameters, rows, norms))
+    builder.add(np.arange(len(rows)), rows, norms)
+    return builder
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_saved_graph_answers_as_the_one_that_was_built(
+    metric: str, clustered: Clustered, tmp_path: Path
+) -> None:
+    rows, queries = clustered(500, 16), clustered(20, 16, seed=1)
+    parameters = default_parameters(16, metric)
+    builder = built(parameters, rows)
+    builder.save(tmp_path / "graph")
+    opened = Graph.open(tmp_path / "graph", parameters, Quantizer.fit(parameters, rows, row_norms(rows)))
+    assert len(opened) == 500
+    expected = builder.graph.search(queries, row_norms(queries), 10, 64)
+    assert np.array_equal(opened.search(queries, row_norms(queries), 10, 64), expected)
+    assert expected.min() >= 0
+
+
+def test_fewer_rows_than_asked_for_are_filled_up(clustered: Clustered) -> None:
+    rows = clustered(7, 16)
+    found = built(default_parameters(16, "l2"), rows).graph.search(rows, row_norms(rows), 20, 64)
+    assert found.shape == (7, 20)
+    assert [sorted(set(line)) for line in found.tolist()] == [[-1, *range(7)]] * 7
+
+
+def test_a_missing_file_does_not_close_standard_input(tmp_path: Path) -> None:
+    parameters = default_parameters(4, "l2")
+    quantizer = Quantizer("l2", "bf16", 1.0, np.zeros(4, np.float32))
+    before = os.fstat(0)
+    with pytest.raises(FileNotFoundError):
+        Graph.open(tmp_path / "missing", parameters, quantizer)
+    assert os.fstat(0) == before
+
+
+def test_a_file_cut_short_by_a_full_disk_is_noticed(
+    clustered: Clustered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(index: Index, path: Path) -> None:
+        path.write_bytes(bytes(100))
+
+    monkeypatch.setattr(Index, "save", save)
+    with pytest.raises(OSError, match="has 100 bytes instead of"):
+        built(default_parameters(16, "l2"), clustered(100, 16)).save(tmp_path / "graph")
+
+
+def test_a_file_that_cannot_be_written_is_noticed(clustered: Clustered, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="graph"):
+        built(default_parameters(16, "l2"), clustered(100, 16)).save(tmp_path / "missing" / "graph")
+
+
+def test_unit_rows_fill_the_range_of_a_byte(clustered: Clustered) -> None:
+    rows = clustered(2000, 32, spread=100.0)
+    norms = row_norms(rows)
+    quantizer = Quantizer.fit(default_parameters(32, "cosine"), rows, norms)
+    encoded = quantizer.encode(rows, norms)
+    assert encoded.dtype == np.int8
+    assert (encoded.min(), encoded.max()) == (-127, 127)
+    error = encoded / quantizer.scale - rows / norms[:, None]
+    assert np.sqrt((error**2).mean()) < 0.01
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_zero_and_tiny_vectors_have_no_nan(metric: str) -> None:
+    rows = np.array([[0.0, 0.0], [1e-45, 0.0], [1e-38, 1e-38], [1.0, 2.0]], np.float32)
+    norms = row_norms(rows)
+    quantizer = Quantizer.fit(default_parameters(2, metric), rows, norms)
+    assert np.isfinite(quantizer.encode(rows, norms)).all()
+
+
+def test_l2_does_not_lose_precision_far_from_the_origin(clustered: Clustered) -> None:
+    # bf16 has 8 bits: around 1000, its steps are 4.
+    rows = clustered(1000, 16)
+    far = rows + np.float32(1000.0)
+    near, shifted = (built(default_parameters(16, "l2"), matrix).graph for matrix in (rows, far))
+    found = near.search(rows, row_norms(rows), 1, 64)[:, 0]
+    found_far = shifted.search(far, row_norms(far), 1, 64)[:, 0]
+    assert (found == np.arange(1000)).mean() > 0.98
+    assert (found_far == np.arange(1000)).mean() > 0.98

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engram.index import search
+from engram.index.distances import METRICS
+from engram.index.parameters import default_parameters
+from engram.index.search import SearchResult, SearchService, search_batch
+from engram.index.vector_index import VectorIndex, View
+
+Floats = npt.NDArray[np.float32]
+Nearest = Callable[[str, Floats, Floats, int], list[tuple[int, float]]]
+Clustered = Callable[..., Floats]
+Build = Callable[[VectorIndex], Any]
+
+
+def filled(metric: str, rows: Floats, **settings: int) -> VectorIndex:
+    """An index whose key `n` holds row n."""
+    index = VectorIndex(1, default_parameters(rows.shape[1], metric), **settings)
+    index.add(2, [b"%d" % row for row in range(len(rows))], rows)
+    return index
+
+
+def pairs(result: SearchResult) -> list[tuple[int, float]]:
+    return [
+        (int(key), float(np.float32(text))) for key, text in zip(result.keys, result.distances, strict=True)
+    ]
+
+
+def recall(results: list[SearchResult], expected: list[list[tuple[int, float]]]) -> float:
+    hits = sum(
+        len({int(key) for key in result.keys} & {row for row, _ in truth})
+        for result, truth in zip(results, expected, strict=True)
+    )
+    return hits / sum(map(len, expected))
+
+
+class TestHead:
+    """Of the head nothing is ever missed."""
+
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("spread", [1.0, 100.0])
+    def test_answers_are_exact(
+        self, metric: str, spread: float, clustered: Clustered, nearest: Nearest
+    ) -> None:
+        rows = clustered(3000, 24, spread=spread)
+        rows[700:720] = rows[3]
+        rows[1500:1510] = 0.0
+        queries = np.concatenate(
+            [clustered(30, 24, seed=1, spread=spread), rows[:5], rows[1500:1502], rows[5:9] * 50]
+        ).astype(np.float32)
+        view = filled(metric, rows).view(2)
+        results = search_batch([view] * len(queries), queries, 10, None, 0)
+        for query, result in zip(queries, results, strict=True):
+            assert pairs(result) == nearest(metric, rows, query, 10)
+
+    @pytest.mark.parametrize("metric", METRICS)
+    @settings(max_examples=60, deadline=None)
+    @given(data=st.data())
+    def test_ties_huge_and_tiny_numbers_cost_nothing(
+        self, metric: str, nearest: Nearest, data: st.DataObject
+    ) -> None:
+        size = st.sampled_from([0.0, 1e-44, 1e-30, 1e-18, 1e-3, 1.0, 1.0000001, 2.0, -1.0, 1e5, 4e17, -4e17])
+        vector = st.lists(size, min_size=3, max_size=3)
+        rows = np.array(data.draw(st.lists(vector, min_size=1, max_size=60)), np.float32)
+        queries = np.array(data.draw(st.lists(vector, min_size=1, max_size=4)), np.float32)
+        k = data.draw(st.integers(1, 70))
+        view = filled(metric, rows).view(2)
+        results = search_batch([view] * len(queries), queries, k, None, 0)
+        for query, result in zip(queries, results, strict=True):
+            assert pairs(result) == nearest(metric, rows, query, k)
+
+    def test_near_duplicates_are_told_apart(self, nearest: Nearest) -> None:
+        # Closer to each other than float32 sums can tell.
+        random = np.random.default_rng(3)
+        base = random.normal(size=384)
+        rows = (base + 1e-6 * random.normal(size=(2000, 384))).astype(np.float32)
+        for metric in METRICS:
+            (result,) = search_batch([filled(metric, rows).view(2)], rows[:1], 10, None, 0)
+            assert pairs(result) == nearest(metric, rows, rows[0], 10)
+
+    def test_more_than_there_is_gives_all_there_is(self) -> None:
+        index = filled("l2", np.eye(3, dtype=np.float32))
+        (result,) = search_batch([index.view(2)], np.zeros((1, 3), np.float32), 1 << 40, None, 0)
+        assert result.keys == [b"0", b"1", b"2"]
+        assert result.distances == [b"1", b"1", b"1"]
+
+    def test_the_largest_norms_do_not_bring_dead_rows_back(self) -> None:
+        # The errors allowed for are then so large that a bound of the greatest float32 overflows.
+        random = np.random.default_rng(2)
+        rows = random.normal(size=(50, 512))
+        rows = (rows * (9.9e17 / np.linalg.norm(rows, axis=1, keepdims=True))).astype(np.float32)
+        index = filled("l2", rows)
+        index.delete(3, [b"7", b"20"])
+        (result,) = search_batch([index.view(3)], rows[:1], 60, None, 0)
+        assert sorted(map(int, result.keys)) == [row for row in range(50) if row not in (7, 20)]
+
+    def test_k_must_be_positive(self) -> None:
+        index = filled("l2", np.eye(3, dtype=np.float32))
+        with pytest.raises(ValueError, match="k must be positive"):
+            search_batch([index.view(2)], np.zeros((1, 3), np.float32), 0, None, 0)
+
+    def test_an_empty_index_gives_nothing(self) -> None:
+        index = VectorIndex(1, default_parameters(3, "l2"))
+        results = search_batch([index.view(2)] * 2, np.zeros((2, 3), np.float32), 5, None, 0)
+        assert results == [SearchResult([], []), SearchResult([], [])]
+
+    def test_each_query_of_a_batch_sees_its_own_view(self, nearest: Nearest) -> None:
+        random = np.random.default_rng(8)
+        rows = random.normal(size=(120, 4)).astype(np.float32)
+        index = VectorIndex(1, default_parameters(4, "l2"), seal_rows=64)
+        views: list[View] = []
+        expected: list[list[tuple[int, float]]] = []
+        query = np.zeros(4, np.float32)
+        live: dict[int, int] = {}
+        for row in range(len(rows)):
+            index.add(2 * row, [b"%d" % row], rows[row : row + 1])
+            live[row] = row
+            if row % 3 == 2:
+                index.delete(2 * row + 1, [b"%d" % (row // 2)])
+                live.pop(row // 2)
+            views.append(index.view(2 * row + 1))
+            present = sorted(live)
+            expected.append([(present[at], d) for at, d in nearest("l2", rows[present], query, 7)])
+        results = search_batch(views[::-1], np.zeros((len(views), 4), np.float32), 7, None, 0)
+        assert [pairs(result) for result in results[::-1]] == expected
+
+
+class TestSegments:
+    """A graph may miss a neighbour, but the answer is always of live rows, in order, k of them."""
+
+    @pytest.mark.parametrize(
+        ("metric", "spread", "least"),
+        [
+            ("cosine", 1.0, 0.97),
+            ("cosine", 100.0, 0.97),
+            ("l2", 1.0, 0.97),
+            ("l2", 100.0, 0.95),
+            ("dot", 1.0, 0.97),
+            ("dot", 100.0, 0.95),
+        ],
+    )
+    def test_nearly_all_of_the_nearest_are_found(
+        self,
+        metric: str,
+        spread: float,
+        least: float,
+        clustered: Clustered,
+        nearest: Nearest,
+        build: Build,
+    ) -> None:
+        rows = clustered(6000, 48, spread=spread)
+        queries = clustered(100, 48, seed=1, spread=spread)
+        index = filled(metric, rows, seal_rows=4096)
+        build(index).install(3, index)
+        (installed,) = index.segments
+        assert installed.rows > 4000
+        results = search_batch([index.view(3)] * len(queries), queries, 10, None, 0)
+        expected = [nearest(metric, rows, query, 10) for query in queries]
+        assert recall(results, expected) >= least
+        for result, query in zip(results, queries, strict=True):
+            true = dict(nearest(metric, rows, query, len(rows)))
+            assert pairs(result) == sorted(
+                ((row, true[row]) for row, _ in pairs(result)), key=lambda pair: (pair[1], pair[0])
+            )
+
+    @pytest.fixture
+    def walked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Graphs are walked however small they are."""
+        monkeypatch.setattr(search, "SCAN_ROWS_PER_EXPANSION", 0)
+
+    @pytest.mark.usefixtures("walked")
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("every", [2, 10, 50])
+    def test_dead_rows_are_never_found_and_live_ones_fill_their_places(
+        self, metric: str, every: int, clustered: Clustered, nearest: Nearest, build: Build
+    ) -> None:
+        rows = clustered(1500, 16)
+        index = filled(metric, rows, seal_rows=1024)
+        build(index).install(3, index)
+        before = index.view(3)
+        alive = np.arange(0, len(rows), every)
+        index.delete(4, [b"%d" % row for row in range(len(rows)) if row % every])
+        queries = clustered(20, 16, seed=1)
+        results = search_batch([index.view(4)] * 20, queries, 10, None, 0)
+        expected = [
+            [(int(alive[at]), d) for at, d in nearest(metric, rows[alive], query, 10)] for query in queries
+        ]
+        assert all(len(result.keys) == 10 for result in results)
+        assert all(int(key) % every == 0 for result in results for key in result.keys)
+        assert recall(results, expected) >= 0.9
+        earlier = search_batch([before] * 20, queries, 10, None, 0)
+        assert recall(earlier, [nearest(metric, rows, query, 10) for query in queries]) >= 0.9
+
+    @pytest.mark.usefixtures("walked")
+    def test_rows_that_no_walk_reaches_are_found_by_a_scan(self, build: Build) -> None:
+        # Far more equal rows than a node has links: the graph falls apart.
+        rows = np.zeros((800, 4), np.float32)
+        rows[400:] = 1.0
+        index = filled("l2", rows, seal_rows=512)
+        build(index).install(3, index)
+        (result,) = search_batch([index.view(3)], rows[:1], 700, None, 0)
+        assert len(result.keys) == 700
+        assert result.distances == [b"0"] * 400 + [b"2"] * 300
+
+    @pytest.mark.usefixtures("walked")
+    def test_an_ef_that_is_asked_for_is_used(
+        self, clustered: Clustered, nearest: Nearest, build: Build
+    ) -> None:
+        rows = clustered(4000, 32)
+        queries = clustered(60, 32, seed=1)
+        index = filled("cosine", rows, seal_rows=2048)
+        build(index).install(3, index)
+        expected = [nearest("cosine", rows, query, 1) for query in queries]
+        views = [index.view(3)] * len(queries)
+        narrow, wide = (recall(search_batch(views, queries, 1, ef, 0), expected) for ef in (1, 400))
+        assert narrow < wide
+        assert wide > 0.99
+
+    def test_a_large_k_is_answered_exactly(
+        self, clustered: Clustered, nearest: Nearest, build: Build
+    ) -> None:
+        rows = clustered(3000, 16)
+        index = filled("cosine", rows, seal_rows=1024)
+        build(index).install(3, index)
+        (result,) = search_batch([index.view(3)], rows[:1], 2500, None, 0)
+        assert pairs(result) == nearest("cosine", rows, rows[0], 2500)
+
+
+class TestService:
+    """The service answers every search, in batches, whatever happens to some of them."""
+
+    @pytest.fixture
+    async def service(self, nursery: trio.Nursery) -> SearchService:
+        service = SearchService(2, 8)
+        await nursery.start(service.run)
+        return service
+
+    async def test_answers_are_those_of_a_search_alone(
+        self, service: SearchService, nearest: Nearest
+    ) -> None:
+        random = np.random.default_rng(1)
+        rows = random.normal(size=(200, 4)).astype(np.float32)
+        queries = random.normal(size=(50, 4)).astype(np.float32)
+        index = filled("l2", rows)
+        outcomes: dict[int, SearchResult | Exception] = {}
+        finished = trio.Event()
+
+        def submit(number: int, k: int) -> None:
+            def done(outcome: SearchResult | Exception) -> None:
+                outcomes[number] = outcome
+                if len(outcomes) == len(queries):
+                    finished.set()
+
+            service.submit(1, index.view(2), queries[number], k, None, done)
+
+        for number in range(len(queries)):
+            submit(number, 1 + number % 3)
+        assert service.waiting == len(queries)
+        await finished.wait()
+        for number, query in enumerate(queries):
+            outcome = outcomes[number]
+            assert isinstance(outcome, SearchResult)
+            assert pairs(outcome) == nearest("l2", rows, query, 1 + number % 3)
+        assert (service.waiting, service.searches) == (0, 50)
+        assert service.batches == 7
+
+    async def test_what_waits_for_one_index_goes_together(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches: list[list[float]] = []
+
+        def record(
+            views: list[View], queries: Floats, k: int, ef: int | None, worker: int
+        ) -> list[SearchResult]:
+            batches.append(queries[:, 0].tolist())
+            return [SearchResult([], []) for _ in views]
+
+        monkeypatch.setattr(search, "search_batch", record)
+        service = SearchService(1, 4)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        answered: list[float] = []
+        for index_id, number in [(7, 1), (8, 2), (7, 3), (9, 4), (8, 5), (7, 6), (7, 7), (7, 8), (7, 9)]:
+            query = np.full(2, number, np.float32)
+            service.submit(index_id, view, query, 1, None, lambda _, n=number: answered.append(n))  # type: ignore[misc]
+        await nursery.start(service.run)
+        await trio.testing.wait_all_tasks_blocked()
+        while service.searches < 9:
+            await trio.lowlevel.checkpoint()
+        assert batches == [[1, 3, 6, 7], [2, 5], [4], [8, 9]]
+        assert answered == [1, 3, 6, 7, 2, 5, 4, 8, 9]
+
+    async def test_a_search_that_raises_is_answered_alone(self, service: SearchService) -> None:
+        index = filled("l2", np.eye(4, dtype=np.float32))
+        outcomes: list[SearchResult | Exception | None] = [None] * 3
+        finished = trio.Event()
+
+        def submit(place: int, query: Floats) -> None:
+            def done(outcome: SearchResult | Exception) -> None:
+                outcomes[place] = outcome
+                if None not in outcomes:
+                    finished.set()
+
+            service.submit(1, index.view(2), query, 1, None, done)
+
+        submit(0, np.eye(4, dtype=np.float32)[2])
+        submit(1, np.zeros(9, np.float32))
+        submit(2, np.eye(4, dtype=np.float32)[3])
+        await finished.wait()
+        assert outcomes[0] == SearchResult([b"2"], [b"0"])
+        assert isinstance(outcomes[1], ValueError)
+        assert outcomes[2] == SearchResult([b"3"], [b"0"])
+
+    async def test_a_search_under_way_ends_before_the_service_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ended: list[int] = []
+        started = trio.Event()
+        release = threading.Event()
+
+        def slow(
+            views: list[View], queries: Floats, k: int, ef: int | None, worker: int
+        ) -> list[SearchResult]:
+            trio.from_thread.run_sync(started.set)
+            release.wait()
+            ended.append(worker)
+            return [SearchResult([], [])]
+
+        monkeypatch.setattr(search, "search_batch", slow)
+        service = SearchService(1, 4)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(service.run)
+            service.submit(1, view, np.zeros(2, np.float32), 1, None, lambda _: None)
+            await started.wait()
+            nursery.cancel_scope.cancel()
+            release.set()
+        assert ended == [0]

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from engram.errors import DamagedDataError
+from engram.files import DiskFiles
+from engram.index.graph import Graph
+from engram.index.parameters import default_parameters
+from engram.index.search import search_batch
+from engram.index.segment import Segment, SegmentStore
+from engram.index.vector_index import VectorIndex
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture
+def index(clustered: Callable[..., Floats]) -> VectorIndex:
+    rows = clustered(128, 8)
+    index = VectorIndex(1, default_parameters(8, "cosine"), seal_rows=128)
+    index.add(
+        2, [b"k%d" % row for row in range(128)], rows, [b"{}" if row % 2 else None for row in range(128)]
+    )
+    return index
+
+
+@pytest.fixture
+def segment(index: VectorIndex, build: Callable[[VectorIndex], Any]) -> Segment:
+    built: Segment = build(index).segment
+    return built
+
+
+def test_a_segment_holds_the_rows_it_was_made_of(
+    segment: Segment, index: VectorIndex, clustered: Callable[..., Floats]
+) -> None:
+    positions = np.array([0, 127, 5, 5])
+    assert segment.row_ids.tolist() == list(range(128))
+    assert np.array_equal(segment.vectors, clustered(128, 8))
+    assert segment.keys_at(positions) == [b"k0", b"k127", b"k5", b"k5"]
+    assert segment.attributes_at(positions) == [b"", b"{}", b"{}", b"{}"]
+    assert segment.position(77) == 77
+    assert segment.norms_at(positions) == pytest.approx(1.0)
+    assert segment.index_id == index.id
+    assert len(segment.graphs) == 1
+    assert not segment.vectors.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "columns.json",
+        "graph.usearch",
+        "vectors.npy",
+        "norms.npy",
+        "row-ids.npy",
+        "keys-bytes.npy",
+        "keys-ends.npy",
+        "attributes-bytes.npy",
+        "attributes-ends.npy",
+        "center.npy",
+    ],
+)
+class TestDamage:
+    @pytest.fixture
+    def unopened(self, segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing of a segment that has been damaged may reach usearch."""
+
+        def refuse(*_: object) -> Graph:
+            raise AssertionError("the graph was opened")
+
+        monkeypatch.setattr(Graph, "open", refuse)
+
+    @pytest.mark.usefixtures("unopened")
+    def test_a_flipped_bit_is_refused(self, segment: Segment, store: SegmentStore, name: str) -> None:
+        path = segment.path / name
+        whole = path.read_bytes()
+        for place in {0, len(whole) // 2, len(whole) - 1}:
+            damaged = bytearray(whole)
+            damaged[place] ^= 0x10
+            path.write_bytes(damaged)
+            with pytest.raises(DamagedDataError, match=name):
+                store.open(segment.id, segment.checksum)
+
+    @pytest.mark.usefixtures("unopened")
+    def test_a_file_cut_short_is_refused(self, segment: Segment, store: SegmentStore, name: str) -> None:
+        path = segment.path / name
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(DamagedDataError, match=name):
+            store.open(segment.id, segment.checksum)
+
+    @pytest.mark.usefixtures("unopened")
+    def test_a_missing_file_is_refused(self, segment: Segment, store: SegmentStore, name: str) -> None:
+        (segment.path / name).unlink()
+        with pytest.raises(DamagedDataError, match=name):
+            store.open(segment.id, segment.checksum)
+
+
+def test_each_worker_has_a_view_of_its_own(segment: Segment, store: SegmentStore) -> None:
+    opened = SegmentStore(store.folder, DiskFiles(), 3).open(segment.id, segment.checksum)
+    assert len(set(opened.graphs)) == 3
+
+
+def test_without_workers_no_graph_is_opened(
+    segment: Segment, store: SegmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graph, "open", None)
+    opened = SegmentStore(store.folder, DiskFiles(), 0).open(segment.id, segment.checksum)
+    assert opened.graphs == ()
+    assert opened.keys_at(np.array([3])) == [b"k3"]
+
+
+def test_a_removed_segment_can_be_searched_while_it_is_used(
+    index: VectorIndex,
+    build: Callable[[VectorIndex], Any],
+    store: SegmentStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engram.index.search.SCAN_ROWS_PER_EXPANSION", 0)
+    build(index).install(3, index)
+    (installed,) = index.segments
+    store.remove(installed.id)
+    assert not any(store.folder.iterdir())
+    query = installed.segment.vectors[9:10]
+    (result,) = search_batch([index.view(3)], query, 1, None, 0)
+    assert result.keys == [b"k9"]
+
+
+def test_an_adopted_segment_is_taken_once(segment: Segment, store: SegmentStore) -> None:
+    store.adopt(segment)
+    assert store.take(segment.id, segment.checksum) is segment
+    assert store.take(segment.id, segment.checksum) is not segment
+    store.adopt(segment)
+    store.discard(segment.id)
+    assert store.take(segment.id, segment.checksum) is not segment
+
+
+def test_removing_takes_what_is_finished_and_what_is_not(segment: Segment, store: SegmentStore) -> None:
+    shutil.copytree(segment.path, store.building(segment.id))
+    store.remove(segment.id)
+    assert list(store.folder.iterdir()) == []
+    store.remove(segment.id)
+
+
+def test_no_rows_leave_no_folder(store: SegmentStore, tmp_path: Path) -> None:
+    assert store.write_rows("0123", []) == 0
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram.errors import CommandError
+from engram.index.vectors import decode_vector
+
+
+@given(st.lists(st.floats(width=32, min_value=-(2.0**56), max_value=2.0**56), min_size=1, max_size=40))
+def test_little_endian_floats_are_read_as_they_were_written(numbers: list[float]) -> None:
+    vector = decode_vector(struct.pack(f"<{len(numbers)}f", *numbers), len(numbers))
+    assert vector.dtype == np.float32
+    assert vector.tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (b"", "ERR invalid vector encoding"),
+        (b"abc", "ERR invalid vector encoding"),
+        (bytes(17), "ERR invalid vector encoding"),
+        (bytes(12), "ERR wrong vector dimension: index expects 4, got 3"),
+        (bytes(20), "ERR wrong vector dimension: index expects 4, got 5"),
+    ],
+)
+def test_bytes_of_another_length_are_refused(blob: bytes, message: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        decode_vector(blob, 4)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1.1e18], ids=repr)
+@pytest.mark.parametrize("position", [0, 3])
+def test_numbers_whose_distances_are_not_finite_are_refused(number: float, position: int) -> None:
+    vector = np.ones(4, "<f4")
+    vector[position] = number
+    with pytest.raises(CommandError, match="ERR vector must be finite, with a norm of at most 1e"):
+        decode_vector(vector.tobytes(), 4)
+
+
+def test_infinities_that_cancel_are_refused() -> None:
+    with pytest.raises(CommandError, match="finite"):
+        decode_vector(np.array([np.inf, -np.inf], "<f4").tobytes(), 2)
