@@ -46,7 +46,8 @@ def trio_run() -> int:
 async def command_line(arguments: Sequence[str]) -> int:
     """Runs a server until SIGTERM, SIGINT or SHUTDOWN; a second signal ends it at once.
 
-    Returns 0 after a clean shutdown, 1 when the server cannot start or go on, 2 for a bad command line.
+    Returns 0 after a clean shutdown, 1 when the server cannot start, cannot go on or was ended at once, 2 for
+    a bad command line.
     """
     if list(arguments) in (["--help"], ["-h"]):
         print(usage())
@@ -61,16 +62,16 @@ async def command_line(arguments: Sequence[str]) -> int:
         return EXIT_USAGE
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     shutdown = trio.Event()
-    code = 0
+    code = EXIT_FAILURE
     try:
         async with trio.open_nursery() as signals:
             signals.start_soon(_watch_signals, shutdown, signals.cancel_scope)
             async with trio.open_nursery() as nursery:
                 report(await nursery.start(partial(serve, config, shutdown=shutdown)))
+            code = 0
             signals.cancel_scope.cancel()
     except* OperatorError as group:
         print(f"engram: {_first(group)}", file=sys.stderr)
-        code = EXIT_FAILURE
     return code
 
 

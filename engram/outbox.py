@@ -56,7 +56,7 @@ class Outbox:
     @property
     def size(self) -> int:
         """Bytes of replies held."""
-        return self._waiting_bytes + self._unsent_bytes
+        return self._waiting_bytes + sum(map(len, self._departing)) + self._unsent_bytes
 
     @property
     def congested(self) -> bool:
@@ -108,6 +108,7 @@ class Outbox:
     def expect(self, slot: Slot, lsn: int) -> None:
         """Keeps the place of a reply that will show the state at `lsn`."""
         slot.on_fill = self.flush
+        self._waiting_bytes += slot.size
         self._waiting.append((slot, lsn))
         self.flush()
 
@@ -120,17 +121,16 @@ class Outbox:
             if isinstance(reply, Slot):
                 if reply.reply is None:
                     break
-                content = reply.reply
+                content, size = reply.reply, reply.size
             else:
-                content = reply
+                content, size = reply, len(reply)
             if journal is not None and not journal.released(lsn):
                 if not self._registered:
                     self._registered = True
                     journal.on_release(lsn, self._released)
                 break
             waiting.popleft()
-            if content is reply:
-                self._waiting_bytes -= len(content)
+            self._waiting_bytes -= size
             ready.append(content)
         if ready:
             self._send(ready[0] if len(ready) == 1 else b"".join(ready))

@@ -125,7 +125,9 @@ def _listen(config: Config) -> list[socket.socket]:
         except OSError as error:
             for other in listeners:
                 other.close()
-            raise OperatorError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+            unresolved = isinstance(error, socket.gaierror)
+            reason = error.strerror if unresolved else os.strerror(error.errno or 0)
+            raise OperatorError(f"cannot listen on {host} port {port}: {reason}") from error
         listener.setblocking(False)
         listeners.append(listener)
         # All addresses share the port that the first one was given.
@@ -269,7 +271,8 @@ async def _accept(
         except (BlockingIOError, ConnectionAbortedError):
             continue
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            # Out of descriptors or memory, or, as accept(2) has it, a network error of the new connection.
+            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                 raise
             logger.warning("cannot accept a connection: %s", error.strerror)
             await trio.sleep(0.1)

@@ -151,9 +151,10 @@ class Client:
     async def read(self) -> None:
         """Receives until the server closes; to be run in the background."""
         try:
-            async for data in self.stream:
-                self.received += data
-                self._progress.unpark_all()
+            async with self.stream:
+                async for data in self.stream:
+                    self.received += data
+                    self._progress.unpark_all()
         except trio.BrokenResourceError:
             self._progress.unpark_all()
         finally:

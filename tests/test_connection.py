@@ -437,7 +437,7 @@ async def test_the_log_is_asked_once_for_a_burst_with_room(
         await client.send(*([b"SET", b"k", b"v" * 100] for _ in range(50)))
         assert await client.arrived() == OK * 50
         assert len(asked) == 1
-        assert asked[0] > sum(len(operation.value) for _, operation in journal.records)  # type: ignore[union-attr]
+        assert asked[0] > 50 * 100
         assert journal.admissions == 0
 
 
@@ -461,9 +461,7 @@ async def test_a_client_that_pipelines_and_reads_late_gets_everything(open_house
             nursery.cancel_scope.cancel()
 
 
-async def test_a_client_that_never_reads_is_dropped(
-    open_house: OpenHouse, autojump_clock: MockClock
-) -> None:
+async def test_a_client_that_never_reads_is_dropped(open_house: OpenHouse, autojump_clock: MockClock) -> None:
     config = Config(client_output_buffer_limit=1 << 16, client_write_timeout=7)
     async with open_house(config=config) as house:
         client, other = house.connect(streams=lockstep_stream_pair(), reads=False), house.connect()
@@ -492,7 +490,7 @@ async def test_a_client_below_the_limit_may_read_whenever_it_likes(
     async with open_house() as house:
         client = house.connect(streams=lockstep_stream_pair(), reads=False)
         await client.send("PING 1", "PING 2")
-        await trio.sleep(100_000)
+        await trio.sleep(10_000)
         house.nursery.start_soon(client.read)
         assert await client.reply() == b"$1\r\n1\r\n"
         assert await client.reply() == b"$1\r\n2\r\n"

@@ -83,9 +83,9 @@ def test_values_of_the_wrong_type(database: Database) -> None:
     database.commit(SetString(b"s", b"1"))
     database.commit(CreateIndex(b"i", 2, "l2", 16, 128, "f32"))
     assert database.index(b"i") is database.engine.indices[2]
-    with pytest.raises(CommandError, match="^WRONGTYPE "):
+    with pytest.raises(CommandError, match=r"^WRONGTYPE "):
         database.string(b"i")
-    with pytest.raises(CommandError, match="^WRONGTYPE "):
+    with pytest.raises(CommandError, match=r"^WRONGTYPE "):
         database.index(b"s")
     assert database.index(b"nosuch") is None
 
@@ -108,9 +108,7 @@ class DatabaseAgainstDict(RuleBasedStateMachine):
 
     def lapse(self) -> None:
         now = self.clock.time
-        self.model = {
-            key: (value, at) for key, (value, at) in self.model.items() if at is None or at > now
-        }
+        self.model = {key: (value, at) for key, (value, at) in self.model.items() if at is None or at > now}
 
     @rule(key=KEYS, value=st.binary(max_size=3), delay=st.none() | DELAYS)
     def set(self, key: bytes, value: bytes, delay: int | None) -> None:

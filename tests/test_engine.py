@@ -34,17 +34,13 @@ KEYS = (b"a", b"b", b"c", b"")
 MEMBERS = (b"x", b"y", b"z", b"\xff\x00")
 SHAPES = {"cosine": 2, "l2": 3, "dot": 1}
 
+WORDS = ("set", "append", "delete", "expire", "remove", "flush", *2 * ("create",), *3 * ("add",))
+
 # One step of a history: a word and choices that `to_operation` fits to the state.
 Step = tuple[str, bytes, bytes, int]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(
-            ["set", "set", "append", "delete", "expire", "create", "create", "add", "add", "add", "remove"]
-            + ["flush"]
-        ),
-        st.sampled_from(KEYS),
-        st.sampled_from(MEMBERS),
-        st.integers(0, 1 << 40),
+        st.sampled_from(WORDS), st.sampled_from(KEYS), st.sampled_from(MEMBERS), st.integers(0, 1 << 40)
     ),
     max_size=40,
 )

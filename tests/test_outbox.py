@@ -204,6 +204,21 @@ async def test_many_replies_that_wait_congest(bench: Bench, count: int) -> None:
     assert bench.outbox.congested == (count > 1024)
 
 
+async def test_replies_that_will_be_large_congest_before_they_are_known(bench: Bench) -> None:
+    slots = [Slot(1 << 20) for _ in range(5)]
+    for slot in slots[:4]:
+        bench.outbox.expect(slot, 0)
+    assert not bench.outbox.congested
+    bench.outbox.expect(slots[4], 0)
+    assert bench.outbox.congested
+    slots[0].fill(b"a")
+    assert not bench.outbox.congested
+    for slot in slots[1:]:
+        slot.fill(b"b")
+    assert bench.outbox.size == 0
+    assert bench.pipe.taken == b"abbbb"
+
+
 async def test_replies_put_off_leave_with_what_comes_first(bench: Bench, house: House) -> None:
     clients = [house.connect() for _ in range(5)]
     await wait_all_tasks_blocked()
@@ -257,14 +272,16 @@ def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int
     async def main() -> None:
         journal, pipe = ManualJournal(), Pipe(0)
         async with trio.open_nursery() as nursery:
-            server = SimpleServer(journal, {number: None for number in range(9 if many else 0)})
+            server = SimpleServer(journal, dict.fromkeys(range(9 if many else 0)))
             outbox = Outbox(
                 pipe,
                 server,  # type: ignore[arg-type]
                 start_writer=lambda: nursery.start_soon(outbox.write),
                 abort=lambda: None,
             )
-            expected, slots, lsn = [], [], 0
+            expected: list[tuple[bytes, int]] = []
+            slots: list[tuple[Slot, bytes]] = []
+            lsn = 0
             for word, number in actions:
                 body = b"<%d:%d>" % (len(expected), lsn)
                 match word:

@@ -17,11 +17,15 @@ from engram.protocol.replies import RESP2, Encoder
 
 
 class Slot:
-    """The place of a reply that is not known yet; whoever finds it calls `fill`, once."""
+    """The place of a reply that is not known yet; whoever finds it calls `fill`, once.
 
-    __slots__ = ("on_fill", "reply")
+    `size` is about how many bytes the reply will have, where that may be many.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("on_fill", "reply", "size")
+
+    def __init__(self, size: int = 0) -> None:
+        self.size = size
         self.reply: bytes | None = None
         self.on_fill: Callable[[], None] | None = None
 

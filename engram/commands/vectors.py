@@ -19,6 +19,9 @@ NO_INDEX = "ERR no such index"
 
 MAXIMUM_DIMENSION = 1 << 16
 
+# About what a key and its distance take in a reply.
+_RESULT_BYTES = 64
+
 METRICS = {b"cosine": "cosine", b"l2": "l2", b"euclidean": "l2", b"dot": "dot", b"ip": "dot"}
 
 
@@ -96,7 +99,7 @@ def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
         raise CommandError(NOT_AN_INTEGER)
     if k == 0 or not len(index):
         return EMPTY_ARRAY
-    slot = Slot()
+    slot = Slot(_RESULT_BYTES * min(k, len(index)))
 
     def done(result: SearchResult | Exception) -> None:
         if isinstance(result, Exception):

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from engram.commands.registry import COMMANDS, SPELLINGS
+from engram.commands.session import Session
+from engram.config import Config
+from engram.errors import DirectoryInUseError, LogFailureError, OperatorError
+from engram.files import DiskFiles
+from engram.server import SWITCH_INTERVAL, Started, serve
+from tests.conftest import PATIENCE, Client, vector
+
+OK, PONG = b"+OK\r\n", b"+PONG\r\n"
+
+
+@pytest.fixture(autouse=True)
+def _settled_interpreter() -> Iterator[None]:
+    """A server tunes the interpreter it runs in; the other tests get theirs back."""
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*threshold)
+    sys.setswitchinterval(interval)
+
+
+@attrs.define
+class Running:
+    """A server in this process, and clients for it."""
+
+    started: Started
+    shutdown: trio.Event
+    nursery: trio.Nursery
+
+    async def connect(self, address: int = 0) -> Client:
+        host, port = self.started.addresses[address]
+        client = Client(await trio.open_tcp_stream(host, port))
+        self.nursery.start_soon(client.read)
+        return client
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Running]:
+    """Runs a server on a free port, and shuts it down cleanly."""
+    config.port = 0
+    shutdown = trio.Event()
+    with trio.fail_after(4 * PATIENCE):
+        async with trio.open_nursery() as clients, trio.open_nursery() as nursery:
+
+            async def run(task_status: trio.TaskStatus[Started]) -> None:
+                await serve(config, shutdown=shutdown, task_status=task_status)
+
+            started = await nursery.start(run)
+            yield Running(started, shutdown, clients)
+            shutdown.set()
+
+
+async def test_a_free_port_and_several_addresses() -> None:
+    async with running(Config(bind=("127.0.0.1", "127.0.0.2"))) as server:
+        hosts = [host for host, _ in server.started.addresses]
+        ports = {port for _, port in server.started.addresses}
+        assert hosts == ["127.0.0.1", "127.0.0.2"]
+        assert len(ports) == 1
+        first, second = await server.connect(0), await server.connect(1)
+        assert await first.call("SET k v") == OK
+        assert await second.call("GET k") == b"$1\r\nv\r\n"
+        listed = (await second.call("CLIENT LIST")).decode()
+        assert f"laddr=127.0.0.1:{ports.pop()}" in listed
+        assert listed.count(" addr=127.0.0.") == 2
+        assert server.started.keys == server.started.vectors == 0
+        assert server.started.directory == ""
+        assert server.started.recovery is None
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL)
+
+
+async def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(
+            OperatorError, match=rf"^cannot listen on 127\.0\.0\.1 port {port}: Address already in use"
+        ):
+            await serve(Config(port=port))
+
+
+async def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(OperatorError, match=r"^cannot listen on 203\.0\.113\.1 port \d+: Cannot assign"):
+        await serve(Config(bind=("127.0.0.1", "203.0.113.1"), port=0))
+
+
+async def test_more_clients_than_allowed() -> None:
+    async with running(Config(maxclients=2)) as server:
+        clients = [await server.connect() for _ in range(2)]
+        for client in clients:
+            assert await client.call("PING") == PONG
+        third = await server.connect()
+        assert await third.ended() == b"-ERR max number of clients reached\r\n"
+        assert await clients[0].call("CONFIG SET maxclients 3") == OK
+        fourth = await server.connect()
+        assert await fourth.call("PING") == PONG
+        assert b"rejected_connections:1\r\n" in await fourth.call("INFO stats")
+        assert await fourth.call("QUIT") == OK
+        await fourth.ended()
+        fifth = await server.connect()
+        assert await fifth.call("PING") == PONG
+
+
+async def test_an_error_in_a_command_ends_only_its_client(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(session: Session, arguments: list[bytes]) -> bytes:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setitem(SPELLINGS, b"ECHO", attrs.evolve(COMMANDS[b"echo"], handler=broken))
+    async with running(Config()) as server:
+        client, other = await server.connect(), await server.connect()
+        assert await other.call("SET k v") == OK
+        await client.send("PING", "ECHO x", "PING")
+        await client.ended()
+        assert await other.call("GET k") == b"$1\r\nv\r\n"
+    [record] = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert "ended by an error" in record.getMessage()
+    assert record.exc_info is not None
+
+
+async def test_keys_lapse_by_themselves() -> None:
+    async with running(Config()) as server:
+        client = await server.connect()
+        await client.call("SET a 1 PX 1")
+        await client.call("SET b 1")
+        while await client.call("DBSIZE") != b":1\r\n":
+            await trio.lowlevel.checkpoint()
+        assert b"expired_keys:1\r\n" in await client.call("INFO stats")
+
+
+async def test_shutdown_by_a_client() -> None:
+    async with running(Config()) as server:
+        client, other = await server.connect(), await server.connect()
+        await other.call("PING")
+        await client.send("PING", "SHUTDOWN")
+        assert await client.ended() == PONG
+        assert await other.ended() == b""
+
+
+async def test_nothing_is_left_without_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with running(Config()) as server:
+        client = await server.connect()
+        await client.call("VNEW a 2")
+        await client.call([b"VADD", b"a", b"x", vector(1, 2)])
+        assert len(os.listdir(tmp_path)) == 1
+        assert await client.call("VSAVE") == b"-ERR persistence not enabled; start with a data dir\r\n"
+    assert os.listdir(tmp_path) == []
+
+
+async def test_what_was_acknowledged_is_there_again(tmp_path: Path) -> None:
+    async with running(Config(dir=str(tmp_path))) as server:
+        assert (server.started.keys, server.started.vectors) == (0, 0)
+        client = await server.connect()
+        await client.send("SET s 1", "APPEND s 23", "INCR n", "INCR n", "SET e x EX 1000", "VNEW v 2")
+        await client.send([b"VADD", b"v", b"x", vector(1, 2)], [b"VADD", b"v", b"y", vector(3, 4)])
+        await client.send("VDEL v y", "SET gone x", "DEL gone")
+        for _ in range(11):
+            assert not (await client.reply()).startswith(b"-")
+    async with running(Config(dir=str(tmp_path))) as server:
+        assert (server.started.keys, server.started.vectors) == (4, 1)
+        assert server.started.directory == str(tmp_path)
+        assert server.started.recovery is not None
+        assert server.started.recovery.lsn == 11
+        client = await server.connect()
+        assert await client.call("GET s") == b"$3\r\n123\r\n"
+        assert await client.call("INCR n") == b":3\r\n"
+        assert await client.call("TTL e") in (b":999\r\n", b":1000\r\n")
+        assert await client.call([b"VSEARCH", b"v", vector(1, 2), b"5"]) == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
+        assert await client.call("SAVE") == OK
+        assert await client.call("VSAVE") == OK
+        assert await client.call("INCR n") == b":4\r\n"
+    async with running(Config(dir=str(tmp_path))) as server:
+        client = await server.connect()
+        assert await client.call("GET n") == b"$1\r\n4\r\n"
+        assert await client.call([b"VSEARCH", b"v", vector(1, 2), b"5"]) == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
+
+
+async def test_shutting_down_answers_what_was_asked(tmp_path: Path) -> None:
+    async with running(Config(dir=str(tmp_path))) as server:
+        clients = [await server.connect() for _ in range(8)]
+        for number, client in enumerate(clients):
+            await client.call("PING")
+            await client.send(*(f"SET {number}.{each} x" for each in range(100)))
+            while len(client.received) < len(OK):
+                await trio.lowlevel.checkpoint()
+        server.shutdown.set()
+        replies = [await client.ended() for client in clients]
+    assert set(replies) == {OK * 100}
+    async with running(Config(dir=str(tmp_path))) as server:
+        assert server.started.keys == 800
+
+
+async def test_a_directory_serves_one_server(tmp_path: Path) -> None:
+    async with running(Config(dir=str(tmp_path))):
+        with pytest.raises(DirectoryInUseError, match="another server is using this directory"):
+            await serve(Config(port=0, dir=str(tmp_path)))
+    async with running(Config(dir=str(tmp_path))) as server:
+        assert await (await server.connect()).call("PING") == PONG
+
+
+async def test_a_directory_that_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(OperatorError, match="cannot be used as data directory"):
+        await serve(Config(port=0, dir=str(file)))
+
+
+async def test_a_log_that_fails_ends_the_server_and_acknowledges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[Client] = []
+
+    def fail(self: DiskFiles, descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def use() -> None:
+        async with running(Config(dir=str(tmp_path))) as server:
+            clients.extend([await server.connect(), await server.connect()])
+            assert await clients[0].call("SET k v") == OK
+            assert await clients[1].call("GET k") == b"$1\r\nv\r\n"
+            monkeypatch.setattr(DiskFiles, "sync_data", fail)
+            await clients[0].send("SET k w", "GET k")
+            await clients[1].send("GET k")
+            await trio.sleep_forever()
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await use()
+    assert caught.group_contains(LogFailureError, match="Input/output error")
+    assert clients[0].received == b""
+    assert bytes(clients[1].received) in (b"", b"$1\r\nv\r\n")
+
+
+async def test_a_cancelled_server_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            started = await nursery.start(lambda task_status: serve(Config(port=0), task_status=task_status))
+            client = Client(await trio.open_tcp_stream(*started.addresses[0]))
+            assert len(os.listdir(tmp_path)) == 1
+            nursery.cancel_scope.cancel()
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(OSError, match="connect"):
+        await trio.open_tcp_stream(*started.addresses[0])
+    await client.stream.aclose()
