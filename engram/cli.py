@@ -80,8 +80,8 @@ def report(started: Started) -> None:
     if started.recovery is not None:
         for path in started.recovery.cut_files:
             print(
-                f"engram: the log ended in {started.recovery.torn_bytes} bytes that were never acknowledged;"
-                f" they were cut and kept in {path}",
+                f"engram: the last {started.recovery.torn_bytes} bytes of the log are not whole records, and"
+                f" are not known to have been durable; they were cut and are kept in {path}",
                 file=sys.stderr,
             )
     where = ", ".join(f"{host}:{port}" for host, port in started.addresses)

@@ -145,7 +145,7 @@ class Config:
     seal_rows: int = _setting(
         8192, _integer(16, 1 << 24), "newest rows of an index that are scanned, not walked"
     )
-    search_threads: int = _setting(0, _integer(0, 256), "threads that search; 0: one less than the cores")
+    search_threads: int = _setting(0, _integer(0, 256), "threads that search; 0: half as many as cores")
     search_batch: int = _setting(64, _integer(1, 4096), "searches of one index that run together")
     shutdown_timeout: int = _setting(
         10, _integer(0, 86400), "seconds clients have to take their last replies at shutdown", mutable=True

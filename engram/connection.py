@@ -17,7 +17,7 @@ from engram.protocol.requests import RequestParser
 from engram.transport import Transport
 
 # Replies are handed on when a burst of requests has made this many bytes of them.
-_BURST_BYTES = 1 << 16
+_BURST_BYTES = 128 << 10
 
 
 class Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import logging
@@ -42,6 +43,10 @@ MAXCLIENTS_REACHED = replies.error("ERR max number of clients reached")
 # A thread waits this long for the interpreter lock before its holder is asked for it. A batch of
 # searches takes the lock once a query, so the default of 5 ms would make it wait most of the time.
 SWITCH_INTERVAL = 0.0005
+
+# From <malloc.h>; blocks of so many bytes are mapped one by one, and given back when they are freed.
+M_MMAP_THRESHOLD = -3
+MMAP_THRESHOLD = 128 << 10
 
 _IDLE_EXPIRY_INTERVAL = 0.1
 _FREE_SLICE = 4096
@@ -137,7 +142,8 @@ def _listen(config: Config) -> list[socket.socket]:
 
 def search_threads(config: Config) -> int:
     """How many threads search."""
-    return config.search_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    # More of them wait for each other, since a small search is mostly Python.
+    return config.search_threads or max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 async def _serve(
@@ -201,8 +207,7 @@ async def _serve(
                 shut_down=shutdown.set,
                 reconfigure=reconfigure,
             )
-            sys.setswitchinterval(SWITCH_INTERVAL)
-            _settle_garbage_collector()
+            _tune_process()
             started = Started(
                 addresses=tuple(listener.getsockname()[:2] for listener in listeners),
                 directory=config.dir,
@@ -235,7 +240,11 @@ async def _serve_clients(
             connection.finish()
 
 
-def _settle_garbage_collector() -> None:
+def _tune_process() -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    # Left alone, glibc takes ever larger blocks from its heap, which seldom gives them back.
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
     # What was recovered lives for long: it need not be looked at again and again.
     gc.collect()
     gc.freeze()

@@ -222,6 +222,6 @@ def test_a_tail_that_was_cut_is_reported(tmp_path: Path, capsys: pytest.CaptureF
         " recovered 3 keys and 4 vectors in 0.500 s\n"
     )
     assert errors == (
-        "engram: the log ended in 7 bytes that were never acknowledged;"
-        " they were cut and kept in /data/wal-1.log.broken-5\n"
+        "engram: the last 7 bytes of the log are not whole records, and are not known to have been durable;"
+        " they were cut and are kept in /data/wal-1.log.broken-5\n"
     )

@@ -29,8 +29,10 @@ _CHUNK_BYTES = 8 << 20
 _LARGEST_SEAL = 4
 # A merge yields at most so many rows: opening a segment takes time in proportion.
 LARGEST_SEGMENT = 262_144
-# So many adjacent segments of about one size are merged.
+# So many adjacent segments of about one size are merged. Of small ones two are enough: each costs a
+# search as much as a large one, and building them again takes seconds.
 _MERGE_FACTOR = 4
+_SMALL_MERGE_FACTOR = 2
 # A segment with more dead rows than this is rebuilt.
 _DEAD_FRACTION = 0.2
 
@@ -365,10 +367,14 @@ class VectorIndex:
             if installed.dead > _DEAD_FRACTION * installed.rows:
                 return (installed,)
         limit = _MERGE_FACTOR * self._seal_rows
+        for start in range(len(segments) - _SMALL_MERGE_FACTOR + 1):
+            run = segments[start : start + _SMALL_MERGE_FACTOR]
+            if sum(installed.rows for installed in run) <= min(limit, self._largest_segment):
+                return run
         while limit < _MERGE_FACTOR * self._largest_segment:
             for start in range(len(segments) - _MERGE_FACTOR + 1):
                 run = segments[start : start + _MERGE_FACTOR]
-                sizes = [installed.live for installed in run]
+                sizes = [installed.rows for installed in run]
                 if max(sizes) < limit and sum(sizes) <= self._largest_segment:
                     return run
             limit *= _MERGE_FACTOR

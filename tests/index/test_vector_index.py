@@ -246,8 +246,9 @@ def test_segments_of_one_size_are_merged_up_to_a_limit(clustered: Clustered, bui
         maintained(index, build, start)
     sizes = [installed.rows for installed in index.segments]
     assert sum(sizes) == 2000
-    assert max(sizes) == 256
-    assert len(sizes) <= 2000 // 256 + 9
+    # Of four adjacent segments the last may be a small one.
+    assert 3 * 64 < max(sizes) <= 256
+    assert len(sizes) <= 2000 // 208 + 5
     starts = [int(installed.segment.row_ids[0]) for installed in index.segments]
     assert starts == sorted(starts)
 

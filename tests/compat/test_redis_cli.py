@@ -1,0 +1,188 @@
+"""redis-cli: single commands, what it reads from standard input, its scans, and its prompt."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+import pytest
+
+from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess
+
+Run = Callable[..., str]
+
+_COLUMNS = 120
+_ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(params=[(), ("-3",)], ids=["RESP2", "RESP3"])
+def cli(request: pytest.FixtureRequest, redis_cli: str, server: ServerProcess) -> Run:
+    """Runs redis-cli with arguments, in each protocol; returns what it prints."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> str:
+        command = [redis_cli, "-p", str(server.port), *request.param, *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=DEADLINE_SECONDS, check=True)
+        assert done.stderr == b""
+        return done.stdout.decode()
+
+    return run
+
+
+def test_commands(cli: Run) -> None:
+    assert cli("ping") == "PONG\n"
+    assert cli("set", "key", "value") == "OK\n"
+    assert cli("get", "key") == "value\n"
+    assert cli("incr", "counter") == "1\n"
+    assert cli("--no-raw", "incr", "counter") == "(integer) 2\n"
+    assert cli("--no-raw", "get", "missing") == "(nil)\n"
+    assert cli("foobar", "x") == "ERR unknown command 'foobar', with args beginning with: 'x' \n\n"
+
+
+def test_quoted_arguments(cli: Run) -> None:
+    assert cli("--quoted-input", "set", '"\\x00\\xff"', "binary") == "OK\n"
+    assert cli("--no-raw", "keys", "*") == '1) "\\x00\\xff"\n'
+
+
+def test_value_from_standard_input(cli: Run) -> None:
+    assert cli("-x", "set", "key", stdin=b"from a pipe") == "OK\n"
+    assert cli("get", "key") == "from a pipe\n"
+
+
+def test_commands_from_standard_input(cli: Run) -> None:
+    lines = b"SET key 'a value'\nGET key\nINCR counter\nFOOBAR\nPING\n"
+    replies = cli(stdin=lines).splitlines()
+    assert replies[:3] == ["OK", "a value", "1"]
+    assert replies[3].startswith("ERR unknown command 'FOOBAR'")
+    assert replies[-1] == "PONG"
+
+
+def test_vectors(cli: Run) -> None:
+    assert cli("vnew", "colours", "3", "metric", "l2") == "OK\n"
+    for name, vector in (
+        ("red", '"\\x00\\x00\\x80?\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00"'),
+        ("blue", '"\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x80?"'),
+    ):
+        assert cli("--quoted-input", "vadd", "colours", name, vector) == "1\n"
+    query = '"\\x00\\x00\\x80?\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00"'
+    assert cli("--quoted-input", "vsearch", "colours", query, "2").splitlines()[:3] == ["red", "0", "blue"]
+    assert cli("vinfo", "colours").splitlines() == ["dim", "3", "metric", "l2", "count", "2"]
+
+
+def test_scan(cli: Run) -> None:
+    keys = {f"key:{number}" for number in range(500)}
+    cli(stdin=b"".join(f"SET {key} value\n".encode() for key in sorted(keys)))
+    cli("vnew", "index", "4")
+    assert set(cli("--scan").split()) == keys | {"index"}
+    assert set(cli("--scan", "--pattern", "key:49?").split()) == {f"key:49{digit}" for digit in range(10)}
+
+
+def test_bigkeys(cli: Run) -> None:
+    cli("set", "small", "x")
+    cli("set", "big", "x" * 1000)
+    report = cli("--bigkeys")
+    assert "Biggest string found '\"big\"' has 1000 bytes" in report
+    assert "Sampled 2 keys in the keyspace!" in report
+
+
+def test_statistics(cli: Run) -> None:
+    assert "redis_version:8.4.0\n" in cli("info", "server").replace("\r\n", "\n")
+    assert cli("config", "get", "appendfsync").split() == ["appendfsync", "always"]
+
+
+def test_inline_commands_over_a_plain_socket(server: ServerProcess) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"exec 3<>/dev/tcp/{HOST}/{server.port}; cat >&3; cat <&3"],
+        input=b"set key 'a value'\r\n\r\nget key\r\nset bad 'quotes\r\n",
+        capture_output=True,
+        timeout=DEADLINE_SECONDS,
+        check=True,
+    )
+    assert done.stdout == b"+OK\r\n$7\r\na value\r\n-ERR Protocol error: unbalanced quotes in request\r\n"
+
+
+@attrs.define
+class Terminal:
+    """The screen side of a pseudo-terminal that a program runs in."""
+
+    descriptor: int
+    output: bytes = b""
+
+    def type(self, text: str) -> None:
+        """Sends key strokes; what was shown before is forgotten."""
+        self.output = b""
+        os.write(self.descriptor, text.encode())
+
+    def expect(self, text: str, seconds: float = 10) -> None:
+        """Waits until the program has shown a text, colours and cursor movements left out."""
+        deadline = time.monotonic() + seconds
+        while text.encode() not in _ESCAPE.sub(b"", self.output):
+            rest = deadline - time.monotonic()
+            ready, _, _ = select.select([self.descriptor], [], [], max(0, rest))
+            assert ready, f"{text!r} was not shown, but {self.output!r}"
+            self.output += os.read(self.descriptor, 65536)
+
+
+@contextmanager
+def interactive(command: list[str], home: Path) -> Iterator[Terminal]:
+    """Runs a program in a pseudo-terminal of its own; it must end by itself, and well, after the block."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, _COLUMNS, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "HOME": str(home)}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        try:
+            yield Terminal(ours)
+            assert process.wait(DEADLINE_SECONDS) == 0
+        finally:
+            if process.poll() is None:
+                process.kill()
+            os.close(ours)
+
+
+def test_the_prompt_shows_hints(redis_cli: str, server: ServerProcess, tmp_path: Path) -> None:
+    prompt = f"{HOST}:{server.port}> "
+    with interactive([redis_cli, "-p", str(server.port)], tmp_path) as terminal:
+        terminal.expect(prompt)
+        terminal.type("VSEARCH ")
+        terminal.expect("VSEARCH index query k [EF ef]")
+        terminal.type("colours ")
+        terminal.expect("VSEARCH colours query k [EF ef]")
+        terminal.type("\x15SET ")
+        terminal.expect("SET key value [NX|XX] [GET]")
+        terminal.type("key value\r")
+        terminal.expect("OK\r\n")
+        terminal.expect(prompt)
+        terminal.type("DEL ")
+        terminal.expect("DEL key [key ...]")
+        terminal.type("\x15CONFIG GET ")
+        terminal.expect("CONFIG GET pattern [pattern ...]")
+        terminal.type("\x15get key\r")
+        terminal.expect('"value"\r\n')
+        terminal.type("vnew colours 3\r")
+        terminal.expect("OK\r\n")
+        terminal.type("vinfo colours\r")
+        terminal.expect('1) "dim"\r\n2) "3"\r\n3) "metric"\r\n4) "cosine"\r\n5) "count"\r\n6) "0"\r\n')
+        terminal.type("help vadd\r")
+        terminal.expect("VADD index member vector\r\r\n")
+        terminal.expect("summary: Adds a vector")
+        terminal.expect("group: vector")
+        terminal.type("quit\r")
+
+
+def test_tab_completes_a_command(redis_cli: str, server: ServerProcess, tmp_path: Path) -> None:
+    with interactive([redis_cli, "-p", str(server.port)], tmp_path) as terminal:
+        terminal.expect(f"{HOST}:{server.port}> ")
+        terminal.type("vsea\t")
+        terminal.expect("VSEARCH")
+        terminal.type("\x15quit\r")

@@ -1,0 +1,311 @@
+"""redis-py, the synchronous client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from redis import ConnectionPool, Redis
+from redis.exceptions import ResponseError
+
+from tests.crash.server_process import HOST, ServerProcess, wait_until
+
+BINARY_KEY = bytes(range(256))
+
+
+def test_default_settings(server: ServerProcess) -> None:
+    """No option but the port: RESP3, with retries and maintenance notifications."""
+    with Redis(port=server.port) as client:
+        assert client.ping()
+        assert client.set("key", "value")
+        assert client.get("key") == b"value"
+        assert client.client_info()["resp"] == "3"
+
+
+def test_from_url(server: ServerProcess, protocol: int) -> None:
+    with redis.from_url(f"redis://{HOST}:{server.port}/0?protocol={protocol}") as client:
+        assert client.ping()
+        assert client.client_info()["resp"] == str(protocol)
+
+
+def test_another_database_is_refused(server: ServerProcess, protocol: int) -> None:
+    with server.client(db=1, protocol=protocol) as client, pytest.raises(ResponseError, match="out of range"):
+        client.ping()
+
+
+def test_strings(client: Redis) -> None:
+    assert client.get("missing") is None
+    assert client.set("key", "value")
+    assert client.get("key") == b"value"
+    assert client.set("key", "other", nx=True) is None
+    assert client.set("key", "other", xx=True, get=True) == b"value"
+    assert client.append("key", "!") == 6
+    assert client.strlen("key") == 6
+    assert client.delete("key", "missing") == 1
+    assert client.exists("key") == 0
+
+
+def test_counters(client: Redis) -> None:
+    assert client.incr("counter") == 1
+    assert client.incrby("counter", 41) == 42
+    assert client.decr("counter") == 41
+    assert client.decrby("counter", 40) == 1
+    assert client.get("counter") == b"1"
+    client.set("text", "many")
+    with pytest.raises(ResponseError, match=r"^value is not an integer or out of range$"):
+        client.incr("text")
+    client.set("counter", (1 << 63) - 1)
+    with pytest.raises(ResponseError, match=r"^increment or decrement would overflow$"):
+        client.incr("counter")
+
+
+def test_expiry(client: Redis) -> None:
+    assert client.ttl("missing") == -2
+    assert client.set("key", "value")
+    assert client.ttl("key") == -1
+    assert client.expire("key", 100)
+    assert client.ttl("key") in (99, 100)
+    assert 99_000 < client.pttl("key") <= 100_000
+    assert not client.expire("key", 200, nx=True)
+    assert client.expire("key", 200, gt=True)
+    assert client.persist("key")
+    at = int(time.time()) + 1000
+    assert client.expireat("key", at)
+    assert client.expiretime("key") == at
+    assert client.pexpiretime("key") == at * 1000
+    assert client.set("key", "kept", keepttl=True)
+    assert client.expiretime("key") == at
+    assert client.set("key", "value", ex=50)
+    assert client.ttl("key") in (49, 50)
+    assert client.expire("key", -1)
+    assert client.get("key") is None
+
+
+def test_keyspace(client: Redis) -> None:
+    names = {b"key:%d" % number for number in range(1000)}
+    with client.pipeline(transaction=False) as pipeline:
+        for name in names:
+            pipeline.set(name, name)
+        pipeline.execute()
+    client.execute_command("VNEW", "index", 4)
+    assert client.dbsize() == 1001
+    assert set(client.scan_iter(match="key:*", count=70)) == names
+    assert sorted(client.scan_iter()) == sorted([*names, b"index"])
+    assert list(client.scan_iter(_type="vectorset")) == [b"index"]
+    assert set(client.keys("key:99?")) == {b"key:99%d" % digit for digit in range(10)}
+    assert client.type("index") == b"vectorset"
+    assert client.type("key:1") == b"string"
+    assert client.type("missing") == b"none"
+    with pytest.raises(ResponseError, match=r"^WRONGTYPE "):
+        client.get("index")
+    assert client.unlink("index") == 1
+    assert client.flushdb()
+    assert client.keys() == []
+
+
+def test_binary_keys_and_values(client: Redis) -> None:
+    value = bytes(reversed(BINARY_KEY)) * 5000
+    assert client.set(BINARY_KEY, value)
+    assert client.get(BINARY_KEY) == value
+    assert client.set(b"", b"")
+    assert client.get(b"") == b""
+    assert sorted(client.keys()) == [b"", BINARY_KEY]
+
+
+def test_decode_responses(server: ServerProcess, protocol: int) -> None:
+    with server.client(protocol=protocol, decode_responses=True) as client:
+        assert client.set("ключ", "значение")
+        assert client.get("ключ") == "значение"
+        assert client.keys() == ["ключ"]
+        assert client.config_get("appendfsync") == {"appendfsync": "always"}
+        client.execute_command("VNEW", "index", 2)
+        assert client.execute_command("VINFO", "index") == ["dim", "2", "metric", "cosine", "count", "0"]
+
+
+def test_config(client: Redis) -> None:
+    assert client.config_get("bind") == {"bind": HOST}
+    assert client.config_get("no-such-setting") == {}
+    assert {"maxclients", "max-unindexed-rows"} <= client.config_get("max*").keys()
+    assert client.config_set("maxclients", 512)
+    assert client.config_get("maxclients") == {"maxclients": "512"}
+    assert client.config_set("maxclients", 1024)
+    with pytest.raises(ResponseError, match="Unknown option"):
+        client.config_set("no-such-setting", 1)
+    with pytest.raises(ResponseError, match="immutable"):
+        client.config_set("port", 1)
+    assert client.config_resetstat()
+
+
+def test_info(client: Redis, server: ServerProcess) -> None:
+    client.set("key", "value")
+    info: dict[str, Any] = client.info()
+    assert info["redis_version"] == "8.4.0"
+    assert info["tcp_port"] == server.port
+    assert info["process_id"] == server.pid
+    assert (info["loading"], info["cluster_enabled"], info["arch_bits"]) == (0, 0, 64)
+    assert info["db0"]["keys"] == 1
+    assert client.info("clients")["connected_clients"] >= 1
+    assert "redis_version" not in client.info("clients")
+
+
+def test_client_commands(client: Redis, server: ServerProcess, protocol: int) -> None:
+    assert client.client_setname("tester")
+    assert text(client.client_getname()) == "tester"
+    info = client.client_info()
+    assert int(info["id"]) == client.client_id()
+    assert info["name"] == "tester"
+    assert info["resp"] == str(protocol)
+    assert str(info["lib-name"]).startswith("redis-py")
+    with server.client(client_name="victim") as victim:
+        identity = victim.client_id()
+        assert names_by_id(client)[identity] == "victim"
+        assert client.client_kill_filter(_id=identity) == 1
+        wait_until(lambda: identity not in names_by_id(client), "the victim to be gone")
+        # redis-py sees that its connection is closed, and makes another.
+        assert victim.client_id() > identity
+
+
+def names_by_id(client: Redis) -> dict[int, str]:
+    return {int(each["id"]): each["name"] for each in client.client_list()}
+
+
+def test_command(client: Redis) -> None:
+    table = client.command()
+    assert len(table) == client.command_count()
+    assert table["get"]["arity"] == 2
+    assert table["vsearch"]["first_key_pos"] == 1
+    assert "readonly" in table["vsearch"]["flags"]
+    assert {"get", "vadd"} <= {text(name) for name in client.command_list()}
+    assert list(map(text, client.command_getkeys("VADD", "index", "row", "vector"))) == ["index"]
+    docs = client.execute_command("COMMAND DOCS", "vsearch")
+    assert b"vsearch" in docs
+
+
+def text(name: bytes | str | None) -> str | None:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def test_server_commands(client: Redis) -> None:
+    seconds, microseconds = client.time()
+    assert abs(seconds - time.time()) < 60
+    assert 0 <= microseconds < 1_000_000
+    assert client.echo("hello") == b"hello"
+    assert client.lastsave() is not None
+    with pytest.raises(ResponseError, match="persistence not enabled"):
+        client.save()
+
+
+def test_errors_leave_the_connection_usable(client: Redis) -> None:
+    with pytest.raises(ResponseError, match=r"^unknown command 'FOOBAR', with args beginning with: 'x' $"):
+        client.execute_command("FOOBAR", "x")
+    with pytest.raises(ResponseError, match=r"^wrong number of arguments for 'get' command$"):
+        client.execute_command("GET")
+    assert client.ping()
+
+
+def test_pipeline(client: Redis) -> None:
+    with client.pipeline(transaction=False) as pipeline:
+        for request in (("SET", "key", 1), ("INCR", "key"), ("GET", "key"), ("NOSUCH",), ("DEL", "key")):
+            pipeline.execute_command(*request)
+        replies = pipeline.execute(raise_on_error=False)
+    assert replies[:3] == [True, 2, b"2"]
+    assert isinstance(replies[3], ResponseError)
+    assert replies[4:] == [1]
+
+
+def test_pipeline_of_a_hundred_thousand_commands(client: Redis) -> None:
+    count = 100_000
+    with client.pipeline(transaction=False) as pipeline:
+        for _ in range(count):
+            pipeline.incr("counter")
+        assert pipeline.execute() == list(range(1, count + 1))
+
+
+def test_threads_share_a_connection_pool(server: ServerProcess, protocol: int) -> None:
+    threads, rounds = 8, 200
+    pool = ConnectionPool(host=HOST, port=server.port, protocol=protocol, max_connections=threads)
+    client = Redis(connection_pool=pool)
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for index in range(rounds):
+                client.incr("together")
+                client.set(f"{number}:{index}", number)
+                assert client.get(f"{number}:{index}") == b"%d" % number
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+    assert client.get("together") == b"%d" % (threads * rounds)
+    assert client.dbsize() == threads * rounds + 1
+    pool.disconnect()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "dot"])
+def test_vectors(client: Redis, metric: str) -> None:
+    rows = np.random.default_rng(11).standard_normal((50, 16)).astype("<f4")
+    query = rows[7] * np.float32(0.5)
+    assert client.execute_command("VNEW", "index", 16, "METRIC", metric) in (b"OK", True)
+    for number, row in enumerate(rows):
+        assert client.execute_command("VADD", "index", f"row-{number}", row.tobytes()) == 1
+    assert client.execute_command("VADD", "index", "row-0", rows[0].tobytes()) == 0
+    assert client.execute_command("VINFO", "index") == [
+        *(b"dim", b"16"),
+        *(b"metric", metric.encode()),
+        *(b"count", b"50"),
+    ]
+    found = client.execute_command("VSEARCH", "index", query.tobytes(), 5)
+    expected = exact_distances(metric, query, rows)
+    nearest = np.argsort(expected, kind="stable")[:5]
+    assert found[::2] == [b"row-%d" % number for number in nearest]
+    assert [float(word) for word in found[1::2]] == pytest.approx(expected[nearest].tolist(), abs=1e-5)
+    assert client.execute_command("VSEARCH", "index", query.tobytes(), 5, "EF", 200) == found
+    assert client.execute_command("VSEARCH", "index", query.tobytes(), 0) == []
+    assert client.execute_command("VDEL", "index", found[0]) == 1
+    assert client.execute_command("VDEL", "index", found[0]) == 0
+    assert client.execute_command("VSEARCH", "index", query.tobytes(), 5)[0] == found[2]
+
+
+def exact_distances(metric: str, query: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Any:
+    query, rows = query.astype(np.float64), rows.astype(np.float64)
+    if metric == "l2":
+        return np.linalg.norm(rows - query, axis=1)
+    products = rows @ query
+    if metric == "dot":
+        return -products
+    return 1 - products / (np.linalg.norm(rows, axis=1) * np.linalg.norm(query))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (("VNEW", "index", 4), "^index already exists$"),
+        (("VNEW", "other", 0), "^dimension must be a positive integer$"),
+        (("VNEW", "other", 4, "METRIC", "hamming"), "^unknown metric$"),
+        (("VNEW", "other", 4, "METRIC"), "^syntax error$"),
+        (("VADD", "missing", "row", bytes(16)), "^no such index$"),
+        (("VADD", "index", "row", b"odd"), "^invalid vector encoding$"),
+        (("VADD", "index", "row", bytes(12)), "^wrong vector dimension: index expects 4, got 3$"),
+        (("VADD", "string", "row", bytes(16)), "^WRONGTYPE "),
+        (("VSEARCH", "index", bytes(16), "ten"), "^value is not an integer or out of range$"),
+        (("VSEARCH", "index", bytes(16), 1, "EF"), "^syntax error$"),
+        (("VDEL", "missing", "row"), "^no such index$"),
+        (("VINFO", "missing"), "^no such index$"),
+        (("VSAVE",), "^persistence not enabled; start with a data dir$"),
+    ],
+)
+def test_vector_errors(request_: tuple[str | bytes | int, ...], message: str, client: Redis) -> None:
+    client.execute_command("VNEW", "index", 4)
+    client.set("string", "value")
+    with pytest.raises(ResponseError, match=message):
+        client.execute_command(*request_)
