@@ -131,7 +131,7 @@ class Connection:
                 command = spellings.get(request[0]) or COMMANDS.get(request[0].lower())
                 if command is None:
                     raise unknown_command(request)
-                if not command.minimum <= len(request) <= command.maximum:
+                if len(request) != command.arity:
                     check_arity(command, request)
                 if command.writes:
                     if command.throttle is not None and (delay := command.throttle(session, request)):

@@ -102,8 +102,9 @@ class Outbox:
 
     def depart(self) -> None:
         """Sends what `send_soon` put off."""
-        if self._departing:
-            self._send(b"")
+        departing, self._departing = self._departing, []
+        if departing:
+            self._send(departing[0] if len(departing) == 1 else b"".join(departing))
 
     def expect(self, slot: Slot, lsn: int) -> None:
         """Keeps the place of a reply that will show the state at `lsn`."""
@@ -155,7 +156,7 @@ class Outbox:
             return
         if self._departing:
             data = b"".join((*self._departing, data))
-            self._departing.clear()
+            self._departing = []
         sent = 0
         if self._write_scope is None:
             try:

@@ -55,8 +55,12 @@ _CONTROL: Final = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"a": b"\
 
 _SHORTEST_BURST: Final = 128
 _LONGEST_PLAIN_ARRAY: Final = 99
+_DECEPTIVE: Final = b"+=(~|>%"
 _LONG_ARRAY: Final = re.compile(rb"\*[0-9]{3}")
 _PROBE: Final = b"*1\r\n$5\r\nprobe\r\n"
+_STARVED: Final = object()
+# The buffer of a reader stays as large as what it was fed: beyond this it is not kept.
+_SMALL_BURST: Final = 4096
 
 
 class ProtocolError(EngramError):
@@ -91,6 +95,7 @@ class RequestParser:
         self._line = b""  # the part received of a line
         self._bulk = bytearray()  # the part received of an argument
         self._bulk_length = -1  # of that argument; -1 when none is arriving
+        self._reader: hiredis.Reader | None = None  # one that stands between two requests
 
     @property
     def buffered(self) -> int:
@@ -236,16 +241,34 @@ class RequestParser:
         ):
             return position
         end = len(data)
-        burst = _parse_with_hiredis(data[position:]) if data.endswith(b"\r\n") else None
+        burst = self._parse_with_hiredis(data[position:]) if data.endswith(b"\r\n") else None
         if burst is None:
             end = data.rfind(b"\r\n*", position) + 2
             if end - position < _SHORTEST_BURST:
                 return position
-            burst = _parse_with_hiredis(data[position:end])
+            burst = self._parse_with_hiredis(data[position:end])
             if burst is None:
                 return position
         requests += burst if all(burst) else filter(None, burst)
         return end
+
+    def _parse_with_hiredis(self, data: bytes) -> list[list[bytes]] | None:
+        """The requests that make up `data`; None unless all are arrays of bulk strings and end with it."""
+        reader, self._reader = self._reader or hiredis.Reader(notEnoughData=_STARVED), None
+        reader.feed(data)
+        try:
+            requests: list[list[bytes]] = list(iter(reader.gets, _STARVED))
+            # Only a reader between two requests takes the probe for one, and takes all of it.
+            reader.feed(_PROBE)
+            if reader.gets() != [b"probe"] or reader.has_data():
+                return None
+            # Joining tells in one pass whether all are lists of bytes.
+            b"".join(chain.from_iterable(requests))
+        except (hiredis.ProtocolError, TypeError):
+            return None
+        if len(data) <= _SMALL_BURST:
+            self._reader = reader
+        return requests
 
 
 def _plain(data: bytes) -> bool:
@@ -256,37 +279,7 @@ def _plain(data: bytes) -> bool:
     nowhere. Other types show. Arrays must be short, because hiredis reserves what each announces, and they
     may be nested to any depth.
     """
-    return not (
-        b"+" in data
-        or b"=" in data
-        or b"(" in data
-        or b"~" in data
-        or b"|" in data
-        or b">" in data
-        or b"%" in data
-        or _LONG_ARRAY.search(data) is not None
-    )
-
-
-def _parse_with_hiredis(data: bytes) -> list[list[bytes]] | None:
-    """The requests that make up `data`; None unless all are arrays of bulk strings and end where it ends."""
-    starved = object()
-    reader = hiredis.Reader(notEnoughData=starved)
-    reader.feed(data)
-    try:
-        requests = list(iter(reader.gets, starved))
-        # Only a reader between two requests takes the probe for one, and takes all of it.
-        reader.feed(_PROBE)
-        if reader.gets() != [b"probe"] or reader.has_data():
-            return None
-    except hiredis.ProtocolError:
-        return None
-    try:
-        # Joining tells in one pass whether all are lists of bytes.
-        b"".join(chain.from_iterable(requests))
-    except TypeError:
-        return None
-    return requests
+    return len(data.translate(None, _DECEPTIVE)) == len(data) and _LONG_ARRAY.search(data) is None
 
 
 def _length(header: bytes) -> int | None:
