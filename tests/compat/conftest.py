@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
 from redis import Redis
 
+from tests.components import unavailable
 from tests.crash.server_process import ServerProcess, running_server
 
 
@@ -39,12 +39,9 @@ def client(server: ServerProcess, protocol: int) -> Iterator[Redis]:
 
 def _find(program: str) -> str:
     path = shutil.which(program)
-    if path is not None:
-        return path
-    missing = f"{program} is not installed (Debian: apt-get install redis-tools)"
-    if os.environ.get("CI"):
-        pytest.fail(missing)
-    pytest.skip(missing)
+    if path is None:
+        unavailable(f"{program} is not installed (Debian: apt-get install redis-tools)")
+    return path
 
 
 @pytest.fixture

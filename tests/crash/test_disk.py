@@ -16,6 +16,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
+from tests.components import unavailable
 from tests.crash.server_process import running_server, start_server, wait_until
 
 DISK_BYTES = 8 << 20
@@ -42,10 +43,10 @@ def strace() -> str:
     """The path of strace, where it may trace."""
     path = shutil.which("strace")
     if path is None:
-        pytest.skip("strace is not installed, so no system call can be made to fail")
+        unavailable("strace is not installed (Debian: apt-get install strace)")
     attempt = subprocess.run([path, "-qq", "-e", "trace=none", "true"], capture_output=True, check=False)
     if attempt.returncode:
-        pytest.skip(f"strace may not trace here: {attempt.stderr.decode().strip()}")
+        unavailable(f"strace may not trace here: {attempt.stderr.decode().strip()}")
     return path
 
 
@@ -82,13 +83,13 @@ def test_a_failing_write_or_sync_ends_the_server(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A mounted file system of DISK_BYTES."""
     if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
+        unavailable("only root can mount a small file system")
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(path)]
     mounted = subprocess.run(mount, capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+        unavailable(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
     try:
         yield path
     finally:
