@@ -15,13 +15,13 @@ from engram.errors import ConfigError
 
 AppendFsync = Literal["always", "everysec", "no"]
 
-_SIZE = re.compile(r"(\d+)(b|k|kb|m|mb|g|gb)?", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,19})(b|k|kb|m|mb|g|gb)?", re.ASCII | re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 1 << 10, "m": 10**6, "mb": 1 << 20, "g": 10**9, "gb": 1 << 30}
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text, re.ASCII):
+        if not re.fullmatch(r"-?\d{1,19}", text, re.ASCII):
             raise ValueError("argument couldn't be parsed into an integer")
         number = int(text)
         if not low <= number <= high:

@@ -146,6 +146,10 @@ class Connection:
                 reply = command.handler(session, request)
             except CommandError as error:
                 reply = self._error(str(error))
+            except Exception:
+                # It ends the client, who should still learn what was done before.
+                self._release(burst)
+                raise
             if type(reply) is bytes and not session.changed_course:
                 burst.append(reply)
                 burst_bytes += len(reply)

@@ -13,7 +13,9 @@ Other = TypeVar("Other")
 # which read numbers as doubles keep it whole.
 _POSITION_BITS = 40
 _SCAN_NUMBERS = 1 << 12
-_OPEN_SCANS = 16
+_OPEN_SCANS = 256
+# Keys that the snapshots of open scans hold together, but for the last scan.
+_SCANNED_KEYS = 1 << 24
 
 
 class Keyspace(Generic[Other]):
@@ -95,9 +97,9 @@ class Keyspace(Generic[Other]):
     def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
         """The next `count` keys of a scan and the cursor that continues it, 0 at the end.
 
-        Every key present from the first call (cursor 0) to the last is returned at least once. A few
-        scans may be open at once; a cursor of one that is not known any more starts over, so the
-        promise holds. See https://redis.io/docs/latest/commands/scan/.
+        Every key present from the first call (cursor 0) to the last is returned at least once. Some
+        hundreds of scans may be open at once; beyond that the one that was not used for longest is
+        forgotten, and its cursor starts over. See https://redis.io/docs/latest/commands/scan/.
         """
         number, position = cursor >> _POSITION_BITS, cursor & ((1 << _POSITION_BITS) - 1)
         keys = self._scans.get(number)
@@ -105,8 +107,9 @@ class Keyspace(Generic[Other]):
             keys, position = list(self.values), 0
             self._last_scan = number = self._last_scan % (_SCAN_NUMBERS - 1) + 1
             self._scans[number] = keys
-            if len(self._scans) > _OPEN_SCANS:
-                self._scans.popitem(last=False)
+            held = sum(map(len, self._scans.values()))
+            while len(self._scans) > _OPEN_SCANS or (held > _SCANNED_KEYS and len(self._scans) > 1):
+                held -= len(self._scans.popitem(last=False)[1])
         self._scans.move_to_end(number)
         end = position + count
         found = [key for key in keys[position:end] if key in self.values]

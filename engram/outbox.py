@@ -141,6 +141,9 @@ class Outbox:
     def discard(self) -> None:
         """Forgets everything: the client is gone."""
         self._broken = True
+        for reply, _ in self._waiting:
+            if isinstance(reply, Slot):
+                reply.on_fill = None
         self._waiting.clear()
         self._departing.clear()
         self._unsent.clear()

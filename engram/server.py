@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -48,6 +49,9 @@ SWITCH_INTERVAL = 0.0005
 M_MMAP_THRESHOLD = -3
 MMAP_THRESHOLD = 128 << 10
 
+# Descriptors kept for the log, segments and child processes, whatever number of clients comes.
+_RESERVED_DESCRIPTORS = 128
+
 _IDLE_EXPIRY_INTERVAL = 0.1
 _FREE_SLICE = 4096
 
@@ -80,10 +84,18 @@ async def serve(
     """
     shutdown = trio.Event() if shutdown is None else shutdown
     began = time.monotonic()
+    most_clients = _raise_descriptor_limit() - _RESERVED_DESCRIPTORS
+    if most_clients < 1:
+        raise OperatorError(
+            f"the limit of open files is too low: {_RESERVED_DESCRIPTORS} are needed beside the clients;"
+            " see ulimit -n"
+        )
+    if most_clients < config.maxclients:
+        logger.warning("the limit of open files leaves room for %d clients only", most_clients)
     listeners = _listen(config)
     try:
         with _data_folder(config) as folder:
-            await _serve(config, folder, listeners, shutdown, began, task_status)
+            await _serve(config, folder, listeners, most_clients, shutdown, began, task_status)
     except BaseExceptionGroup as group:
         # The operator is told the reason, not the shape of the nurseries.
         matched, rest = group.split(OperatorError)
@@ -140,6 +152,14 @@ def _listen(config: Config) -> list[socket.socket]:
     return listeners
 
 
+def _raise_descriptor_limit() -> int:
+    """Raises the limit of open files as far as this process may; returns it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
+
+
 def search_threads(config: Config) -> int:
     """How many threads search."""
     # More of them wait for each other, since a small search is mostly Python.
@@ -150,6 +170,7 @@ async def _serve(
     config: Config,
     folder: Path,
     listeners: list[socket.socket],
+    most_clients: int,
     shutdown: trio.Event,
     began: float,
     task_status: trio.TaskStatus[Started],
@@ -217,7 +238,8 @@ async def _serve(
                 recovery=recovery,
             )
             work_nursery.start_soon(server.departures.run)
-            await _serve_clients(server, listeners, shutdown, partial(task_status.started, started))
+            ready = partial(task_status.started, started)
+            await _serve_clients(server, listeners, most_clients, shutdown, ready)
             work_nursery.cancel_scope.cancel()
         # Nothing writes any more: the log is drained and synced, and its task ends.
         if persistence is not None:
@@ -225,14 +247,18 @@ async def _serve(
 
 
 async def _serve_clients(
-    server: Server, listeners: list[socket.socket], shutdown: trio.Event, ready: Callable[[], None]
+    server: Server,
+    listeners: list[socket.socket],
+    most_clients: int,
+    shutdown: trio.Event,
+    ready: Callable[[], None],
 ) -> None:
     """Accepts clients until `shutdown`, then lets each have its last replies."""
     connections: set[Connection] = set()
     async with trio.open_nursery() as client_nursery:
         async with trio.open_nursery() as front_nursery:
             for listener in listeners:
-                front_nursery.start_soon(_accept, listener, server, connections, client_nursery)
+                front_nursery.start_soon(_accept, listener, server, most_clients, connections, client_nursery)
             ready()
             await shutdown.wait()
             front_nursery.cancel_scope.cancel()
@@ -271,7 +297,11 @@ def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:
 
 
 async def _accept(
-    listener: socket.socket, server: Server, connections: set[Connection], nursery: trio.Nursery
+    listener: socket.socket,
+    server: Server,
+    most_clients: int,
+    connections: set[Connection],
+    nursery: trio.Nursery,
 ) -> None:
     while True:
         await trio.lowlevel.wait_readable(listener)
@@ -287,7 +317,7 @@ async def _accept(
             await trio.sleep(0.1)
             continue
         server.statistics.connections_received += 1
-        if len(connections) >= server.config.maxclients:
+        if len(connections) >= min(server.config.maxclients, most_clients):
             server.statistics.connections_rejected += 1
             with client:
                 client.setblocking(False)
@@ -358,4 +388,8 @@ async def _free(engine: Engine, store: SegmentStore, temporary: bool) -> None:
         released, engine.released_segments = engine.released_segments, []
         if temporary:
             for segment_id in released:
-                await trio.to_thread.run_sync(store.remove, segment_id)
+                try:
+                    await trio.to_thread.run_sync(store.remove, segment_id)
+                except OSError as error:
+                    logger.warning("cannot remove segment %s, will try again: %s", segment_id, error)
+                    engine.released_segments.append(segment_id)

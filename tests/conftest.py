@@ -132,11 +132,20 @@ class HeldSearches(SearchService):
     def __init__(self) -> None:
         super().__init__(1, 1)
         self.held: list[Done] = []
+        self.wanted: list[Callable[[], bool]] = []
 
     def submit(
-        self, index_id: int, view: View, query: np.ndarray, k: int, ef: int | None, done: Done
+        self,
+        index_id: int,
+        view: View,
+        query: np.ndarray,
+        k: int,
+        ef: int | None,
+        done: Done,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.held.append(done)
+        self.wanted.append(wanted)
 
 
 class Client:

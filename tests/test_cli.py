@@ -225,3 +225,33 @@ def test_a_tail_that_was_cut_is_reported(tmp_path: Path, capsys: pytest.CaptureF
         "engram: the last 7 bytes of the log are not whole records, and are not known to have been durable;"
         " they were cut and are kept in /data/wal-1.log.broken-5\n"
     )
+
+
+def limited(descriptors: int) -> list[str]:
+    return ["sh", "-c", f'ulimit -n {descriptors} && exec "$0" -m engram "$@"', sys.executable]
+
+
+def test_clients_cannot_use_up_the_descriptors_of_the_log(tmp_path: Path) -> None:
+    arguments = ("--port", "0", "--dir", str(tmp_path / "data"), "--log-file-size", "64kb")
+    with server(*arguments, entry=limited(200)) as running:
+        clients = [socket.create_connection(("127.0.0.1", running.ports[0]), PATIENCE) for _ in range(100)]
+        try:
+            refused = clients[99].recv(100)
+            for _ in range(20):
+                clients[0].sendall(encode_request([b"SET", b"k", b"x" * 10_000]))
+                assert clients[0].recv(100) == b"+OK\r\n"
+        finally:
+            for client in clients:
+                client.close()
+        assert refused == b"-ERR max number of clients reached\r\n"
+        code, errors = running.end(signal.SIGTERM)
+    assert code == 0
+    assert "the limit of open files leaves room for 72 clients only" in errors
+
+
+def test_too_few_descriptors_are_one_line() -> None:
+    ended = run("--port", "0", entry=limited(100))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        "engram: the limit of open files is too low: 128 are needed beside the clients; see ulimit -n\n"
+    )

@@ -99,6 +99,7 @@ async def test_a_search_ends_after_its_client_has_gone(open_house: OpenHouse) ->
         await wait_all_tasks_blocked()
         assert await other.call("CLIENT KILL ID 1") == ONE
         assert await client.ended() == b""
+        assert not searches.wanted.pop()()
         searches.held.pop()(SearchResult([b"x"], [b"0"]))
         assert await other.call("PING") == PONG
 
@@ -161,6 +162,7 @@ async def test_a_search_is_not_answered_when_replies_are_off(open_house: OpenHou
         await client.call([b"VADD", b"a", b"x", vector(1)])
         await client.send("CLIENT REPLY SKIP", [b"VSEARCH", b"a", vector(1), b"1"], "PING")
         assert await client.arrived() == PONG
+        assert not searches.wanted.pop()()
         searches.held.pop()(SearchResult([b"x"], [b"0"]))
         assert await client.arrived() == b""
 

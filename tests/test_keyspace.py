@@ -106,8 +106,17 @@ def test_unfinished_scans_are_bounded() -> None:
     for number in range(3):
         keyspace.set(b"%d" % number, b"")
     cursors = [keyspace.scan(0, 1)[0] for _ in range(1000)]
-    assert len(keyspace._scans) <= 16
+    assert len(keyspace._scans) <= 256
     assert max(cursors) < 1 << 53
+
+
+def test_many_scans_at_once_all_end() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    for number in range(30):
+        keyspace.set(b"%d" % number, b"")
+    scans = [keyspace.scan(0, 10) for _ in range(200)]
+    scans = [keyspace.scan(cursor, 10) for cursor, _ in scans]
+    assert [keyspace.scan(cursor, 10)[0] for cursor, _ in scans] == [0] * 200
 
 
 def test_load_fills_in_bulk() -> None:

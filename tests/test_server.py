@@ -10,17 +10,21 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Session
 from engram.config import Config
+from engram.engine import Engine
 from engram.errors import DirectoryInUseError, LogFailureError, OperatorError
 from engram.files import DiskFiles
-from engram.server import SWITCH_INTERVAL, Started, serve
+from engram.index.segment import SegmentStore
+from engram.server import SWITCH_INTERVAL, Started, _free, serve
 from tests.conftest import PATIENCE, Client, vector
 
 OK, PONG = b"+OK\r\n", b"+PONG\r\n"
@@ -259,3 +263,30 @@ async def test_a_cancelled_server_ends_at_once(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="connect"):
         await trio.open_tcp_stream(*started.addresses[0])
     await client.stream.aclose()
+
+
+async def test_a_segment_that_cannot_be_removed_is_tried_again(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    removed = trio.Event()
+
+    class Store:
+        def __init__(self) -> None:
+            self.tries: list[str] = []
+
+        def remove(self, segment_id: str) -> None:
+            self.tries.append(segment_id)
+            if len(self.tries) < 3:
+                raise OSError(errno.EIO, "Input/output error")
+            trio.from_thread.run_sync(removed.set)
+
+    class State:
+        def __init__(self) -> None:
+            self.dropped: list[dict[bytes, int]] = [{b"%d" % number: number for number in range(10_000)}]
+            self.released_segments = ["a"]
+
+    store, state = Store(), State()
+    nursery.start_soon(_free, cast(Engine, state), cast(SegmentStore, store), True)
+    await removed.wait()
+    assert store.tries == ["a"] * 3
+    assert (state.dropped, state.released_segments) == ([], [])

@@ -131,7 +131,7 @@ def _keys(session: Session, arguments: list[bytes]) -> bytes:
 
 def _scan(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    if not arguments[1].isdigit() or int(arguments[1]) >= 1 << 64:
+    if not arguments[1].isdigit() or len(arguments[1]) > 20 or int(arguments[1]) >= 1 << 64:
         raise CommandError("ERR invalid cursor")
     cursor, count = int(arguments[1]), 10
     pattern = kind = None

@@ -29,6 +29,11 @@ class Slot:
         self.reply: bytes | None = None
         self.on_fill: Callable[[], None] | None = None
 
+    @property
+    def awaited(self) -> bool:
+        """Whether anyone waits for the reply: not where CLIENT REPLY silences it or the client is gone."""
+        return self.on_fill is not None
+
     def fill(self, reply: bytes) -> None:
         """Gives the encoded reply and lets the connection know."""
         self.reply = reply

@@ -109,7 +109,8 @@ def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
             found = [item for pair in zip(result.keys, result.distances, strict=True) for item in pair]
             slot.fill(replies.bulk_array(found))
 
-    session.server.searches.submit(index.id, index.view(database.lsn), query, k, ef, done)
+    view = index.view(database.lsn)
+    session.server.searches.submit(index.id, view, query, k, ef, done, lambda: slot.awaited)
     return slot
 
 

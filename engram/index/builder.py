@@ -123,24 +123,27 @@ class Builder:
             if not self._waiting:
                 await self._idle.park()
                 continue
-            index = self._waiting.popleft()
-            self.running += 1
-            try:
-                await self._build(index)
-            except LogFailureError:
-                raise
-            except Exception as error:
-                # Whatever it was: rows without a graph are still found, only slower.
-                logger.warning("building a segment of index %d failed: %s", index.id, error)
-                self.failures += 1
-                self.last_error = str(error)
-                nursery.start_soon(self._retry, index)
-            else:
-                self._failed.pop(index.id, None)
-                self._known.discard(index.id)
-                self.consider(index)
-            finally:
-                self.running -= 1
+            # Only the callee holds the index: one that is dropped is let go of before a worker idles.
+            await self._work_on(self._waiting.popleft(), nursery)
+
+    async def _work_on(self, index: VectorIndex, nursery: trio.Nursery) -> None:
+        self.running += 1
+        try:
+            await self._build(index)
+        except LogFailureError:
+            raise
+        except Exception as error:
+            # Whatever it was: rows without a graph are still found, only slower.
+            logger.warning("building a segment of index %d failed: %s", index.id, error)
+            self.failures += 1
+            self.last_error = str(error)
+            nursery.start_soon(self._retry, index)
+        else:
+            self._failed.pop(index.id, None)
+            self._known.discard(index.id)
+            self.consider(index)
+        finally:
+            self.running -= 1
 
     async def _retry(self, index: VectorIndex) -> None:
         failed = self._failed.get(index.id, 0)

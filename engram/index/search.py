@@ -330,6 +330,7 @@ class _Search:
     k: int
     ef: int | None
     done: Done
+    wanted: Callable[[], bool]
 
 
 class SearchService:
@@ -350,15 +351,25 @@ class SearchService:
         self.batches = 0
         self.waiting = 0
 
-    def submit(self, index_id: int, view: View, query: Floats, k: int, ef: int | None, done: Done) -> None:
+    def submit(
+        self,
+        index_id: int,
+        view: View,
+        query: Floats,
+        k: int,
+        ef: int | None,
+        done: Done,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Queues a search; `done` is called on the loop with its result, or with what went wrong.
 
-        `query` has shape (dimension,). See `search_batch` for k and ef.
+        `query` has shape (dimension,). See `search_batch` for k and ef. A search that is not `wanted` any
+        more when its turn comes is dropped.
         """
         queue = self._queues.get(index_id)
         if queue is None:
             queue = self._queues[index_id] = deque()
-        queue.append(_Search(view, query, k, ef, done))
+        queue.append(_Search(view, query, k, ef, done, wanted))
         self.waiting += 1
         self._idle.unpark()
 
@@ -376,12 +387,18 @@ class SearchService:
             if not self._queues:
                 await self._idle.park()
                 continue
-            batch = self._take()
-            outcomes = await trio.to_thread.run_sync(_run_batch, batch, worker, limiter=self._limiter)
-            self.batches += 1
-            self.searches += len(batch)
-            for search, outcome in zip(batch, outcomes, strict=True):
-                search.done(outcome)
+            await self._search(worker)
+
+    async def _search(self, worker: int) -> None:
+        # What this holds, views of indices that may be dropped, is let go of before a worker idles.
+        batch = self._take()
+        if not batch:
+            return
+        outcomes = await trio.to_thread.run_sync(_run_batch, batch, worker, limiter=self._limiter)
+        self.batches += 1
+        self.searches += len(batch)
+        for search, outcome in zip(batch, outcomes, strict=True):
+            search.done(outcome)
 
     def _take(self) -> list[_Search]:
         index_id, queue = next(iter(self._queues.items()))
@@ -390,7 +407,7 @@ class SearchService:
         if queue:
             self._queues[index_id] = queue
         self.waiting -= len(batch)
-        return batch
+        return [search for search in batch if search.wanted()]
 
 
 def _run_batch(batch: Sequence[_Search], worker: int) -> list[SearchResult | Exception]:

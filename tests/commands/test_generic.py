@@ -122,6 +122,7 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("SCAN", b"-ERR wrong number of arguments for 'scan' command\r\n"),
         ("SCAN a", b"-ERR invalid cursor\r\n"),
         ("SCAN -1", b"-ERR invalid cursor\r\n"),
+        ("SCAN " + "9" * 5000, b"-ERR invalid cursor\r\n"),
         ("SCAN 18446744073709551616", b"-ERR invalid cursor\r\n"),
         ("SCAN 0 COUNT 0", b"-ERR syntax error\r\n"),
         ("SCAN 0 COUNT -1", b"-ERR syntax error\r\n"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -346,3 +347,25 @@ class TestService:
             nursery.cancel_scope.cancel()
             release.set()
         assert ended == [0]
+
+    async def test_what_nobody_wants_any_more_is_not_searched(self, service: SearchService) -> None:
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        answered: list[int] = []
+        ended = trio.Event()
+        query = np.zeros(2, np.float32)
+        service.submit(1, view, query, 1, None, lambda _: answered.append(0), lambda: False)
+        service.submit(2, view, query, 1, None, lambda _: ended.set())
+        await ended.wait()
+        assert (answered, service.searches, service.waiting) == ([], 1, 0)
+
+    async def test_an_idle_worker_holds_no_view(self, nursery: trio.Nursery) -> None:
+        service = SearchService(1, 4)
+        await nursery.start(service.run)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        held = weakref.ref(view)
+        ended = trio.Event()
+        service.submit(1, view, np.zeros(2, np.float32), 1, None, lambda _: ended.set())
+        del view
+        await ended.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert held() is None
