@@ -91,7 +91,7 @@ def report(started: Started) -> None:
             f" in {started.seconds:.3f} s"
         )
     else:
-        kept = "keeping nothing on disk (no --dir): 0 keys and 0 vectors"
+        kept = "keeping nothing (no --dir): 0 keys and 0 vectors"
     print(f"engram {__version__} listening on {where}, {kept}", flush=True)
 
 

@@ -1,7 +1,7 @@
 """A folder of columns: numpy arrays, one .npy file each, and a table that vouches for them.
 
     columns.json       version, metadata, and for each file its size and CRC-32C
-    <name>.npy         one array, in numpy's own format, opened through mmap
+    <name>.npy         one array, in numpy's own format; large ones are opened through mmap
     <other file>       listed in the table like the columns (the graph of a segment)
 
 A folder is written once and never changed. The table's own CRC-32C, kept by whoever names the folder
@@ -27,13 +27,15 @@ from engram.files import Files
 TABLE = "columns.json"
 VERSION = 1
 _READ_SIZE = 1 << 22
+# A map keeps a descriptor of its file for as long as it lives: columns up to this size are read instead.
+_SMALL_COLUMN = 256 << 10
 
 Array = npt.NDArray[Any]
 
 
 @attrs.frozen
 class ColumnFolder:
-    """An opened folder: its columns are read-only maps of the files."""
+    """An opened folder: its columns are read-only, large ones maps of the files."""
 
     path: Path
     checksum: int
@@ -117,12 +119,14 @@ def open_columns(path: Path, checksum: int, *, verify: bool = True) -> ColumnFol
 
 
 def _map_array(path: Path) -> Array:
+    small = path.stat().st_size <= _SMALL_COLUMN
     try:
-        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        loaded: Array = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
     except ValueError as error:
         raise DamagedDataError(path, f"not a column: {error}") from error
+    loaded.flags.writeable = False
     # A plain ndarray over the map: np.memmap's own indexing costs microseconds more.
-    return mapped.view(np.ndarray)
+    return loaded.view(np.ndarray)
 
 
 def _size_and_checksum(path: Path) -> tuple[int, int]:

@@ -91,7 +91,7 @@ def test_every_entry_starts_a_server_that_sigterm_ends(entry: str, tmp_path: Pat
     ) as running:
         assert re.fullmatch(
             rf"engram {re.escape(__version__)} listening on 127\.0\.0\.1:\d+,"
-            r" keeping nothing on disk \(no --dir\): 0 keys and 0 vectors\n",
+            r" keeping nothing \(no --dir\): 0 keys and 0 vectors\n",
             running.greeting,
         )
         assert running.call("SET k v", "GET k") == b"+OK\r\n$1\r\nv\r\n"
