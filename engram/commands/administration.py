@@ -7,7 +7,7 @@ import time
 from engram.commands.arguments import SYNTAX_ERROR, text
 from engram.commands.information import render
 from engram.commands.session import Server, Session, Slot, Statistics
-from engram.commands.table import Command, container
+from engram.commands.table import Command, container, help_command
 from engram.config import SETTINGS
 from engram.errors import CommandError
 from engram.operations import Flush
@@ -140,10 +140,6 @@ def _reset_statistics(server: Server) -> None:
     server.database.expired_keys = 0
 
 
-def _config_help(session: Session, arguments: list[bytes]) -> bytes:
-    return replies.array(replies.simple(line) for line in _CONFIG_HELP)
-
-
 _CONFIG_HELP = (
     "CONFIG <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
     "GET <pattern>",
@@ -271,16 +267,7 @@ COMMANDS = (
                 _ADMIN,
                 since="2.0.0",
             ),
-            Command(
-                "config|help",
-                _config_help,
-                2,
-                "",
-                "Returns helpful text about the different subcommands.",
-                _GROUP,
-                ("loading", "stale"),
-                since="5.0.0",
-            ),
+            help_command("config", _GROUP, _CONFIG_HELP),
         ),
         summary="A container for server configuration commands.",
         group=_GROUP,

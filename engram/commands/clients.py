@@ -7,7 +7,7 @@ import time
 from engram import REDIS_VERSION
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
 from engram.commands.session import ReplyMode, Session
-from engram.commands.table import Command, container
+from engram.commands.table import Command, container, help_command
 from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.replies import OK, PONG, RESP2, RESP3
@@ -268,10 +268,6 @@ def _client_reply(session: Session, arguments: list[bytes]) -> bytes:
     return OK
 
 
-def _client_help(session: Session, arguments: list[bytes]) -> bytes:
-    return replies.array(replies.simple(line) for line in _HELP)
-
-
 _HELP = (
     "CLIENT <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
     "GETNAME",
@@ -428,16 +424,7 @@ COMMANDS = (
                 _SLOW,
                 since="3.2.0",
             ),
-            Command(
-                "client|help",
-                _client_help,
-                2,
-                "",
-                "Returns helpful text about the different subcommands.",
-                _GROUP,
-                ("loading", "stale"),
-                since="5.0.0",
-            ),
+            help_command("client", _GROUP, _HELP),
         ),
         summary="A container for client connection commands.",
         group=_GROUP,

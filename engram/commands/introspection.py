@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+import attrs
+
 from engram.commands.arguments import SYNTAX_ERROR, text
 from engram.commands.session import Session
 from engram.commands.syntax import Argument
-from engram.commands.table import Command, check_arity, container
+from engram.commands.table import Command, check_arity, container, help_command
 from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
@@ -157,9 +159,6 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
                     raise CommandError(SYNTAX_ERROR)
         return replies.bulk_array(each.name.encode() for each in listed)
 
-    def help_text(session: Session, arguments: list[bytes]) -> bytes:
-        return replies.array(replies.simple(line) for line in _HELP)
-
     group, flags, categories = "server", ("loading", "stale"), ("@connection",)
     since = "2.8.13"
     part = partial(Command, group=group, flags=flags, more_categories=categories)
@@ -203,14 +202,7 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
                 since="7.0.0",
                 complexity="O(N) where N is the number of commands",
             ),
-            part(
-                "command|help",
-                help_text,
-                2,
-                "",
-                "Returns helpful text about the different subcommands.",
-                since="5.0.0",
-            ),
+            attrs.evolve(help_command("command", group, _HELP), more_categories=categories),
         ),
         summary="Returns detailed information about all commands.",
         group=group,

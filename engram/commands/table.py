@@ -9,6 +9,7 @@ import attrs
 from engram.commands.session import Session, Slot
 from engram.commands.syntax import Argument, parse_usage
 from engram.errors import CommandError
+from engram.protocol import replies
 
 Handler = Callable[[Session, list[bytes]], bytes | Slot]
 Throttle = Callable[[Session, list[bytes]], float]
@@ -104,6 +105,21 @@ def container(name: str, subcommands: Iterable[Command], **fields: str) -> Comma
         since=fields.get("since", "1.0.0"),
         complexity="Depends on subcommand.",
         subcommands=table,
+    )
+
+
+def help_command(name: str, group: str, lines: Iterable[str]) -> Command:
+    """The HELP subcommand of a container."""
+    reply = replies.array(map(replies.simple, lines))
+    return Command(
+        f"{name}|help",
+        lambda session, arguments: reply,
+        2,
+        "",
+        "Returns helpful text about the different subcommands.",
+        group,
+        ("loading", "stale"),
+        since="5.0.0",
     )
 
 
