@@ -14,7 +14,7 @@ import trio
 from engram import __version__
 from engram.config import SETTINGS, load_config
 from engram.errors import ConfigError, OperatorError
-from engram.server import Started, serve
+from engram.server import Started, first_error, serve
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -71,7 +71,7 @@ async def command_line(arguments: Sequence[str]) -> int:
             code = 0
             signals.cancel_scope.cancel()
     except* OperatorError as group:
-        print(f"engram: {_first(group)}", file=sys.stderr)
+        print(f"engram: {first_error(group)}", file=sys.stderr)
     return code
 
 
@@ -115,10 +115,3 @@ async def _watch_signals(shutdown: trio.Event, everything: trio.CancelScope) -> 
             if shutdown.is_set():
                 everything.cancel()
             shutdown.set()
-
-
-def _first(group: BaseExceptionGroup[OperatorError]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

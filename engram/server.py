@@ -101,13 +101,14 @@ async def serve(
         matched, rest = group.split(OperatorError)
         if matched is None or rest is not None:
             raise
-        raise _first(matched) from group
+        raise first_error(matched) from group
     finally:
         for listener in listeners:
             listener.close()
 
 
-def _first(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
+def first_error(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
+    """The first error in a group of any depth: what the operator is told."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

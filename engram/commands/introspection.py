@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import attrs
@@ -15,8 +15,6 @@ from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
 from engram.protocol.replies import Encoder
-
-Find = Callable[[bytes], Command | None]
 
 
 def command_info(command: Command, encoder: Encoder) -> bytes:

@@ -232,12 +232,6 @@ class VectorIndex:
         """Rows held that no key points at any more."""
         return self.rows_total - len(self.live)
 
-    @property
-    def memory(self) -> int:
-        """Bytes of memory the rows take, about; the pages of segment files are not counted."""
-        head = sum(chunk.vectors.nbytes + 24 * chunk.capacity for chunk in self._head.chunks)
-        return head + 8 * self._rows_in_segments + 150 * len(self.live)
-
     def add(
         self,
         lsn: int,
