@@ -35,12 +35,16 @@ Array = npt.NDArray[Any]
 
 @attrs.frozen
 class ColumnFolder:
-    """An opened folder: its columns are read-only, large ones maps of the files."""
+    """An opened folder: its columns are read-only, large ones maps of the files.
+
+    `size` is that of its files, in bytes.
+    """
 
     path: Path
     checksum: int
     metadata: dict[str, Any]
     columns: dict[str, Array]
+    size: int
 
 
 def pack_bytes(name: str, items: Iterable[bytes]) -> dict[str, Array]:
@@ -115,7 +119,8 @@ def open_columns(path: Path, checksum: int, *, verify: bool = True) -> ColumnFol
                 columns[file_name.removesuffix(".npy")] = _map_array(file_path)
     except FileNotFoundError as error:
         raise DamagedDataError(Path(error.filename), "missing") from error
-    return ColumnFolder(path, checksum, table["metadata"], columns)
+    size = len(text) + sum(size for size, _ in table["files"].values())
+    return ColumnFolder(path, checksum, table["metadata"], columns, size)
 
 
 def _map_array(path: Path) -> Array:

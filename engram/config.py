@@ -145,6 +145,9 @@ class Config:
     seal_rows: int = _setting(
         8192, _integer(16, 1 << 24), "newest rows of an index that are scanned, not walked"
     )
+    builds_at_once: int = _setting(
+        1, _integer(1, 256), "graphs that are built at once, each in a process of low priority"
+    )
     search_threads: int = _setting(0, _integer(0, 256), "threads that search; 0: half as many as cores")
     search_batch: int = _setting(64, _integer(1, 4096), "searches of one index that run together")
     shutdown_timeout: int = _setting(

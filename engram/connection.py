@@ -7,8 +7,8 @@ import time
 import trio
 
 from engram.commands.registry import COMMANDS, SPELLINGS
-from engram.commands.session import ReplyMode, Server, Session, Slot
-from engram.commands.table import check_arity, unknown_command
+from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
+from engram.commands.table import Reply, check_arity, unknown_command
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.outbox import Outbox
@@ -23,8 +23,8 @@ _BURST_BYTES = 128 << 10
 class Connection:
     """Serves one client over a transport, until it leaves or is told to.
 
-    Commands run one after the other, without a checkpoint inside one. What a client may make the
-    server hold is bounded: see `Outbox`.
+    Commands run one after the other, without a checkpoint inside one but for those that answer with a
+    `Barrier`. What a client may make the server hold is bounded: see `Outbox`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Connection:
         burst_bytes = 0
         spellings = SPELLINGS
         for request in requests:
-            reply: bytes | Slot
+            reply: Reply
             try:
                 command = spellings.get(request[0]) or COMMANDS.get(request[0].lower())
                 if command is None:
@@ -155,14 +155,21 @@ class Connection:
                 burst_bytes += len(reply)
                 if burst_bytes < _BURST_BYTES:
                     continue
-            elif session.reply_mode is not ReplyMode.ON:
-                self._silence()
-            elif isinstance(reply, bytes):
-                burst.append(reply)
             else:
-                self._release(burst)
-                outbox.expect(reply, database.lsn)
-                burst_bytes = _BURST_BYTES
+                if isinstance(reply, Barrier):
+                    burst_bytes = self._release(burst)
+                    reply = await self._pass(reply)
+                    admitted = journal is None
+                if session.reply_mode is not ReplyMode.ON:
+                    if isinstance(reply, Slot):
+                        reply.awaited = False
+                    self._silence()
+                elif isinstance(reply, bytes):
+                    burst.append(reply)
+                else:
+                    self._release(burst)
+                    outbox.expect(reply, database.lsn)
+                    burst_bytes = _BURST_BYTES
             if session.closing:
                 break
             if burst_bytes >= _BURST_BYTES:
@@ -181,6 +188,13 @@ class Connection:
             self._outbox.send(b"".join(burst), self._database.engine.lsn)
             burst.clear()
         return 0
+
+    async def _pass(self, barrier: Barrier) -> bytes:
+        """Waits for the reply that stands behind a barrier."""
+        try:
+            return await barrier.reply()
+        except CommandError as error:
+            return self._error(str(error))
 
     def _error(self, text: str) -> bytes:
         self._server.statistics.error_replies += 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import numpy as np
 
 from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
@@ -21,11 +22,25 @@ from engram.operations import (
     Flush,
     InstallSegment,
     Operation,
+    SetAttributes,
     SetExpiry,
     SetString,
 )
 
 Apply = Callable[[int, Any], None]
+
+
+@attrs.frozen
+class Totals:
+    """Counts over all indices: live rows, rows in no segment, dead rows, segments."""
+
+    rows: int
+    unindexed: int
+    dead: int
+    segments: int
+
+
+_NO_COUNTS = (0, 0, 0, 0)
 
 
 class Engine:
@@ -46,6 +61,11 @@ class Engine:
         self.dropped: list[dict[Any, Any]] = []
         self._segments = segments
         self._seal_rows = seal_rows
+        # Live rows, rows in no segment, all rows, segments: of all indices, and what of it comes from each;
+        # and the indices of which that is not true any more.
+        self._totals = _NO_COUNTS
+        self._counted: dict[int, tuple[int, int, int, int]] = {}
+        self._uncounted: set[int] = set()
         self._apply: dict[type[Operation], Apply] = {
             SetString: self._set_string,
             AppendString: self._append_string,
@@ -56,6 +76,7 @@ class Engine:
             AddVectors: self._add_vectors,
             DeleteVectors: self._delete_vectors,
             InstallSegment: self._install_segment,
+            SetAttributes: self._set_attributes,
         }
 
     def apply(self, lsn: int, operation: Operation) -> None:
@@ -92,18 +113,38 @@ class Engine:
             connectivity=operation.connectivity,
             expansion=operation.expansion,
             quantization=operation.quantization,
+            recall=operation.recall,
         )
         self._drop(self.keyspace.values.get(operation.key))
         index = VectorIndex(lsn, parameters, seal_rows=self._seal_rows)
         self.indices[lsn] = index
+        self._uncounted.add(lsn)
         self.keyspace.set(operation.key, index)
 
     def _add_vectors(self, lsn: int, operation: AddVectors) -> None:
         index = self.indices[operation.index]
-        vectors = np.frombuffer(operation.vectors, "<f4").reshape(len(operation.keys), -1)
-        index.add(lsn, operation.keys, vectors, operation.attributes)
+        self._uncounted.add(index.id)
+        keys = operation.keys
+        attributes: Sequence[bytes | None] = operation.attributes
+        vectors = np.frombuffer(operation.vectors, "<f4").reshape(len(keys), -1)
+        if not attributes and not index.live.keys().isdisjoint(keys):
+            attributes = (None,) * len(keys)
+        if attributes:
+            attributes = [
+                text if text is not None else index.attributes(key)
+                for key, text in zip(keys, attributes, strict=True)
+            ]
+        index.add(lsn, keys, vectors, attributes)
+
+    def _set_attributes(self, lsn: int, operation: SetAttributes) -> None:
+        index = self.indices[operation.index]
+        self._uncounted.add(index.id)
+        found = [index.vector(key) for key in operation.keys]
+        vectors = np.frombuffer(b"".join(vector for vector in found if vector is not None), "<f4")
+        index.add(lsn, operation.keys, vectors.reshape(len(found), -1), operation.attributes)
 
     def _delete_vectors(self, lsn: int, operation: DeleteVectors) -> None:
+        self._uncounted.add(operation.index)
         self.indices[operation.index].delete(lsn, operation.keys)
 
     def _install_segment(self, lsn: int, operation: InstallSegment) -> None:
@@ -112,15 +153,35 @@ class Engine:
             if operation.segment:
                 self.released_segments.append(operation.segment)
             return
+        self._uncounted.add(index.id)
         segment = self._segments.take(operation.segment, operation.checksum) if operation.segment else None
         self.released_segments += index.install(lsn, segment, operation.through, operation.replaces)
 
     def _drop(self, value: bytes | VectorIndex | None) -> None:
         if isinstance(value, VectorIndex):
-            value.dropped = True
+            value.drop()
             del self.indices[value.id]
+            self._uncounted.add(value.id)
             self.released_segments += (segment.id for segment in value.segments)
             self.dropped.append(value.live)
+
+    def totals(self) -> Totals:
+        """Counts over all indices; takes time in proportion to those changed since the last call."""
+        rows, unindexed, held, segments = self._totals
+        for index_id in self._uncounted:
+            before = self._counted.pop(index_id, _NO_COUNTS)
+            index = self.indices.get(index_id)
+            now = _NO_COUNTS
+            if index is not None:
+                now = (len(index.live), index.rows_unindexed, index.rows_total, len(index.segments))
+                self._counted[index_id] = now
+            rows += now[0] - before[0]
+            unindexed += now[1] - before[1]
+            held += now[2] - before[2]
+            segments += now[3] - before[3]
+        self._uncounted.clear()
+        self._totals = rows, unindexed, held, segments
+        return Totals(rows, unindexed, held - rows, segments)
 
     def export(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """The whole state as columns and metadata, for a snapshot; `restore` is the inverse.
@@ -159,6 +220,7 @@ class Engine:
             index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
             values[key] = index
             self.indices[index.id] = index
+            self._uncounted.add(index.id)
         expiries = zip(unpack_bytes("expiry-keys", columns), columns["expiry-times"].tolist(), strict=True)
         self.keyspace.load(values, dict(expiries))
         self.lsn = folder.metadata["lsn"]

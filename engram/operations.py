@@ -51,7 +51,8 @@ class Flush(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
 class CreateIndex(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
     """The key holds a new, empty vector index, whose id is this operation's LSN.
 
-    `metric` is "cosine", "l2" or "dot"; `quantization` the scalar kind of the graphs, "int8" or "f32".
+    `metric` is "cosine", "l2" or "dot"; `quantization` the scalar kind of the graphs, "int8", "bf16" or
+    "f32"; `recall` what searches aim at, in (0, 1].
     """
 
     key: bytes
@@ -60,13 +61,14 @@ class CreateIndex(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6)
     connectivity: int
     expansion: int
     quantization: str
+    recall: float = 0.99
 
 
 class AddVectors(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
     """Rows are appended to an index, in order; a key that was there has its old row killed.
 
-    `vectors` holds len(keys) x dimension little-endian float32. `attributes` holds one JSON text or
-    None for each key, or is empty when no row has any.
+    `vectors` holds len(keys) x dimension little-endian float32. `attributes` holds for each key a JSON
+    text, empty for none, or None for the one that the key has; it is empty when all of them would be None.
     """
 
     index: int
@@ -97,6 +99,17 @@ class InstallSegment(msgspec.Struct, frozen=True, array_like=True, gc=False, tag
     replaces: tuple[str, ...]
 
 
+class SetAttributes(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=10):
+    """These keys, which are in the index, get JSON texts, empty for none; their vectors stay.
+
+    As an overwrite does, it kills the old rows and appends new ones.
+    """
+
+    index: int
+    keys: tuple[bytes, ...]
+    attributes: tuple[bytes, ...]
+
+
 Operation = (
     SetString
     | AppendString
@@ -107,6 +120,7 @@ Operation = (
     | AddVectors
     | DeleteVectors
     | InstallSegment
+    | SetAttributes
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -144,6 +144,7 @@ class Outbox:
         for reply, _ in self._waiting:
             if isinstance(reply, Slot):
                 reply.on_fill = None
+                reply.awaited = False
         self._waiting.clear()
         self._departing.clear()
         self._unsent.clear()

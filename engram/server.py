@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,9 @@ from engram.database import RECORD_OVERHEAD, Database
 from engram.engine import Engine
 from engram.errors import OperatorError
 from engram.files import DiskFiles
-from engram.index.builder import Builder
-from engram.index.search import SearchService
+from engram.index.builder import Builder, BuilderSettings
 from engram.index.segment import SegmentStore
+from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.operations import InstallSegment
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
@@ -45,9 +45,12 @@ MAXCLIENTS_REACHED = replies.error("ERR max number of clients reached")
 # searches takes the lock once a query, so the default of 5 ms would make it wait most of the time.
 SWITCH_INTERVAL = 0.0005
 
-# From <malloc.h>; blocks of so many bytes are mapped one by one, and given back when they are freed.
+# From <malloc.h>. Blocks of MMAP_THRESHOLD bytes are mapped one by one, and given back when they are freed;
+# of smaller ones, TRIM_THRESHOLD is kept, as a batch of searches takes and frees a few hundred KiB each time.
+M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD = 128 << 10
+MMAP_THRESHOLD = 1 << 20
+TRIM_THRESHOLD = 8 << 20
 
 # Descriptors kept for the log, segments and child processes, whatever number of clients comes.
 _RESERVED_DESCRIPTORS = 128
@@ -199,7 +202,7 @@ async def _serve(
             database.changed(index)
 
     searches = SearchService(search_threads(config), config.search_batch)
-    builder = Builder(store, install)
+    builder = Builder(store, install, settings=BuilderSettings(builds_at_once=config.builds_at_once))
     database.changed = builder.consider
 
     def reconfigure() -> None:
@@ -215,7 +218,7 @@ async def _serve(
             for index in engine.indices.values():
                 builder.consider(index)
             work_nursery.start_soon(_expire, database)
-            work_nursery.start_soon(_free, engine, store, persistence is None)
+            work_nursery.start_soon(_free, engine, store, persistence)
             server = Server(
                 config=config,
                 database=database,
@@ -272,6 +275,7 @@ def _tune_process() -> None:
     # Left alone, glibc takes ever larger blocks from its heap, which seldom gives them back.
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
     # What was recovered lives for long: it need not be looked at again and again.
     gc.collect()
     gc.freeze()
@@ -371,11 +375,11 @@ async def _expire(database: Database) -> None:
             await trio.lowlevel.checkpoint()
 
 
-async def _free(engine: Engine, store: SegmentStore, temporary: bool) -> None:
+async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | None) -> None:
     """Frees what was dropped, in slices: freeing a million keys at once would hold every client up.
 
-    In a temporary folder the files of segments go as soon as nothing refers to them; otherwise the
-    persistence task knows when they are no longer needed.
+    In a temporary folder the files of segments go once nothing refers to them; otherwise the persistence task
+    knows when they are no longer needed, and is told how much there is to gain.
     """
     while True:
         await trio.sleep(_IDLE_EXPIRY_INTERVAL)
@@ -387,10 +391,25 @@ async def _free(engine: Engine, store: SegmentStore, temporary: bool) -> None:
                 engine.dropped.pop()
             await trio.lowlevel.checkpoint()
         released, engine.released_segments = engine.released_segments, []
-        if temporary:
+        if persistence is not None and released:
+            size = await trio.to_thread.run_sync(_sizes, store, released)
+            persistence.release(size, sum(index.segment_bytes for index in engine.indices.values()))
+        elif persistence is None:
             for segment_id in released:
-                try:
-                    await trio.to_thread.run_sync(store.remove, segment_id)
-                except OSError as error:
-                    logger.warning("cannot remove segment %s, will try again: %s", segment_id, error)
-                    engine.released_segments.append(segment_id)
+                await _remove_released(engine, store, segment_id)
+
+
+def _sizes(store: SegmentStore, segment_ids: Sequence[str]) -> int:
+    return sum(map(store.size, segment_ids))
+
+
+async def _remove_released(engine: Engine, store: SegmentStore, segment_id: str) -> None:
+    """Removes the files of a segment, or leaves it for the next time."""
+    if store.is_open(segment_id):
+        engine.released_segments.append(segment_id)
+        return
+    try:
+        await trio.to_thread.run_sync(store.remove, segment_id)
+    except OSError as error:
+        logger.warning("cannot remove segment %s, will try again: %s", segment_id, error)
+        engine.released_segments.append(segment_id)

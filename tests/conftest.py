@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import numpy as np
@@ -21,8 +22,9 @@ from engram.engine import Engine
 from engram.errors import CommandError
 from engram.files import DiskFiles
 from engram.index.builder import Builder
-from engram.index.search import SearchResult, SearchService
+from engram.index.search import SearchOptions
 from engram.index.segment import SegmentStore
+from engram.index.service import Done, SearchService
 from engram.index.vector_index import VectorIndex, View
 from engram.operations import InstallSegment, Operation
 from engram.transport import StreamTransport
@@ -32,7 +34,7 @@ START = 1_800_000_000_000
 # A test that waits for longer has gone wrong.
 PATIENCE = 5
 
-Done = Callable[[SearchResult | Exception], None]
+T = TypeVar("T")
 
 
 def encode_request(words: Iterable[bytes]) -> bytes:
@@ -127,24 +129,38 @@ class ManualJournal:
 
 
 class HeldSearches(SearchService):
-    """Searches that a test answers, when it likes."""
+    """Searches that a test answers, and work that it has done, when it likes.
+
+    `options` are those of the searches in `held`; calling what is in `work` does it.
+    """
 
     def __init__(self) -> None:
         super().__init__(1, 1)
         self.held: list[Done] = []
+        self.options: list[SearchOptions] = []
+        self.work: list[Callable[[], None]] = []
         self.wanted: list[Callable[[], bool]] = []
 
     def submit(
         self,
         index_id: int,
         view: View,
-        query: np.ndarray,
-        k: int,
-        ef: int | None,
+        queries: np.ndarray,
+        options: SearchOptions,
         done: Done,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.held.append(done)
+        self.options.append(options)
+        self.wanted.append(wanted)
+
+    def submit_work(
+        self,
+        function: Callable[[], T],
+        done: Callable[[T | Exception], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.work.append(lambda: done(function()))
         self.wanted.append(wanted)
 
 

@@ -81,12 +81,23 @@ async def test_replies_wait_for_a_search_before_them(open_house: OpenHouse) -> N
         assert await client.arrived() == b"$1\r\n1\r\n"
         assert await other.call("PING") == PONG
         first, second = searches.held
-        second(SearchResult([b"y"], [b"1"]))
+        second([SearchResult([b"y"], [b"1"])])
         assert await client.arrived() == b""
-        first(SearchResult([b"x"], [b"0"]))
+        first([SearchResult([b"x"], [b"0"])])
         assert await client.arrived() == (
             b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n$1\r\n2\r\n*2\r\n$1\r\ny\r\n$1\r\n1\r\n$1\r\n3\r\n"
         )
+
+
+async def test_a_barrier_holds_up_the_client_until_the_server_shuts_down(open_house: OpenHouse) -> None:
+    async with open_house(searches=HeldSearches()) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await client.send("PING 1", [b"VDELBY", b"a", b"FILTER", b".n"], "SET k v")
+        assert await client.arrived() == b"$1\r\n1\r\n"
+        house.connections[0].finish()
+        assert await client.ended() == b""
+        assert house.engine.keyspace.values.get(b"k") is None
 
 
 async def test_a_search_ends_after_its_client_has_gone(open_house: OpenHouse) -> None:
@@ -100,7 +111,7 @@ async def test_a_search_ends_after_its_client_has_gone(open_house: OpenHouse) ->
         assert await other.call("CLIENT KILL ID 1") == ONE
         assert await client.ended() == b""
         assert not searches.wanted.pop()()
-        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        searches.held.pop()([SearchResult([b"x"], [b"0"])])
         assert await other.call("PING") == PONG
 
 
@@ -117,7 +128,7 @@ async def test_many_clients_are_each_answered_in_order(open_house: OpenHouse) ->
             await client.stream.send_all(b"*x\r\n")
         await wait_all_tasks_blocked()
         for done in searches.held:
-            done(SearchResult([b"x"], [b"0"]))
+            done([SearchResult([b"x"], [b"0"])])
         for client in clients:
             assert await client.ended() == (
                 b"$1\r\n1\r\n$1\r\n2\r\n*2\r\n$1\r\nx\r\n$1\r\n0\r\n$1\r\n3\r\n$1\r\n4\r\n"
@@ -163,7 +174,7 @@ async def test_a_search_is_not_answered_when_replies_are_off(open_house: OpenHou
         await client.send("CLIENT REPLY SKIP", [b"VSEARCH", b"a", vector(1), b"1"], "PING")
         assert await client.arrived() == PONG
         assert not searches.wanted.pop()()
-        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        searches.held.pop()([SearchResult([b"x"], [b"0"])])
         assert await client.arrived() == b""
 
 
@@ -221,7 +232,7 @@ async def test_a_client_that_stops_sending_still_gets_its_replies(open_house: Op
         await client.send([b"VSEARCH", b"a", vector(1), b"1"], "PING")
         await near.send_eof()
         assert await client.arrived() == b""
-        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        searches.held.pop()([SearchResult([b"x"], [b"0"])])
         assert await client.ended() == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n" + PONG
 
 
@@ -331,7 +342,7 @@ async def test_a_search_shows_nothing_that_is_not_durable(open_house: OpenHouse)
             "VNEW a 1", [b"VADD", b"a", b"x", vector(1)], [b"VSEARCH", b"a", vector(1), b"1"], "PING"
         )
         await wait_all_tasks_blocked()
-        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        searches.held.pop()([SearchResult([b"x"], [b"0"])])
         assert await client.arrived() == b""
         journal.release()
         assert await client.arrived() == OK + ONE + b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n" + PONG
@@ -347,7 +358,7 @@ async def test_a_search_done_after_its_state_became_durable(open_house: OpenHous
         await wait_all_tasks_blocked()
         journal.release(2)
         assert await client.arrived() == OK + ONE
-        searches.held.pop()(SearchResult([b"x"], [b"0"]))
+        searches.held.pop()([SearchResult([b"x"], [b"0"])])
         assert await client.arrived() == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
         journal.release()
         assert await client.arrived() == OK

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram.columns import open_columns, write_columns
-from engram.engine import Engine
+from engram.engine import Engine, Totals
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
 from engram.operations import (
@@ -23,6 +23,7 @@ from engram.operations import (
     Flush,
     InstallSegment,
     Operation,
+    SetAttributes,
     SetExpiry,
     SetString,
     decode,
@@ -34,7 +35,7 @@ KEYS = (b"a", b"b", b"c", b"")
 MEMBERS = (b"x", b"y", b"z", b"\xff\x00")
 SHAPES = {"cosine": 2, "l2": 3, "dot": 1}
 
-WORDS = ("set", "append", "delete", "expire", "remove", "flush", *2 * ("create",), *3 * ("add",))
+WORDS = ("set", "append", "delete", "expire", "remove", "describe", "flush", *2 * ("create",), *3 * ("add",))
 
 # One step of a history: a word and choices that `to_operation` fits to the state.
 Step = tuple[str, bytes, bytes, int]
@@ -72,8 +73,10 @@ def to_operation(engine: Engine, step: Step) -> Operation | None:
             return CreateIndex(key, SHAPES[metric], metric, 16, 128, "f32")
         case "add" if index is not None:
             numbers = np.arange(number % 7, number % 7 + index.parameters.dimension, dtype="<f4")
-            attributes = (b'{"n":%d}' % number,) if number % 2 else ()
+            attributes = ((), (None,), (b"",), (b'{"n":%d}' % number,))[number % 4]
             return AddVectors(index.id, (member,), numbers.tobytes(), attributes)
+        case "describe" if index is not None and member in index:
+            return SetAttributes(index.id, (member,), (b'{"m":%d}' % number if number % 3 else b"",))
         case "remove" if index is not None and member in index:
             return DeleteVectors(index.id, (member,))
         case "flush":
@@ -100,9 +103,7 @@ def state(engine: Engine) -> dict[str, Any]:
             continue
         rows = {}
         for member in value.live:
-            found = value.vector(member)
-            assert found is not None
-            rows[member] = (found.tolist(), value.attributes(member), value.live[member])
+            rows[member] = (value.vector(member), value.attributes(member), value.live[member])
         values[key] = (value.id, value.parameters, rows)
     return {
         "values": values,
@@ -178,3 +179,44 @@ def test_append_to_a_missing_key_starts_it() -> None:
         engine.apply(1, AppendString(b"a", b"x"))
         engine.apply(2, AppendString(b"a", b"y"))
         assert engine.keyspace.values == {b"a": b"xy"}
+
+
+def test_attributes_stay_unless_others_are_given() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, CreateIndex(b"a", 1, "l2", 16, 128, "f32"))
+        index = engine.indices[1]
+        engine.apply(2, AddVectors(1, (b"x", b"y"), vector(1, 2), (b"1", b"2")))
+        engine.apply(3, AddVectors(1, (b"x",), vector(3)))
+        engine.apply(4, AddVectors(1, (b"z", b"y", b"x"), vector(4, 5, 6), (b"3", None, b"")))
+        assert [index.attributes(key) for key in (b"x", b"y", b"z")] == [b"", b"2", b"3"]
+        assert [index.vector(key) for key in (b"x", b"y", b"z")] == [vector(6), vector(5), vector(4)]
+
+
+def test_attributes_are_set_without_the_vectors() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, CreateIndex(b"a", 2, "l2", 16, 128, "f32"))
+        index = engine.indices[1]
+        engine.apply(2, AddVectors(1, (b"x", b"y"), vector(1, 2, 3, 4), (b"1", b"2")))
+        engine.apply(3, SetAttributes(1, (b"y", b"x"), (b"", b"3")))
+        assert [index.attributes(key) for key in (b"x", b"y")] == [b"3", b""]
+        assert [index.vector(key) for key in (b"x", b"y")] == [vector(1, 2), vector(3, 4)]
+        assert index.rows_dead == 2
+
+
+@given(steps=STEPS, looks=st.sets(st.integers(0, 40)))
+@settings(max_examples=50)
+def test_totals_are_sums_over_the_indices(steps: list[Step], looks: set[int]) -> None:
+    with engines() as make:
+        engine: Engine = make()
+        for number, step in enumerate(steps):
+            live(engine, [step])
+            if number in looks or number == len(steps) - 1:
+                indices = engine.indices.values()
+                assert engine.totals() == Totals(
+                    rows=sum(map(len, indices)),
+                    unindexed=sum(index.rows_unindexed for index in indices),
+                    dead=sum(index.rows_dead for index in indices),
+                    segments=0,
+                )

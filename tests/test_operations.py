@@ -14,6 +14,7 @@ from engram.operations import (
     Flush,
     InstallSegment,
     Operation,
+    SetAttributes,
     SetExpiry,
     SetString,
     decode,
@@ -32,10 +33,11 @@ operations = st.one_of(
     st.builds(DeleteKeys, keys),
     st.builds(SetExpiry, key, time),
     st.builds(Flush),
-    st.builds(CreateIndex, key, number, text, number, number, text),
+    st.builds(CreateIndex, key, number, text, number, number, text, st.floats(allow_nan=False)),
     st.builds(AddVectors, number, keys, st.binary(), st.lists(st.none() | st.binary()).map(tuple)),
     st.builds(DeleteVectors, number, keys),
     st.builds(InstallSegment, number, text, number, number, st.lists(text).map(tuple)),
+    st.builds(SetAttributes, number, keys, st.lists(st.binary()).map(tuple)),
 )
 
 
@@ -56,10 +58,11 @@ def test_an_operation_survives(operation: Operation) -> None:
         (DeleteKeys((b"k", b"l")), "920392c4016bc4016c"),
         (SetExpiry(b"k", None), "9304c4016bc0"),
         (Flush(), "9105"),
-        (CreateIndex(b"k", 4, "l2", 16, 200, "f32"), "9706c4016b04a26c3210ccc8a3663332"),
+        (CreateIndex(b"k", 4, "l2", 16, 200, "f32"), "9806c4016b04a26c3210ccc8a3663332cb3fefae147ae147ae"),
         (AddVectors(7, (b"k",), b"\0\0\x80?"), "95070791c4016bc4040000803f90"),
         (DeleteVectors(7, (b"k",)), "93080791c4016b"),
         (InstallSegment(7, "ab", 9, -1, ("cd",)), "960907a2616209ff91a26364"),
+        (SetAttributes(7, (b"k",), (b"{}",)), "940a0791c4016b91c4027b7d"),
     ],
 )
 def test_the_encoding_never_changes(operation: Operation, payload: str) -> None:
@@ -69,6 +72,8 @@ def test_the_encoding_never_changes(operation: Operation, payload: str) -> None:
 
 def test_a_field_added_later_has_its_default_in_old_records() -> None:
     assert decode(bytes.fromhex("9301c4016bc40176")) == SetString(b"k", b"v", None)
+    created = CreateIndex(b"k", 4, "l2", 16, 200, "f32", 0.99)
+    assert decode(bytes.fromhex("9706c4016b04a26c3210ccc8a3663332")) == created
 
 
 @given(st.binary())

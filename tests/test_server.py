@@ -24,6 +24,7 @@ from engram.engine import Engine
 from engram.errors import DirectoryInUseError, LogFailureError, OperatorError
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
+from engram.persistence import Persistence
 from engram.server import SWITCH_INTERVAL, Started, _free, serve
 from tests.conftest import PATIENCE, Client, vector
 
@@ -273,6 +274,10 @@ async def test_a_segment_that_cannot_be_removed_is_tried_again(
     class Store:
         def __init__(self) -> None:
             self.tries: list[str] = []
+            self.searched = iter([True, False, False, False])
+
+        def is_open(self, segment_id: str) -> bool:
+            return next(self.searched)
 
         def remove(self, segment_id: str) -> None:
             self.tries.append(segment_id)
@@ -286,7 +291,37 @@ async def test_a_segment_that_cannot_be_removed_is_tried_again(
             self.released_segments = ["a"]
 
     store, state = Store(), State()
-    nursery.start_soon(_free, cast(Engine, state), cast(SegmentStore, store), True)
+    nursery.start_soon(_free, cast(Engine, state), cast(SegmentStore, store), None)
     await removed.wait()
     assert store.tries == ["a"] * 3
     assert (state.dropped, state.released_segments) == ([], [])
+
+
+async def test_the_log_is_told_what_segments_out_of_use_take(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    told = trio.Event()
+    releases: list[tuple[int, int]] = []
+
+    class Store:
+        def size(self, segment_id: str) -> int:
+            return len(segment_id)
+
+    class Index:
+        segment_bytes = 7
+
+    class State:
+        def __init__(self) -> None:
+            self.dropped: list[dict[bytes, int]] = []
+            self.released_segments = ["a", "bcd"]
+            self.indices = {1: Index(), 2: Index()}
+
+    class Log:
+        def release(self, size: int, used: int) -> None:
+            releases.append((size, used))
+            told.set()
+
+    nursery.start_soon(_free, cast(Engine, State()), cast(SegmentStore, Store()), cast(Persistence, Log()))
+    await told.wait()
+    await trio.sleep(10.0)
+    assert releases == [(4, 14)]

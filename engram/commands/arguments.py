@@ -1,13 +1,20 @@
-"""Reading the arguments of commands: numbers, words and expiry times, with Redis's errors."""
+"""Reading the arguments of commands: numbers, options, cursors and expiry times, with Redis's errors."""
 
 from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
 
 from engram.errors import CommandError
 
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
+NOT_A_FLOAT = "ERR value is not a valid float"
 SYNTAX_ERROR = "ERR syntax error"
 
 INTEGER_LOW, INTEGER_HIGH = -(1 << 63), (1 << 63) - 1
+
+_NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def integer(argument: bytes, message: str = NOT_AN_INTEGER) -> int:
@@ -21,6 +28,50 @@ def integer(argument: bytes, message: str = NOT_AN_INTEGER) -> int:
         if INTEGER_LOW <= number <= INTEGER_HIGH:
             return number
     raise CommandError(message)
+
+
+def number(argument: bytes, message: str = NOT_A_FLOAT) -> float:
+    """A finite number in decimal digits, perhaps with an exponent.
+
+    Raises CommandError with `message` for anything else.
+    """
+    if _NUMBER.fullmatch(argument) and math.isfinite(value := float(argument)):
+        return value
+    raise CommandError(message)
+
+
+def options(
+    words: Sequence[bytes], valued: Collection[bytes], flags: Collection[bytes] = ()
+) -> dict[bytes, bytes]:
+    """What is given of options that come in any order, each at most once, by upper-case name.
+
+    Those in `valued` are followed by a value; those in `flags` stand alone, and have an empty one here.
+    Raises CommandError, a syntax error, for anything else.
+    """
+    given: dict[bytes, bytes] = {}
+    rest = iter(words)
+    for word in rest:
+        name = word.upper()
+        value = next(rest, None) if name in valued else b"" if name in flags else None
+        if value is None or name in given:
+            raise CommandError(SYNTAX_ERROR)
+        given[name] = value
+    return given
+
+
+def scan_cursor(argument: bytes) -> int:
+    """Where a scan goes on, an unsigned 64-bit integer. Raises CommandError for anything else."""
+    if not argument.isdigit() or len(argument) > 20 or int(argument) >= 1 << 64:
+        raise CommandError("ERR invalid cursor")
+    return int(argument)
+
+
+def scan_count(argument: bytes) -> int:
+    """About how many items a scan returns at once. Raises CommandError for what is not positive."""
+    count = integer(argument)
+    if count < 1:
+        raise CommandError(SYNTAX_ERROR)
+    return count
 
 
 def text(argument: bytes) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from engram.commands.arguments import (
     INTEGER_HIGH,
     INTEGER_LOW,
-    NOT_AN_INTEGER,
     SYNTAX_ERROR,
     integer,
+    scan_count,
+    scan_cursor,
     text,
 )
 from engram.commands.session import Session
@@ -131,9 +132,7 @@ def _keys(session: Session, arguments: list[bytes]) -> bytes:
 
 def _scan(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    if not arguments[1].isdigit() or len(arguments[1]) > 20 or int(arguments[1]) >= 1 << 64:
-        raise CommandError("ERR invalid cursor")
-    cursor, count = int(arguments[1]), 10
+    cursor, count = scan_cursor(arguments[1]), 10
     pattern = kind = None
     words = iter(arguments[2:])
     for word in words:
@@ -142,9 +141,7 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
             raise CommandError(SYNTAX_ERROR)
         match word.upper():
             case b"COUNT":
-                count = integer(operand, NOT_AN_INTEGER)
-                if count < 1:
-                    raise CommandError(SYNTAX_ERROR)
+                count = scan_count(operand)
             case b"MATCH":
                 pattern = operand
             case b"TYPE":

@@ -147,14 +147,15 @@ def _keyspace(server: Server) -> Fields:
 
 
 def _vectors(server: Server) -> Fields:
-    indices = list(server.database.engine.indices.values())
+    engine = server.database.engine
+    totals = engine.totals()
     searches, builder = server.searches, server.builder
     return {
-        "vectors_indices": len(indices),
-        "vectors_rows": sum(map(len, indices)),
-        "vectors_rows_unindexed": sum(index.rows_unindexed for index in indices),
-        "vectors_rows_dead": sum(index.rows_dead for index in indices),
-        "vectors_segments": sum(len(index.segments) for index in indices),
+        "vectors_indices": len(engine.indices),
+        "vectors_rows": totals.rows,
+        "vectors_rows_unindexed": totals.unindexed,
+        "vectors_rows_dead": totals.dead,
+        "vectors_segments": totals.segments,
         "vectors_searches": searches.searches,
         "vectors_search_batches": searches.batches,
         "vectors_searches_waiting": searches.waiting,

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from engram.commands import administration, clients, generic, strings, vectors
+from engram.commands import (
+    administration,
+    clients,
+    generic,
+    indices,
+    matching,
+    searches,
+    strings,
+    vectors,
+)
 from engram.commands.introspection import introspection
 from engram.commands.table import Command
 
 
 def _build() -> dict[bytes, Command]:
     table: dict[bytes, Command] = {}
-    for module in (clients, strings, generic, vectors, administration):
+    for module in (clients, strings, generic, indices, vectors, searches, matching, administration):
         for command in module.COMMANDS:
             table[command.name.encode()] = command
     table[b"command"] = introspection(table)

@@ -12,33 +12,41 @@ from engram.config import Config
 from engram.database import Database
 from engram.departures import Departures
 from engram.index.builder import Builder
-from engram.index.search import SearchService
+from engram.index.service import SearchService
 from engram.protocol.replies import RESP2, Encoder
 
 
 class Slot:
     """The place of a reply that is not known yet; whoever finds it calls `fill`, once.
 
-    `size` is about how many bytes the reply will have, where that may be many.
+    `size` is about how many bytes the reply will have, where that may be many. `awaited` is false once
+    nobody waits for the reply: CLIENT REPLY silences it, or the client is gone. Any thread may look.
     """
 
-    __slots__ = ("on_fill", "reply", "size")
+    __slots__ = ("awaited", "on_fill", "reply", "size")
 
     def __init__(self, size: int = 0) -> None:
         self.size = size
+        self.awaited = True
         self.reply: bytes | None = None
         self.on_fill: Callable[[], None] | None = None
-
-    @property
-    def awaited(self) -> bool:
-        """Whether anyone waits for the reply: not where CLIENT REPLY silences it or the client is gone."""
-        return self.on_fill is not None
 
     def fill(self, reply: bytes) -> None:
         """Gives the encoded reply and lets the connection know."""
         self.reply = reply
         if self.on_fill is not None:
             self.on_fill()
+
+
+@attrs.frozen(eq=False)
+class Barrier:
+    """A reply that the client's next request waits for; other clients go on meanwhile.
+
+    The connection awaits `reply`, which returns the encoded reply or raises CommandError. When the client is
+    gone or the server shuts down, it is cancelled, and nobody is answered.
+    """
+
+    reply: Callable[[], Awaitable[bytes]]
 
 
 class ReplyMode(Enum):

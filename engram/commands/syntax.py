@@ -29,7 +29,11 @@ _TYPES = {
     "protover": "integer",
     "dimension": "integer",
     "k": "integer",
+    "m": "integer",
+    "n": "integer",
     "ef": "integer",
+    "recall": "double",
+    "radius": "double",
     "unix-time-seconds": "unix-time",
     "unix-time-milliseconds": "unix-time",
 }
@@ -39,7 +43,7 @@ _TYPES = {
 class Argument:
     """One argument, with the fields that COMMAND DOCS gives it.
 
-    `type` is one of Redis's: key, string, integer, pattern, unix-time, pure-token, oneof, block.
+    `type` is one of Redis's: key, string, integer, double, pattern, unix-time, pure-token, oneof, block.
     """
 
     name: str
@@ -75,8 +79,10 @@ def _sequence(words: Sequence[str], closing: str | None) -> tuple[list[Argument]
                 raise ValueError("unbalanced brackets")
             rest.pop(0)
             if word == "[" and _repeats(current, inner):
-                # `key [key ...]` is one argument that may be given several times.
-                current[-1] = attrs.evolve(current[-1], multiple=True)
+                # `key [key ...]` is one argument that may be given several times, and `key value [key value
+                # ...]` one block.
+                repeated = current[-len(inner) :]
+                current[-len(inner) :] = [attrs.evolve(_one(repeated), multiple=True)]
             else:
                 current.append(attrs.evolve(_one(inner), optional=word == "["))
         elif word in ("]", ")"):
@@ -95,9 +101,11 @@ def _sequence(words: Sequence[str], closing: str | None) -> tuple[list[Argument]
 
 
 def _repeats(before: Sequence[Argument], inner: Sequence[Argument]) -> bool:
-    return (
-        len(inner) == 1 and bool(before) and inner[0] == attrs.evolve(before[-1], token=None, multiple=True)
-    )
+    if not inner or len(before) < len(inner):
+        return False
+    first, *rest = before[-len(inner) :]
+    once = [attrs.evolve(first, token=None), *rest]
+    return list(inner) == [*once[:-1], attrs.evolve(once[-1], multiple=True)]
 
 
 def _one(arguments: Sequence[Argument]) -> Argument:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
-from engram.commands.session import Session, Slot
+from engram.commands.session import Barrier, Session, Slot
 from engram.commands.syntax import Argument, parse_usage
 from engram.errors import CommandError
 from engram.protocol import replies
 
-Handler = Callable[[Session, list[bytes]], bytes | Slot]
+Reply = bytes | Slot | Barrier
+Handler = Callable[[Session, list[bytes]], Reply]
 Throttle = Callable[[Session, list[bytes]], float]
 
 _KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
@@ -87,7 +88,7 @@ def container(name: str, subcommands: Iterable[Command], **fields: str) -> Comma
     """A command that only holds subcommands; theirs are named `container|subcommand`."""
     table = {command.name.partition("|")[2].encode(): command for command in subcommands}
 
-    def handle(session: Session, arguments: list[bytes]) -> bytes | Slot:
+    def handle(session: Session, arguments: list[bytes]) -> Reply:
         command = table.get(arguments[1].lower())
         if command is None:
             word = arguments[1][:128].decode("utf-8", "surrogateescape")
@@ -126,7 +127,12 @@ def help_command(name: str, group: str, lines: Iterable[str]) -> Command:
 def check_arity(command: Command, arguments: Sequence[bytes]) -> None:
     """Raises CommandError when a request has too few or too many arguments."""
     if not command.minimum <= len(arguments) <= command.maximum:
-        raise CommandError(f"ERR wrong number of arguments for '{command.name}' command")
+        raise wrong_arity(command.name)
+
+
+def wrong_arity(name: str) -> CommandError:
+    """The error for a number of arguments that a command does not take, in Redis's words."""
+    return CommandError(f"ERR wrong number of arguments for '{name}' command")
 
 
 def unknown_command(arguments: Sequence[bytes]) -> CommandError:

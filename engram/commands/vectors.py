@@ -1,72 +1,34 @@
-"""Vector indices, in the dialect of the engine that engram grew from."""
+"""The members of a vector index: their vectors and attributes, written, read and iterated."""
 
 from __future__ import annotations
 
-from engram.commands.administration import save
-from engram.commands.arguments import NOT_AN_INTEGER, SYNTAX_ERROR, integer
-from engram.commands.session import Session, Slot
-from engram.commands.table import Command
+from collections.abc import Sequence
+
+from engram.commands.arguments import options, scan_count, scan_cursor
+from engram.commands.indices import existing_index
+from engram.commands.session import Session
+from engram.commands.table import Command, wrong_arity
 from engram.errors import CommandError
-from engram.index.parameters import default_parameters
-from engram.index.search import SearchResult
 from engram.index.vector_index import VectorIndex
-from engram.index.vectors import decode_vector
-from engram.operations import AddVectors, CreateIndex, DeleteVectors
+from engram.index.vectors import decode_vector, join_vectors
+from engram.operations import AddVectors, DeleteVectors, SetAttributes
 from engram.protocol import replies
-from engram.protocol.replies import EMPTY_ARRAY, OK, ONE, ZERO
+from engram.protocol.glob import compile_glob
+from engram.protocol.replies import ONE, ZERO
 
-NO_INDEX = "ERR no such index"
-
-MAXIMUM_DIMENSION = 1 << 16
-
-# About what a key and its distance take in a reply.
-_RESULT_BYTES = 64
-
-METRICS = {b"cosine": "cosine", b"l2": "l2", b"euclidean": "l2", b"dot": "dot", b"ip": "dot"}
+_ATTRIBUTES = b"ATTRS"
+_SCAN_COUNT = 10
 
 
-def _existing(session: Session, key: bytes) -> VectorIndex:
-    index = session.database.index(key)
-    if index is None:
-        raise CommandError(NO_INDEX)
-    return index
-
-
-def _new(session: Session, arguments: list[bytes]) -> bytes:
-    database = session.database
-    key = arguments[1]
-    dimension = integer(arguments[2], "ERR dimension must be a positive integer")
-    if dimension < 1:
-        raise CommandError("ERR dimension must be a positive integer")
-    if dimension > MAXIMUM_DIMENSION:
-        raise CommandError(f"ERR dimension must be at most {MAXIMUM_DIMENSION}")
-    metric = "cosine"
-    if len(arguments) > 3:
-        if len(arguments) != 5 or arguments[3].upper() != b"METRIC":
-            raise CommandError(SYNTAX_ERROR)
-        named = METRICS.get(arguments[4].lower())
-        if named is None:
-            raise CommandError("ERR unknown metric")
-        metric = named
-    if database.index(key) is not None:
-        raise CommandError("ERR index already exists")
-    parameters = default_parameters(dimension, metric)
-    database.commit(
-        CreateIndex(
-            key,
-            dimension,
-            metric,
-            parameters.connectivity,
-            parameters.expansion,
-            parameters.quantization,
-        )
-    )
-    return OK
+def check_reply_size(session: Session, size: int) -> None:
+    """Raises CommandError when a reply of about `size` bytes is more than a client may have waiting."""
+    if size > session.server.config.client_output_buffer_limit:
+        raise CommandError(f"ERR the reply would take {size} bytes, more than client-output-buffer-limit")
 
 
 def _add(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    index = _existing(session, arguments[1])
+    index = existing_index(session, arguments[1])
     key, vector = arguments[2], arguments[3]
     decode_vector(vector, index.parameters.dimension)
     reply = ZERO if key in index else ONE
@@ -75,48 +37,65 @@ def _add(session: Session, arguments: list[bytes]) -> bytes:
     return reply
 
 
-def _add_throttle(session: Session, arguments: list[bytes]) -> float:
+def _add_many(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    index = existing_index(session, arguments[1])
+    keys, blobs, attributes = _rows(arguments, index.parameters.dimension)
+    vectors = join_vectors(blobs, index.parameters.dimension)
+    last = {key: position for position, key in enumerate(keys)}
+    if len(last) < len(keys):
+        # Of a key given twice the last counts.
+        kept = sorted(last.values())
+        keys = [keys[position] for position in kept]
+        vectors = b"".join(blobs[position] for position in kept)
+        attributes = [attributes[position] for position in kept] if attributes else ()
+    before = len(index)
+    database.commit(AddVectors(index.id, tuple(keys), vectors, tuple(attributes)))
+    database.changed(index)
+    return replies.integer(len(index) - before)
+
+
+def _rows(arguments: list[bytes], dimension: int) -> tuple[Sequence[bytes], Sequence[bytes], Sequence[bytes]]:
+    """Keys, vectors and attributes (empty without ATTRS) of VMADD."""
+    words, width = arguments[2:], 2
+    # At the end it cannot be a vector; at the beginning it may be the key of the first of some pairs.
+    if words[-1].upper() == _ATTRIBUTES:
+        words, width = words[:-1], 3
+    elif words[0].upper() == _ATTRIBUTES and (len(words) % 2 or len(words[1]) != 4 * dimension):
+        words, width = words[1:], 3
+    if not words or len(words) % width:
+        raise wrong_arity("vmadd")
+    return words[::width], words[1::width], words[2::3] if width == 3 else ()
+
+
+def _throttle(session: Session, arguments: list[bytes]) -> float:
     value = session.database.keyspace.values.get(arguments[1])
     if not isinstance(value, VectorIndex):
         return 0.0
     limit = session.server.config.max_unindexed_rows
     if value.rows_unindexed < limit:
         return 0.0
-    return session.server.builder.delay(value, limit)
+    # Only VMADD has more words than one row takes.
+    rows = 1 if len(arguments) == 4 else len(_rows(arguments, value.parameters.dimension)[0])
+    return session.server.builder.delay(value, limit, rows)
 
 
-def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
-    database = session.database
-    index = _existing(session, arguments[1])
-    query = decode_vector(arguments[2], index.parameters.dimension)
-    k = integer(arguments[3])
-    ef = None
-    if len(arguments) > 4:
-        if len(arguments) != 6 or arguments[4].upper() != b"EF":
-            raise CommandError(SYNTAX_ERROR)
-        ef = integer(arguments[5])
-    if k < 0 or (ef is not None and ef < 1):
-        raise CommandError(NOT_AN_INTEGER)
-    if k == 0 or not len(index):
-        return EMPTY_ARRAY
-    slot = Slot(_RESULT_BYTES * min(k, len(index)))
+def _get(session: Session, arguments: list[bytes]) -> bytes:
+    vector = existing_index(session, arguments[1]).vector(arguments[2])
+    return session.encoder.null if vector is None else replies.bulk(vector)
 
-    def done(result: SearchResult | Exception) -> None:
-        if isinstance(result, Exception):
-            session.server.statistics.error_replies += 1
-            slot.fill(replies.error(f"ERR search failed: {result}"))
-        else:
-            found = [item for pair in zip(result.keys, result.distances, strict=True) for item in pair]
-            slot.fill(replies.bulk_array(found))
 
-    view = index.view(database.lsn)
-    session.server.searches.submit(index.id, view, query, k, ef, done, lambda: slot.awaited)
-    return slot
+def _get_many(session: Session, arguments: list[bytes]) -> bytes:
+    index = existing_index(session, arguments[1])
+    keys = arguments[2:]
+    check_reply_size(session, 4 * index.parameters.dimension * len(keys))
+    found = map(index.vector, keys)
+    return replies.array(session.encoder.null if vector is None else replies.bulk(vector) for vector in found)
 
 
 def _delete(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    index = _existing(session, arguments[1])
+    index = existing_index(session, arguments[1])
     key = arguments[2]
     if key not in index:
         return ZERO
@@ -125,59 +104,91 @@ def _delete(session: Session, arguments: list[bytes]) -> bytes:
     return ONE
 
 
-def _info(session: Session, arguments: list[bytes]) -> bytes:
-    index = _existing(session, arguments[1])
-    return replies.bulk_array(
-        (
-            b"dim",
-            b"%d" % index.parameters.dimension,
-            b"metric",
-            index.parameters.metric.encode(),
-            b"count",
-            b"%d" % len(index),
-        )
-    )
+def _set_attributes(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    index = database.index(arguments[1])
+    key, attributes = arguments[2], arguments[3]
+    if index is None or key not in index:
+        return session.encoder.boolean(False)
+    if attributes != index.attributes(key):
+        database.commit(SetAttributes(index.id, (key,), (attributes,)))
+        database.changed(index)
+    return session.encoder.boolean(True)
+
+
+def _get_attributes(session: Session, arguments: list[bytes]) -> bytes:
+    index = session.database.index(arguments[1])
+    attributes = b"" if index is None else index.attributes(arguments[2])
+    return replies.bulk(attributes) if attributes else session.encoder.null
+
+
+def _scan(session: Session, arguments: list[bytes]) -> bytes:
+    index = existing_index(session, arguments[1])
+    cursor = scan_cursor(arguments[2])
+    given = options(arguments[3:], (b"COUNT", b"MATCH"))
+    count = scan_count(given[b"COUNT"]) if b"COUNT" in given else _SCAN_COUNT
+    cursor, keys = index.scan(min(cursor, index.next_row), count)
+    if b"MATCH" in given:
+        keys = list(filter(compile_glob(given[b"MATCH"]), keys))
+    return replies.array((replies.bulk(b"%d" % cursor), replies.bulk_array(keys)))
 
 
 _KEY = (1, 1, 1)
+_GROUP = "vector"
+_SINCE = "engram 0.1.0"
 
 COMMANDS = (
-    Command(
-        "vnew",
-        _new,
-        -3,
-        "index dimension [METRIC (cosine | l2 | dot)]",
-        "Creates a vector index. Metrics: cosine distance (the default), Euclidean distance (l2, euclidean),"
-        " negative inner product (dot, ip).",
-        "vector",
-        ("write", "denyoom"),
-        _KEY,
-        since="engram 0.1.0",
-    ),
     Command(
         "vadd",
         _add,
         4,
         "index member vector",
-        "Adds a vector, little-endian float32 bytes, or overwrites the one of that member.",
-        "vector",
+        "Adds a vector, little-endian float32 bytes, or overwrites the one of that member, whose attributes"
+        " stay.",
+        _GROUP,
         ("write", "denyoom"),
         _KEY,
-        since="engram 0.1.0",
+        since=_SINCE,
         complexity="O(D) where D is the dimension; the graph is built in the background.",
-        throttle=_add_throttle,
+        throttle=_throttle,
     ),
     Command(
-        "vsearch",
-        _search,
+        "vmadd",
+        _add_many,
         -4,
-        "index query k [EF ef]",
-        "Returns the k members nearest to a vector and their distances, closest first.",
-        "vector",
-        ("readonly",),
+        "index (member vector [member vector ...] | member vector attributes [member vector attributes ...]"
+        " ATTRS)",
+        "Adds or overwrites several vectors, all or none, with attributes (JSON, empty for none) when ATTRS"
+        " is given. Returns the number of new members.",
+        _GROUP,
+        ("write", "denyoom"),
         _KEY,
-        since="engram 0.1.0",
-        complexity="O(log(N)) distances over graphs and O(H) over the H newest rows.",
+        since=_SINCE,
+        complexity="O(N*D) for N vectors of dimension D; the graph is built in the background.",
+        throttle=_throttle,
+    ),
+    Command(
+        "vget",
+        _get,
+        3,
+        "index member",
+        "Returns the vector of a member, little-endian float32 bytes, as it was added.",
+        _GROUP,
+        ("readonly", "fast"),
+        _KEY,
+        since=_SINCE,
+    ),
+    Command(
+        "vmget",
+        _get_many,
+        -3,
+        "index member [member ...]",
+        "Returns the vectors of several members, null for those that are not there.",
+        _GROUP,
+        ("readonly", "fast"),
+        _KEY,
+        since=_SINCE,
+        complexity="O(N) where N is the number of members asked for.",
     ),
     Command(
         "vdel",
@@ -185,31 +196,45 @@ COMMANDS = (
         3,
         "index member",
         "Removes a member from a vector index.",
-        "vector",
+        _GROUP,
         ("write",),
         _KEY,
-        since="engram 0.1.0",
+        since=_SINCE,
     ),
     Command(
-        "vinfo",
-        _info,
-        2,
-        "index",
-        "Returns the dimension, the metric and the number of members of a vector index.",
-        "vector",
+        "vsetattr",
+        _set_attributes,
+        4,
+        "index member attributes",
+        "Sets the attributes of a member, a JSON text; an empty one removes them.",
+        _GROUP,
+        ("write", "denyoom"),
+        _KEY,
+        since="8.0.0",
+        throttle=_throttle,
+    ),
+    Command(
+        "vgetattr",
+        _get_attributes,
+        3,
+        "index member",
+        "Returns the attributes of a member, null when it has none.",
+        _GROUP,
         ("readonly", "fast"),
         _KEY,
-        since="engram 0.1.0",
+        since="8.0.0",
     ),
     Command(
-        "vsave",
-        save,
-        1,
-        "",
-        "Writes a snapshot; answers when it is on disk. The same as SAVE.",
-        "vector",
-        ("admin",),
-        since="engram 0.1.0",
-        complexity="O(N), in a process of its own.",
+        "vscan",
+        _scan,
+        -3,
+        "index cursor [COUNT count] [MATCH pattern]",
+        "Iterates over the members of a vector index. One that is there throughout is returned at least"
+        " once.",
+        _GROUP,
+        ("readonly",),
+        _KEY,
+        since=_SINCE,
+        complexity="O(COUNT) for every call, O(N) for a complete iteration.",
     ),
 )

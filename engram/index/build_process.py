@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -17,15 +18,16 @@ import numpy as np
 from engram.columns import write_columns
 from engram.errors import EngramError
 from engram.files import DiskFiles
+from engram.index.attributes import decode_columns, pack_attributes
 from engram.index.distances import row_norms
 from engram.index.graph import GraphBuilder, Quantizer
 from engram.index.parameters import Parameters
-from engram.index.recall import measure_expansion
+from engram.index.recall import Sample
 from engram.index.segment import GRAPH, ROW_FILES, SegmentStore
-from engram.index.texts import Positions
+from engram.index.texts import Texts
 
 _NICENESS = 10
-_SAMPLE_ROWS = 128
+_CHECKED_ROWS = 128
 _CHECK_EXPANSION = 64
 
 
@@ -40,6 +42,7 @@ class BuildJob(msgspec.Struct, frozen=True):
     connectivity: int
     expansion: int
     quantization: str
+    recall: float = 0.99
 
 
 class BuildResult(msgspec.Struct, frozen=True):
@@ -58,32 +61,36 @@ def build_segment(job: BuildJob) -> BuildResult:
     files = DiskFiles()
     store = SegmentStore(Path(job.store), files, 1)
     building = store.building(job.segment)
-    parameters = Parameters(job.dimension, job.metric, job.connectivity, job.expansion, job.quantization)
+    parameters = Parameters(
+        job.dimension, job.metric, job.connectivity, job.expansion, job.quantization, job.recall
+    )
     rows = np.load(building / "vectors.npy", mmap_mode="r").view(np.ndarray)
     norms = row_norms(rows)
     quantizer = Quantizer.fit(parameters, rows, norms)
     builder = GraphBuilder(parameters, quantizer)
 
-    inside, sample = _split(len(rows))
-    builder.add(inside, rows, norms)
-    expansion = measure_expansion(builder.graph, parameters.metric, rows, norms, inside, sample)
-    builder.add(sample, rows, norms)
+    sample = Sample.choose(parameters.metric, rows, norms)
+    builder.add(sample.inside, rows, norms)
+    curve = sample.measure(builder.graph, rows, norms)
+    builder.add(sample.held, rows, norms)
     builder.save(building / GRAPH)
 
+    attributes, fields = pack_attributes(decode_columns(_read_attributes(building)))
     checksum = write_columns(
         files,
         building,
-        {"norms": norms, "center": quantizer.center},
+        {"norms": norms, "center": quantizer.center, **attributes},
         {
             "index": job.index,
             "parameters": msgspec.to_builtins(parameters),
             "scale": quantizer.scale,
-            "expansion": expansion,
+            "curve": curve,
+            "attributes": fields,
         },
         [*ROW_FILES, GRAPH],
     )
     segment = store.open(building.name, checksum)
-    asked = slice(None, None, max(1, len(rows) // _SAMPLE_ROWS))
+    asked = slice(None, None, max(1, len(rows) // _CHECKED_ROWS))
     search = (rows[asked], norms[asked], 1, _CHECK_EXPANSION)
     if not np.array_equal(segment.graphs[0].search(*search), builder.graph.search(*search)):
         raise OSError(f"{building / GRAPH} does not answer as the graph that was written")
@@ -92,12 +99,11 @@ def build_segment(job: BuildJob) -> BuildResult:
     return BuildResult(checksum)
 
 
-def _split(count: int) -> tuple[Positions, Positions]:
-    """The positions to start the graph with, and those to measure it by and then add."""
-    stride = max(2, count // _SAMPLE_ROWS)
-    sampled = np.zeros(count, bool)
-    sampled[stride - 1 :: stride] = True
-    return np.flatnonzero(~sampled), np.flatnonzero(sampled)
+def _read_attributes(folder: Path) -> Texts:
+    ends = np.load(folder / "attributes-ends.npy")
+    # What is empty cannot be mapped.
+    mode: Literal["r"] | None = "r" if ends[-1] else None
+    return Texts(np.load(folder / "attributes-bytes.npy", mmap_mode=mode).view(np.ndarray), ends)
 
 
 def _end_with_input() -> None:

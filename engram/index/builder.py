@@ -19,16 +19,14 @@ import trio
 from engram.errors import EngramError, LogFailureError
 from engram.index.build_process import BuildJob, BuildResult
 from engram.index.head import ALIVE
+from engram.index.pace import Pace
 from engram.index.segment import RowSource, SegmentStore
 from engram.index.texts import Positions
-from engram.index.vector_index import MergePlan, SealPlan, VectorIndex
+from engram.index.vector_index import Plan, VectorIndex
 from engram.operations import InstallSegment
 
 logger = logging.getLogger(__name__)
 
-# Assumed until a build has been measured.
-_FIRST_RATE = 5000.0
-_RATED_BUILDS = 8
 _ERROR_BYTES = 4096
 
 T = TypeVar("T")
@@ -50,6 +48,14 @@ class BuilderSettings:
     command: tuple[str, ...] = (sys.executable, "-m", "engram.index.build_process")
 
 
+@attrs.define(eq=False)
+class _Optimization:
+    """That an index should be one segment; `error` is empty once it is, or is dropped."""
+
+    done: trio.Event = attrs.Factory(trio.Event)
+    error: str = "the server is shutting down"
+
+
 class Builder:
     """Builds what indices need, the one that has waited longest first.
 
@@ -69,10 +75,12 @@ class Builder:
         # Ids of the indices that wait, are built for, or failed and will wait again.
         self._known: set[int] = set()
         self._failed: dict[int, int] = {}
+        self._retrying: dict[int, trio.CancelScope] = {}
+        # Asked for and not begun.
+        self._optimizations: dict[int, _Optimization] = {}
         self._idle = trio.lowlevel.ParkingLot()
         self._limiter = trio.CapacityLimiter(self._settings.builds_at_once)
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_RATED_BUILDS)
-        self._next_slot = 0.0
+        self._pace = Pace()
         self.running = 0
         self.builds = 0
         self.failures = 0
@@ -85,38 +93,53 @@ class Builder:
 
     @property
     def rate(self) -> float:
-        """Rows a second of recent builds."""
-        if not self._recent:
-            return _FIRST_RATE
-        return sum(rows for rows, _ in self._recent) / sum(seconds for _, seconds in self._recent)
+        """Rows a second that get a graph while rows wait for one."""
+        return self._pace.rate
 
     def consider(self, index: VectorIndex) -> None:
         """Queues an index if it needs a build; to be called after each of its changes."""
-        if index.needs_maintenance and index.id not in self._known and not index.dropped:
+        needed = index.needs_maintenance and not index.dropped
+        # Those who wait for an index that has been dropped are let go of when its turn comes.
+        if (needed or index.id in self._optimizations) and index.id not in self._known:
             self._known.add(index.id)
             self._waiting.append(index)
             self._idle.unpark()
 
-    def delay(self, index: VectorIndex, limit: int) -> float:
-        """Seconds that a row for `index` should wait when `limit` rows or more have no graph yet.
+    async def optimize(self, index: VectorIndex) -> None:
+        """Makes one segment of all rows there are now, ahead of other builds of the index.
 
-        Rows that wait are spaced so that together they come as fast as graphs are built, and slower the
-        further the index is beyond the limit.
+        Rows that come meanwhile stay beside it. It waits for a build of the index that is under way; those
+        who wait for one that has not begun share it. Without anything to do, or once the index is
+        dropped, it returns.
+
+        Raises:
+            BuildError: it failed; it is not tried again.
         """
-        excess = index.rows_unindexed - limit
-        if excess < 0:
-            return 0.0
-        now = trio.current_time()
-        pace = self.rate * max(0.1, 1.0 - excess / limit)
-        self._next_slot = max(now, self._next_slot) + 1.0 / pace
-        return self._next_slot - now
+        if index.optimized or index.dropped:
+            await trio.lowlevel.checkpoint()
+            return
+        optimization = self._optimizations.setdefault(index.id, _Optimization())
+        if index.id in self._retrying:
+            self._retrying[index.id].cancel()
+        self.consider(index)
+        await optimization.done.wait()
+        if optimization.error:
+            raise BuildError(optimization.error)
+
+    def delay(self, index: VectorIndex, limit: int, rows: int = 1) -> float:
+        """Seconds that `rows` for `index` should wait when `limit` rows or more have no graph yet."""
+        return self._pace.delay(index.rows_unindexed, limit, rows)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Builds until cancelled; a process under way is then killed, and its folder removed."""
-        async with trio.open_nursery() as nursery:
-            for _ in range(self._settings.builds_at_once):
-                nursery.start_soon(self._work, nursery)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(self._settings.builds_at_once):
+                    nursery.start_soon(self._work, nursery)
+                task_status.started()
+        finally:
+            for optimization in self._optimizations.values():
+                optimization.done.set()
 
     async def _work(self, nursery: trio.Nursery) -> None:
         while True:
@@ -129,7 +152,7 @@ class Builder:
     async def _work_on(self, index: VectorIndex, nursery: trio.Nursery) -> None:
         self.running += 1
         try:
-            await self._build(index)
+            await self._build_next(index)
         except LogFailureError:
             raise
         except Exception as error:
@@ -148,16 +171,34 @@ class Builder:
     async def _retry(self, index: VectorIndex) -> None:
         failed = self._failed.get(index.id, 0)
         self._failed[index.id] = failed + 1
-        await trio.sleep(min(self._settings.longest_retry, self._settings.first_retry * 2.0**failed))
+        with trio.CancelScope() as self._retrying[index.id]:
+            await trio.sleep(min(self._settings.longest_retry, self._settings.first_retry * 2.0**failed))
+        del self._retrying[index.id]
         self._known.discard(index.id)
         self.consider(index)
         if index.dropped:
             del self._failed[index.id]
 
-    async def _build(self, index: VectorIndex) -> None:
-        plan = None if index.dropped else index.plan()
-        if plan is None:
-            return
+    async def _build_next(self, index: VectorIndex) -> None:
+        optimization = self._optimizations.pop(index.id, None)
+        plan = None
+        if not index.dropped:
+            plan = index.plan() if optimization is None else index.plan_optimization()
+        optimization = optimization or _Optimization()
+        try:
+            if plan is not None:
+                with trio.CancelScope() as scope:
+                    index.on_drop = scope.cancel
+                    await self._build(index, plan)
+            optimization.error = ""
+        except Exception as error:
+            optimization.error = str(error)
+            raise
+        finally:
+            index.on_drop = None
+            optimization.done.set()
+
+    async def _build(self, index: VectorIndex, plan: Plan) -> None:
         began = trio.current_time()
         name = secrets.token_hex(8)
         try:
@@ -165,11 +206,15 @@ class Builder:
             checksum = 0
             if rows:
                 checksum = await self._run_process(index, name)
-                segment = await self._in_thread(lambda: self._store.open(name, checksum))
-                self._recent.append((rows, max(1e-3, trio.current_time() - began)))
-                self._store.adopt(segment)
+                self._store.adopt(await self._in_thread(lambda: self._store.open(name, checksum)))
+                head_rows = 0 if plan.sources else sum(count for _, count in plan.chunks)
+                self._pace.record(head_rows, trio.current_time() - began, waited=index.seal_wanted)
             if not index.dropped:
-                await self._install(index, _operation(index, plan, name if rows else "", checksum))
+                replaced = tuple(source.id for source in plan.sources)
+                await self._install(
+                    index,
+                    InstallSegment(index.id, name if rows else "", checksum, plan.through, replaced),
+                )
                 self.builds += 1
         finally:
             self._store.discard(name)
@@ -226,14 +271,10 @@ async def _send(stream: trio.abc.SendStream, data: bytes) -> None:
         return
 
 
-def _operation(index: VectorIndex, plan: SealPlan | MergePlan, name: str, checksum: int) -> InstallSegment:
-    if isinstance(plan, SealPlan):
-        return InstallSegment(index.id, name, checksum, plan.through, ())
-    return InstallSegment(index.id, name, checksum, -1, tuple(source.id for source in plan.sources))
-
-
-def live_rows(plan: SealPlan | MergePlan) -> list[tuple[RowSource, Positions]]:
+def live_rows(plan: Plan) -> list[tuple[RowSource, Positions]]:
     """The rows that live by now; those that die later, installing the segment finds."""
-    if isinstance(plan, SealPlan):
-        return [(chunk, np.flatnonzero(chunk.deaths[: chunk.count] == ALIVE)) for chunk in plan.chunks]
-    return [(source.segment, np.flatnonzero(source.deaths == ALIVE)) for source in plan.sources]
+    rows: list[tuple[RowSource, Positions]] = [
+        (source.segment, np.flatnonzero(source.deaths == ALIVE)) for source in plan.sources
+    ]
+    rows += [(chunk, np.flatnonzero(chunk.deaths[:count] == ALIVE)) for chunk, count in plan.chunks]
+    return rows

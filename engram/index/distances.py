@@ -24,9 +24,14 @@ Doubles = npt.NDArray[np.float64]
 _UNIT_ROUNDOFF = 2.0**-24
 # The least normal float32: products below it may lose all their digits.
 _UNDERFLOW = 2.0**-126
+# The least float32 of all.
+_LEAST = 2.0**-149
 # Below this norm, products with a unit vector may underflow.
 TINY_NORM = 1e-28
-_BLOCK = 1 << 20
+# Numbers computed at once in float64: few enough to stay in a core's cache.
+_BLOCK = 1 << 16
+# Covers the rounding of distances to float32, several times.
+_SLACK = 1e-6
 
 
 def row_norms(rows: Floats) -> Doubles:
@@ -41,14 +46,15 @@ def row_norms(rows: Floats) -> Doubles:
 
 @attrs.frozen(eq=False)
 class Terms:
-    """What turns inner products with rows into ranks: rank = product * scale + shift, within error.
+    """What turns inner products with rows into ranks: rank = product * scale + shift, within `error`.
 
-    Each has shape (n,), float32; `scale` and `shift` are None where they change nothing.
+    `scale` and `shift` have shape (n,), float32, and are None where they change nothing; `error` is that of
+    the row with the largest.
     """
 
     scale: Floats | None
     shift: Floats | None
-    error: Floats
+    error: float
 
     def ranks(self, products: Floats) -> Floats:
         """Turns products with the rows, shape (..., n), into their ranks, in place."""
@@ -87,22 +93,19 @@ class Queries:
         return cls(metric, vectors, exact, norms, scaled.astype(np.float32), error)
 
     def terms(self, norms: Doubles) -> Terms:
-        """The terms of rows with these norms."""
+        """The terms of rows with these norms, of which there is one at least."""
         gamma = _gamma(self.exact.shape[1])
         floor = self.exact.shape[1] * _UNDERFLOW
         if self.metric == "cosine":
+            if norms.min() >= TINY_NORM:
+                return Terms((1.0 / norms).astype(np.float32), None, gamma)
             tiny = norms < TINY_NORM
             scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=~tiny).astype(np.float32)
-            error = np.full(len(norms), gamma, np.float32)
-            if tiny.any():
-                error[tiny & (norms > 0.0)] = 2.0
-            return Terms(scale, None, error)
+            return Terms(scale, None, 2.0 if (tiny & (norms > 0.0)).any() else gamma)
         if self.metric == "dot":
-            return Terms(None, None, (gamma * norms + floor).astype(np.float32))
+            return Terms(None, None, gamma * float(norms.max()) + floor)
         squares = norms * norms
-        return Terms(
-            None, squares.astype(np.float32), (2.0 * gamma * squares + 4.0 * floor).astype(np.float32)
-        )
+        return Terms(None, squares.astype(np.float32), 2.0 * gamma * float(squares.max()) + 4.0 * floor)
 
     def select(self, which: npt.NDArray[np.intp]) -> Queries:
         """Some of the batch."""
@@ -126,21 +129,51 @@ class Queries:
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             numbers = which[part]
-            block = rows[part].astype(np.float64)
-            queries = self.exact[numbers]
-            if self.metric == "l2":
-                np.subtract(block, queries, out=block)
-                distances[part] = np.sqrt(np.vecdot(block, block))
-                continue
-            products = np.vecdot(block, queries)
-            if self.metric == "dot":
-                distances[part] = -products
-                continue
-            lengths = norms[part] * self.norms[numbers]
-            similarities = np.divide(products, lengths, out=np.zeros_like(products), where=lengths > 0.0)
-            distances[part] = 1.0 - similarities.astype(np.float32)
-        # Turns -0 into 0.
-        return distances + np.float32(0.0)
+            distances[part] = self._distances(
+                self.exact[numbers], self.norms[numbers], rows[part], norms[part]
+            )
+        return distances
+
+    def distances_of_each(self, rows: Floats, norms: Doubles, first: int = 0) -> Floats:
+        """The exact distances, (n, m), of n queries from the `first` on, each to its own m rows.
+
+        The rows have shape (n, m, dimension), their norms (n, m).
+        """
+        distances = np.empty(norms.shape, np.float32)
+        step = max(1, _BLOCK // (rows.shape[1] * rows.shape[2]))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            asked = slice(first + start, first + min(start + step, len(rows)))
+            distances[part] = self._distances(
+                self.exact[asked, None], self.norms[asked, None], rows[part], norms[part]
+            )
+        return distances
+
+    def _distances(self, queries: Doubles, query_norms: Doubles, rows: Floats, norms: Doubles) -> Doubles:
+        wide = rows.astype(np.float64)
+        if self.metric == "l2":
+            wide -= queries
+            lengths: Doubles = np.sqrt(np.vecdot(wide, wide))
+            return lengths
+        products: Doubles = np.vecdot(wide, queries)
+        if self.metric == "dot":
+            # Turns -0 into 0.
+            return 0.0 - products
+        sizes = norms * query_norms
+        similarities = np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 0.0)
+        return 1.0 - similarities.astype(np.float32).astype(np.float64)
+
+    def upper_ranks(self, distances: Floats) -> Floats:
+        """No less than the ranks of rows at exact distances (n, m) of each query."""
+        wide = distances.astype(np.float64)
+        if self.metric == "cosine":
+            return (wide - (1.0 - _SLACK)).astype(np.float32)
+        if self.metric == "dot":
+            wide += _SLACK * np.abs(wide) + _LEAST
+            return (wide / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]).astype(np.float32)
+        squares = (self.norms**2)[:, None]
+        wide *= wide
+        return (wide - squares + _SLACK * (wide + squares)).astype(np.float32)
 
 
 def _gamma(dimension: int) -> float:
@@ -152,10 +185,10 @@ def _gamma(dimension: int) -> float:
 def format_distances(distances: Floats) -> list[bytes]:
     """Decimal texts, the shortest that read back as the same float32, without exponent: `0`, `2.5`, `-6`."""
     texts: list[bytes] = distances.astype("S32").tolist()
-    for position, text in enumerate(texts):
-        if text.endswith(b".0"):
-            texts[position] = text[:-2]
-        elif b"e" in text:
-            plain = np.format_float_positional(distances[position], unique=True, trim="-")
-            texts[position] = plain.encode()
+    texts = [text[:-2] if text[-2:] == b".0" else text for text in texts]
+    if b"e" in b"".join(texts):
+        for position, text in enumerate(texts):
+            if b"e" in text:
+                plain = np.format_float_positional(distances[position], unique=True, trim="-")
+                texts[position] = plain.encode()
     return texts

@@ -15,13 +15,16 @@ from usearch.compiled import MetricKind, ScalarKind
 from usearch.index import Index
 
 from engram.columns import Array
-from engram.index.distances import TINY_NORM, Doubles, Floats
+from engram.index.distances import TINY_NORM, Doubles, Floats, row_norms
 from engram.index.parameters import Parameters
 from engram.index.texts import Positions
 
 # The rest of the numbers are held finer when the largest few are clipped.
 _PERCENTILE = 99.95
+# Rows so many times longer than most are clipped.
+_LONGEST = 16.0
 _SAMPLE_ROWS = 4096
+_SAMPLE_NUMBERS = 1 << 22
 _ADD_ROWS = 1024
 
 _SCALARS = {"int8": ScalarKind.I8, "bf16": ScalarKind.BF16, "f32": ScalarKind.F32}
@@ -31,9 +34,9 @@ _SCALARS = {"int8": ScalarKind.I8, "bf16": ScalarKind.BF16, "f32": ScalarKind.F3
 class Quantizer:
     """How rows and queries are written in a graph, and what it orders them by.
 
-    cosine: unit rows, by inner product. l2: rows less `center`, their mean, by squared Euclidean distance.
-    dot: rows as they are, by inner product. "int8" (cosine only) multiplies by `scale`, rounds, and clips
-    to -127..127; "bf16" and "f32" are rounded by usearch.
+    cosine: unit rows, by inner product. l2: rows less `center`, their median, by squared Euclidean distance.
+    dot: rows as they are, by inner product. "int8" multiplies by `scale`, rounds, and clips to -127..127;
+    "bf16" and "f32" are rounded by usearch.
     """
 
     metric: str
@@ -43,26 +46,41 @@ class Quantizer:
 
     @classmethod
     def fit(cls, parameters: Parameters, rows: Floats, norms: Doubles) -> Quantizer:
-        """The quantizer for these rows, shape (n, dimension)."""
-        step = max(1, len(rows) // _SAMPLE_ROWS)
-        sample, norms = rows[::step], norms[::step]
+        """The quantizer for these rows, shape (n, dimension), with their norms (n,)."""
+        step = max(1, len(rows) // min(_SAMPLE_ROWS, max(64, _SAMPLE_NUMBERS // parameters.dimension)))
+        sample, sample_norms = rows[::step], norms[::step]
         center = np.zeros(parameters.dimension, np.float32)
         if parameters.metric == "l2":
-            center = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+            # Unlike the mean it is near the rows even if a few are far from all others.
+            center = np.median(sample, axis=0).astype(np.float32)
         quantizer = cls(parameters.metric, parameters.quantization, 1.0, center)
         if parameters.quantization != "int8":
             return quantizer
-        spread = float(np.percentile(np.abs(quantizer._prepare(sample, norms)), _PERCENTILE))
-        return attrs.evolve(quantizer, scale=127.0 / spread if spread > 0.0 else 1.0)
+        prepared = quantizer._prepare(sample, sample_norms)
+        lengths = row_norms(prepared)
+        long = lengths > TINY_NORM
+        if not long.any():
+            return quantizer
+        lengths = lengths[long]
+        # Clipping would hurt the longest rows, which win dot, and of which l2 tells the neighbours apart by
+        # as much as they are long.
+        longest = min(lengths.max(), _LONGEST * float(np.median(lengths)))
+        shares = np.abs(prepared[long]) / lengths[:, None]
+        return attrs.evolve(quantizer, scale=127.0 / float(np.percentile(shares, _PERCENTILE) * longest))
 
     def encode(self, rows: Floats, norms: Doubles) -> Array:
-        """Rows or queries, shape (n, dimension), with their norms (n,), as the graph takes them."""
-        encoded = self._prepare(rows, norms)
-        if self.quantization != "int8":
-            return encoded
-        encoded *= np.float32(self.scale)
-        np.rint(encoded, out=encoded)
-        return np.clip(encoded, -127.0, 127.0, out=encoded).astype(np.int8)
+        """Rows, shape (n, dimension), with their norms (n,), as the graph takes them."""
+        return self._round(self._prepare(rows, norms), self.scale)
+
+    def encode_queries(self, queries: Floats, norms: Doubles) -> Array:
+        """Queries, shape (n, dimension), with their norms (n,), as the graph takes them."""
+        prepared = self._prepare(queries, norms)
+        if self.metric != "dot":
+            return self._round(prepared, self.scale)
+        # However long a query is, it orders the rows in the same way.
+        largest = np.abs(prepared).max(axis=1, keepdims=True)
+        scales = np.divide(127.0, largest, out=np.ones_like(largest), where=largest > TINY_NORM)
+        return self._round(prepared, scales)
 
     def _prepare(self, rows: Floats, norms: Doubles) -> Floats:
         if self.metric == "cosine":
@@ -71,6 +89,13 @@ class Quantizer:
         if self.metric == "l2":
             return rows - self.center
         return np.ascontiguousarray(rows)
+
+    def _round(self, prepared: Floats, scale: float | Floats) -> Array:
+        if self.quantization != "int8":
+            return prepared
+        scaled = prepared * np.float32(scale)
+        np.rint(scaled, out=scaled)
+        return np.clip(scaled, -127.0, 127.0, out=scaled).astype(np.int8)
 
 
 def _empty_index(parameters: Parameters) -> Index:
@@ -117,7 +142,7 @@ class Graph:
         `queries` is (n, dimension), with their norms (n,).
         """
         self._compiled.expansion_search = max(expansion, count)
-        encoded = self._quantizer.encode(queries, norms)
+        encoded = self._quantizer.encode_queries(queries, norms)
         keys, _, counts, _, _ = self._compiled.search_many(encoded, count, exact=False, threads=1)
         positions: Positions = keys.astype(np.int64)
         if counts.min() < count:

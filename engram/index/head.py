@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engram.index.distances import Doubles, Floats, row_norms
+from engram.index.attributes import AttributeColumns, GrowingAttributes
+from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes
+from engram.index.distances import Doubles, Floats, Queries, row_norms
+from engram.index.masks import MaskCache
 from engram.index.texts import Positions, Texts
 
 # The death of a row that lives.
@@ -29,6 +32,8 @@ class Chunk:
     """
 
     __slots__ = (
+        "_attribute_columns",
+        "_codes",
         "_norms",
         "attributes",
         "capacity",
@@ -36,6 +41,7 @@ class Chunk:
         "dead",
         "deaths",
         "keys",
+        "masks",
         "norms_known",
         "row_ids",
         "vectors",
@@ -51,7 +57,25 @@ class Chunk:
         self.keys: list[bytes] = []
         self.attributes: dict[int, bytes] = {}
         self._norms: Doubles = np.empty(capacity, np.float64)
+        self._attribute_columns: GrowingAttributes | None = None
+        self._codes: GrowingCodes | None = None
+        self.masks = MaskCache()
         self.norms_known = 0
+
+    def codes(self, queries: Queries, count: int) -> RowCodes | None:
+        """Codes of nearly all of the first `count` rows, None while there are few; for a search."""
+        codes = self._codes
+        if codes is None:
+            if count < UNCODED_ROWS:
+                return None
+            codes = self._codes = GrowingCodes(*self.vectors.shape)
+        return codes.latest(self.vectors[:count], self.norms(count), queries)
+
+    @property
+    def bytes_held(self) -> int:
+        """What the arrays take; keys and attributes come beside."""
+        codes = 0 if self._codes is None else self._codes.bytes_held
+        return self.vectors.nbytes + self.row_ids.nbytes + self.deaths.nbytes + self._norms.nbytes + codes
 
     def norms(self, count: int) -> Doubles:
         """The norms of the first `count` rows, computed at the first search that needs them.
@@ -93,6 +117,18 @@ class Chunk:
         """The JSON texts of the rows at these positions, empty for those without."""
         return [self.attributes.get(position, b"") for position in positions.tolist()]
 
+    def attribute_columns(self, count: int) -> AttributeColumns:
+        """The attributes of the first `count` rows as columns; a row is decoded at the first search for it.
+
+        Two threads may make the columns at once: those of one are lost.
+        """
+        if not self.attributes:
+            return AttributeColumns(count, {}, None, self.attributes_at)
+        growing = self._attribute_columns
+        if growing is None:
+            growing = self._attribute_columns = GrowingAttributes(self.capacity)
+        return growing.columns(count, self.attributes_at)
+
     def keys_of(self, positions: Positions) -> Texts:
         """The keys of the rows at these positions, as arrays."""
         return Texts.of(self.keys_at(positions))
@@ -109,6 +145,11 @@ class Chunk:
         """Marks a living row as dead."""
         self.deaths[position] = lsn
         self.dead += 1
+
+    def kill_many(self, positions: Positions, lsn: int) -> None:
+        """Marks living rows as dead, each given once."""
+        self.deaths[positions] = lsn
+        self.dead += len(positions)
 
     def copy(self, start: int, capacity: int, dimension: int) -> Chunk:
         """A chunk of another capacity that holds the rows from `start` on.
@@ -142,18 +183,10 @@ class Head:
         """How many rows there are, dead ones included."""
         return self.rows_before_tail + (self.chunks[-1].count if self.chunks else 0)
 
-    @property
-    def rows_in_whole_chunks(self) -> int:
-        """How many rows are in chunks that will not grow any more."""
-        if not self.chunks:
-            return 0
-        tail = self.chunks[-1]
-        return self.rows_before_tail + (tail.count if tail.count >= self.chunk_rows else 0)
-
     def tail(self) -> Chunk:
         """A last chunk with room for at least one row more.
 
-        The first chunk starts small and doubles, so that a small index takes little memory.
+        The first chunk starts small and grows by half, so that a small index takes little memory.
         """
         chunks = self.chunks
         if not chunks:
@@ -164,7 +197,7 @@ class Head:
         if tail.count < tail.capacity:
             return tail
         if tail.count < self.chunk_rows:
-            tail = tail.copy(0, min(2 * tail.capacity, self.chunk_rows), self.dimension)
+            tail = tail.copy(0, min(tail.capacity * 3 // 2, self.chunk_rows), self.dimension)
             self.chunks = (*chunks[:-1], tail)
             return tail
         self.rows_before_tail += tail.count

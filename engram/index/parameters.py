@@ -8,8 +8,11 @@ from engram.index.distances import METRICS
 
 QUANTIZATIONS = ("int8", "bf16", "f32")
 
-CONNECTIVITY = 16
+# Found by `benchmarks/recall_curves.py`: searches of equal recall, and building, cost least with these.
+CONNECTIVITY = 32
 EXPANSION = 128
+RECALL = 0.99
+_LEAST_QUANTIZED = 8
 
 
 @attrs.frozen
@@ -18,7 +21,8 @@ class Parameters:
 
     `connectivity` and `expansion` are M and ef_construction of Malkov & Yashunin,
     https://arxiv.org/abs/1603.09320. `quantization` is how rows are held in the graphs: see
-    `graph.Quantizer`. Distances in results always come from the float32 rows.
+    `graph.Quantizer`. Distances in results always come from the float32 rows. `recall`, in (0, 1], is the
+    share of the nearest rows that searches are to find when they are not told how hard to try.
     """
 
     dimension: int = attrs.field(validator=attrs.validators.ge(1))
@@ -26,15 +30,13 @@ class Parameters:
     connectivity: int = attrs.field(validator=attrs.validators.ge(2))
     expansion: int = attrs.field(validator=attrs.validators.ge(1))
     quantization: str = attrs.field(validator=attrs.validators.in_(QUANTIZATIONS))
-
-    @quantization.validator
-    def _one_scale_needs_one_length(self, _: object, quantization: str) -> None:
-        if quantization == "int8" and self.metric != "cosine":
-            raise ValueError(f"int8 graphs are for cosine, not for {self.metric}")
+    recall: float = attrs.field(
+        default=RECALL, validator=[attrs.validators.gt(0.0), attrs.validators.le(1.0)]
+    )
 
 
 def default_parameters(dimension: int, metric: str) -> Parameters:
     """The parameters of an index of which only dimension and metric were asked for."""
-    # Rows of one length share one scale. Where lengths differ, each number keeps its own exponent.
-    quantization = "int8" if metric == "cosine" else "bf16"
+    # With few numbers to a row many rows would be the same in 8 bits, and nothing would be saved.
+    quantization = "int8" if dimension >= _LEAST_QUANTIZED else "f32"
     return Parameters(dimension, metric, CONNECTIVITY, EXPANSION, quantization)

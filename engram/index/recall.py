@@ -1,9 +1,21 @@
-"""How wide a graph must be searched: measured on rows that are not in it yet."""
+"""How wide a graph must be searched: measured on rows that are kept out of it at first, and their neighbours.
+
+Recall is the part of the 10 truly nearest rows that a search finds. It grows with the width (ef) of the
+walk, at a rate that depends on the rows and on how many there are, so it is measured for each graph.
+
+Rows are found more easily than queries when others are nearly the same: a graph of rows of which each has
+several copies, a little altered, found 0.993 of the neighbours of one more copy, and 0.96 of those of real
+queries. So each row that serves as a query is kept out together with its nearest neighbours, in which a
+query would find no copy of itself either. `benchmarks/recall_curves.py` compares the outcome with real
+queries.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import attrs
 import numpy as np
 
 from engram.index.distances import Doubles, Floats, Queries
@@ -11,65 +23,156 @@ from engram.index.graph import Graph
 from engram.index.texts import Positions
 
 # Searches in a graph ask it for so many times k rows, so that quantisation does not cost neighbours.
-OVERSAMPLING = 3
+OVERSAMPLING = 2
 # A walk costs about as much for one of its width (ef) as a scan does for so many rows.
 SCAN_ROWS_PER_EXPANSION = 32
 
-_NEIGHBORS = 10
-_EXPANSIONS = (96, 128, 192, 256, 384, 512, 768, 1024)
-# The narrowest search that finds as much is chosen, else the widest if it finds enough.
-_GOOD_RECALL = 0.985
-_FAIR_RECALL = 0.95
-_BLOCK_ROWS = 8192
+NEIGHBORS = 10
+
+# The widths that are measured, up to the first that finds nearly everything.
+_EXPANSIONS = (24, 48, 96, 192, 384, 768, 1536)
+_HIGHEST_RECALL = 0.995
+
+_FEWEST_QUERIES = 256
+_MOST_QUERIES = 512
+_ROWS_PER_QUERY = 256
+# A copy is nearer than this part of the distance of the last candidate; cosine grows as its square.
+_COPY = 0.5
+# The larger a set is, the more copies of one row it may have.
+_ROWS_PER_HELD = 16_384
+_MOST_HELD = 32
+
+_BLOCK_ROWS = 4096
+# Numbers of candidates' vectors that are gathered at once.
+_GATHERED_NUMBERS = 1 << 20
+# The nearest rows that are looked at: enough to leave 10 when most that may be are held.
+_CANDIDATES = 64
+# What rounding to float32 may add to a distance, relative to it.
+_ROUNDING = 1e-6
+
+Curve = tuple[tuple[int, float], ...]
 
 
-def narrowest_expansion(rows: int) -> int:
-    """The ef to try first in a graph of so many rows: 64, and from 16,384 on growing with the cube root.
+def expansion_for(curve: Sequence[tuple[int, float]], recall: float) -> int:
+    """The least ef that reaches a recall in (0, 1] on a curve of (ef, recall), 0 when none on it does.
 
-    It guards against rows that have near duplicates, which other rows find easily and queries do not:
-    with ten copies of each of 19,000 embeddings, ef 64 finds 0.998 of the neighbours of another copy and
-    0.971 of those of a new embedding; ef 128 finds 0.989 of these.
+    Between two measured ones, the logarithm of what is missed falls evenly with the logarithm of ef.
     """
-    return round(64 * math.cbrt(max(1.0, rows / 16_384)))
+    narrower, missed = 0, 1.0
+    for ef, reached in curve:
+        left = 1.0 - reached
+        if reached < recall:
+            narrower, missed = ef, left
+        elif not narrower or not 0.0 < left < missed:
+            return ef
+        else:
+            part = math.log(missed / (1.0 - recall)) / math.log(missed / left)
+            return min(ef, math.ceil(narrower * math.pow(ef / narrower, part)))
+    return 0
 
 
-def measure_expansion(
-    graph: Graph, metric: str, rows: Floats, norms: Doubles, inside: Positions, sample: Positions
-) -> int:
-    """The ef at which searches of `graph` find nearly all of the 10 nearest, 0 when none is wide enough.
+@attrs.frozen(eq=False)
+class Sample:
+    """Queries taken from the rows, to measure a graph by that has only the rows `inside` it.
 
-    The graph holds the rows of (n, dimension) at positions `inside`, and not those at `sample`, which are
-    the queries: queries that are rows of the graph would be found too easily.
+    `inside` and `held` are positions and together all rows. `farthest` (n,) float32 is the greatest distance
+    at which a row is a right answer. Without any queries there is nothing to measure.
     """
-    narrowest = narrowest_expansion(len(inside))
-    widest = len(inside) // SCAN_ROWS_PER_EXPANSION
-    if narrowest >= widest:
-        # It is scanned anyhow.
-        return narrowest
-    queries = Queries.of(metric, rows[sample])
-    nearest = _least_ranks(queries, rows, norms, inside)
-    fair = 0
-    for expansion in (narrowest, *(wider for wider in _EXPANSIONS if narrowest < wider < widest)):
-        found = graph.search(queries.vectors, queries.norms, OVERSAMPLING * _NEIGHBORS, expansion)
-        terms = queries.terms(norms[found.ravel()])
-        ranks = terms.ranks(np.matmul(rows[found], queries.scaled[:, :, None]).ravel()).reshape(found.shape)
-        tolerance = terms.error.reshape(found.shape) + queries.error[:, None]
-        hits = np.count_nonzero((found >= 0) & (ranks <= nearest[:, None] + tolerance), axis=1)
-        recall = float(np.minimum(hits, _NEIGHBORS).mean()) / _NEIGHBORS
-        if recall >= _GOOD_RECALL:
-            return expansion
-        if recall >= _FAIR_RECALL:
-            fair = expansion
-    return fair
+
+    queries: Queries
+    farthest: Floats
+    inside: Positions
+    held: Positions
+
+    @classmethod
+    def choose(cls, metric: str, rows: Floats, norms: Doubles) -> Sample:
+        """Chooses among rows of shape (n, dimension) with their norms (n,); always the same ones."""
+        count = min(len(rows) // 16, max(_FEWEST_QUERIES, min(_MOST_QUERIES, len(rows) // _ROWS_PER_QUERY)))
+        if count < 2 or len(rows) <= _EXPANSIONS[0] * SCAN_ROWS_PER_EXPANSION:
+            # It is scanned anyhow.
+            everything = np.arange(len(rows))
+            return cls(Queries.of(metric, rows[:0]), np.empty(0, np.float32), everything, everything[:0])
+        chosen = np.sort(np.random.default_rng(len(rows)).choice(len(rows), count, replace=False))
+        queries = Queries.of(metric, rows[chosen])
+        # The nearest by dot are the longest rows, which are the same for many queries.
+        alike = queries if metric != "dot" else Queries.of("cosine", queries.vectors)
+        candidates = _nearest(alike, rows, norms, _CANDIDATES)
+        distances = _distances(alike, rows, norms, candidates)
+        hidden = distances < (_COPY if metric == "l2" else _COPY**2) * distances[:, -1:]
+        hidden[:, : 1 + len(rows) // _ROWS_PER_HELD] = True
+        hidden[:, _MOST_HELD:] = False
+        inside = np.ones(len(rows), bool)
+        inside[candidates[hidden]] = False
+        inside[chosen] = False
+        if metric == "dot":
+            candidates = _nearest(queries, rows, norms, _CANDIDATES)
+            distances = _distances(queries, rows, norms, candidates)
+        distances[~inside[candidates]] = np.inf
+        farthest = np.partition(distances, NEIGHBORS - 1, axis=1)[:, NEIGHBORS - 1]
+        farthest += np.float32(_ROUNDING) * np.abs(farthest)
+        # Where so many rows are alike that too few are left, there is no telling what is right.
+        told = np.flatnonzero(np.isfinite(farthest))
+        return cls(queries.select(told), farthest[told], np.flatnonzero(inside), np.flatnonzero(~inside))
+
+    def measure(self, graph: Graph, rows: Floats, norms: Doubles) -> Curve:
+        """The recall at growing ef of a graph of the rows `inside`: what it is with good confidence.
+
+        Of the mean over the queries half its standard error is subtracted, and half a neighbour of all.
+        """
+        points: list[tuple[int, float]] = []
+        count = len(self.farthest)
+        if count < 2:
+            return ()
+        for expansion in _EXPANSIONS:
+            if expansion * SCAN_ROWS_PER_EXPANSION >= len(rows):
+                break
+            recalls = self._recalls(graph, rows, norms, expansion)
+            doubt = 0.5 * recalls.std(ddof=1) / math.sqrt(count) + 0.5 / (NEIGHBORS * count)
+            points.append((expansion, round(max(0.0, float(recalls.mean() - doubt)), 4)))
+            if points[-1][1] >= _HIGHEST_RECALL:
+                break
+        # That a wider search finds less is chance.
+        least = np.minimum.accumulate([recall for _, recall in reversed(points)])[::-1].tolist()
+        return tuple((ef, recall) for (ef, _), recall in zip(points, least, strict=True))
+
+    def _recalls(self, graph: Graph, rows: Floats, norms: Doubles, expansion: int) -> Doubles:
+        queries = self.queries
+        found = graph.search(queries.vectors, queries.norms, OVERSAMPLING * NEIGHBORS, expansion)
+        distances = _distances(queries, rows, norms, found)
+        right = (found >= 0) & (distances <= self.farthest[:, None])
+        recalls: Doubles = np.minimum(np.count_nonzero(right, axis=1), NEIGHBORS) / NEIGHBORS
+        return recalls
 
 
-def _least_ranks(queries: Queries, rows: Floats, norms: Doubles, inside: Positions) -> Floats:
-    """The rank of the 10th nearest row, for each query."""
-    best = np.empty((len(queries.vectors), 0), np.float32)
-    for start in range(0, len(inside), _BLOCK_ROWS):
-        part = inside[start : start + _BLOCK_ROWS]
-        ranks = queries.terms(norms[part]).ranks(queries.scaled @ rows[part].T)
-        best = np.concatenate([best, ranks], axis=1)
-        best = np.partition(best, _NEIGHBORS - 1, axis=1)[:, :_NEIGHBORS]
-    least: Floats = best[:, _NEIGHBORS - 1]
-    return least
+def _distances(queries: Queries, rows: Floats, norms: Doubles, positions: Positions) -> Floats:
+    """The exact distances of each query to the rows at its `positions`, both (n, m)."""
+    distances = np.empty(positions.shape, np.float32)
+    step = max(1, _GATHERED_NUMBERS // (positions.shape[1] * rows.shape[1]))
+    for start in range(0, len(positions), step):
+        part = np.arange(start, min(start + step, len(positions)))
+        near = positions[part]
+        distances[part] = queries.select(part).distances_of_each(rows[near], norms[near])
+    return distances
+
+
+def _nearest(queries: Queries, rows: Floats, norms: Doubles, count: int) -> Positions:
+    """Positions of the `count` nearest rows for each query, (n, count), nearest first."""
+    ranks = np.empty((len(queries.vectors), 0), np.float32)
+    positions = np.empty((len(queries.vectors), 0), np.int64)
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        part = np.arange(start, min(start + _BLOCK_ROWS, len(rows)))
+        block = queries.terms(norms[part]).ranks(queries.scaled @ rows[start : start + _BLOCK_ROWS].T)
+        if start:
+            # Of a later block few columns hold anything near enough.
+            near = np.flatnonzero((block < ranks[:, -1:]).any(axis=0))
+            part, block = part[near], block[:, near]
+        ranks = np.concatenate([ranks, block], axis=1)
+        positions = np.concatenate([positions, np.broadcast_to(part, block.shape)], axis=1)
+        if ranks.shape[1] > count:
+            least = np.argpartition(ranks, count - 1, axis=1)[:, :count]
+            ranks = np.take_along_axis(ranks, least, axis=1)
+            positions = np.take_along_axis(positions, least, axis=1)
+        order = np.argsort(ranks, axis=1)
+        ranks = np.take_along_axis(ranks, order, axis=1)
+        positions = np.take_along_axis(positions, order, axis=1)
+    return positions

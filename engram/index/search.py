@@ -1,435 +1,332 @@
-"""Searching views, in batches, and the service that gathers the batches.
+"""Searching views, a batch of queries at a time.
 
-A search collects candidates: of the head all rows that can be among the k nearest, of each segment those
-that its graph finds. Their distances are then computed exactly, so that only a graph can miss a neighbour.
+A search collects candidates: of each segment those that its graph finds, of the head, and of segments that
+are better scanned, all rows that can be among the k nearest. Their distances are computed exactly, so that
+only a graph can miss a neighbour.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
-import numpy.typing as npt
-import trio
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from engram.index.distances import Doubles, Floats, Queries, format_distances
-from engram.index.head import Chunk, Lsns
-from engram.index.recall import OVERSAMPLING, SCAN_ROWS_PER_EXPANSION
-from engram.index.segment import Segment
+from engram.index.codes import RowCodes
+from engram.index.distances import Floats, Queries, format_distances
+from engram.index.filters import Filter, Mask
+from engram.index.head import ALIVE, Chunk, Lsns
+from engram.index.matching import chunk_mask, segment_mask
+from engram.index.planner import Walk, plan_walk, scans_all
+from engram.index.scan import Block, Numbers, Scan, Source
 from engram.index.vector_index import InstalledSegment, View
 
 # Queries times k of one pass: bounds its memory.
 _PASS_RESULTS = 1 << 16
-# Rows of the head, or of a segment, whose ranks are held at once.
+# Rows whose ranks are held at once.
 _SCAN_ROWS = 8192
 # Numbers of candidates' vectors that are gathered at once.
-_GATHER_NUMBERS = 1 << 21
-_GROUP = 32
+_GATHER_NUMBERS = 1 << 17
 
-# Greater than any rank, so much that no error added to it overflows.
-_LARGEST = np.float32(1e38)
 
-Numbers = npt.NDArray[np.int64]
+@attrs.frozen
+class SearchOptions:
+    """What is asked of a search. Searches of equal options run together.
+
+    Attributes:
+        k: how many of the nearest, at least 1.
+        ef: how wide graphs are walked; None for what reaches `recall`.
+        recall: the part of the true k nearest that should be found, in (0, 1]; None for the index's target.
+        filter: only rows it is true of.
+        radius: only rows at this distance or nearer.
+        exact: without graphs: none of the nearest is missed.
+        attributes, vectors: whether results hold them.
+    """
+
+    k: int
+    ef: int | None = None
+    recall: float | None = None
+    filter: Filter | None = None
+    radius: float | None = None
+    exact: bool = False
+    attributes: bool = False
+    vectors: bool = False
 
 
 @attrs.frozen
 class SearchResult:
-    """Keys and the texts of their distances, closest first; of equal distances the older row first."""
+    """Keys and the texts of their distances, closest first; of equal distances the older row first.
+
+    `attributes` (JSON texts, empty for rows without) and `vectors` (float32 bytes) are empty lists unless
+    they were asked for.
+    """
 
     keys: list[bytes]
     distances: list[bytes]
-
-
-@attrs.frozen(eq=False)
-class _Block:
-    """Rows to be scanned, from position `start` of a source; `offset` rows come before them in the scan."""
-
-    source: int
-    start: int
-    offset: int
-    vectors: Floats
-    norms: Doubles
-    deaths: Lsns | None
+    attributes: list[bytes] = attrs.field(factory=list)
+    vectors: list[bytes] = attrs.field(factory=list)
 
 
 class _Candidates:
-    """What may be among the nearest: number of the query, source, position in it, rank and its error."""
+    """Rows that may be among the nearest, with exact distances."""
 
     def __init__(self) -> None:
-        self.sources: list[Chunk | Segment] = []
-        self._parts: list[tuple[Numbers, Numbers, Numbers, Floats, Floats]] = []
+        self._sources: list[Source] = []
+        self._parts: list[tuple[Numbers, Numbers, Numbers, Floats]] = []
 
-    def add_source(self, source: Chunk | Segment) -> int:
-        self.sources.append(source)
-        return len(self.sources) - 1
+    def add(self, source: Source, which: Numbers, positions: Numbers, distances: Floats) -> None:
+        """Takes rows at `positions` of a source, each for one of the queries `which`; all (n,)."""
+        if len(which):
+            self._sources.append(source)
+            self._parts.append((which, source.row_ids[positions], positions, distances))
 
-    def add(self, queries: Numbers, source: int, positions: Numbers, ranks: Floats, errors: Floats) -> None:
-        self._parts.append((queries, np.full(len(queries), source), positions, ranks, errors))
-
-    def best(self, queries: Queries, k: int) -> list[SearchResult]:
-        """The k nearest for each query, by exact distances."""
-        count = len(queries.vectors)
+    def best(self, count: int, options: SearchOptions, k: int) -> list[SearchResult]:
+        """The k nearest for each of `count` queries."""
         if not self._parts:
             return [SearchResult([], []) for _ in range(count)]
-        which, sources, positions, ranks, errors = map(np.concatenate, zip(*self._parts, strict=True))
-
-        upper = ranks + errors
-        order = np.lexsort((upper, which))
-        starts, stops = _bounds(which[order], count)
-        limits = np.full(count, _LARGEST, np.float32)
-        full = stops - starts > k
-        limits[full] = upper[order[starts[full] + k - 1]] + queries.error[full]
-        kept = np.flatnonzero(ranks <= limits[which] + errors)
-        which, sources, positions = which[kept], sources[kept], positions[kept]
-
-        distances = np.empty(len(kept), np.float32)
-        row_ids = np.empty(len(kept), np.int64)
-        step = max(1, _GATHER_NUMBERS // queries.vectors.shape[1])
-        for source, members in self._by_source(sources):
-            row_ids[members] = source.row_ids[positions[members]]
-            for start in range(0, len(members), step):
-                part = members[start : start + step]
-                rows = positions[part]
-                distances[part] = queries.distances(which[part], source.vectors[rows], source.norms_at(rows))
-
+        which, row_ids, positions, distances = map(np.concatenate, zip(*self._parts, strict=True))
         order = np.lexsort((row_ids, distances, which))
-        starts, stops = _bounds(which[order], count)
-        stops = np.minimum(stops, starts + k)
-        lengths = (stops - starts).tolist()
-        chosen = order[np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])]
-        texts = format_distances(distances[chosen])
-        sources, positions = sources[chosen], positions[chosen]
-        keys = [b""] * len(chosen)
-        for source, members in self._by_source(sources):
-            for place, key in zip(members.tolist(), source.keys_at(positions[members]), strict=True):
-                keys[place] = key
+        if options.radius is not None:
+            order = order[distances[order] <= options.radius]
+        sorted_which = which[order]
+        edges = np.searchsorted(sorted_which, np.arange(count + 1))
+        order = order[np.arange(len(order)) - edges[sorted_which] < k]
+        lengths = np.minimum(edges[1:] - edges[:-1], k).tolist()
+
+        texts = format_distances(distances[order])
+        keys = [b""] * len(order)
+        attributes = [b""] * len(order) if options.attributes else []
+        vectors = [b""] * len(order) if options.vectors else []
+        for source, members in self._by_source(order):
+            places, rows = members.tolist(), positions[order[members]]
+            _put(keys, places, source.keys_at(rows))
+            if options.attributes:
+                _put(attributes, places, source.attributes_at(rows))
+            if options.vectors:
+                _put(vectors, places, [row.tobytes() for row in source.vectors[rows].astype("<f4")])
         results = []
         start = 0
         for length in lengths:
-            stop = start + length
-            results.append(SearchResult(keys[start:stop], texts[start:stop]))
-            start = stop
+            part = slice(start, start + length)
+            results.append(SearchResult(keys[part], texts[part], attributes[part], vectors[part]))
+            start = part.stop
         return results
 
-    def _by_source(self, sources: Numbers) -> list[tuple[Chunk | Segment, Numbers]]:
-        members = ((source, np.flatnonzero(sources == number)) for number, source in enumerate(self.sources))
-        return [(source, found) for source, found in members if len(found)]
+    def _by_source(self, candidates: Numbers) -> Iterator[tuple[Source, Numbers]]:
+        """Each source, and where among some candidates its own are."""
+        start = 0
+        for source, part in zip(self._sources, self._parts, strict=True):
+            end = start + len(part[0])
+            (members,) = ((candidates >= start) & (candidates < end)).nonzero()
+            if len(members):
+                yield source, members
+            start = end
 
 
-def _bounds(sorted_numbers: Numbers, count: int) -> tuple[Numbers, Numbers]:
-    """Where the run of each number below `count` starts and stops."""
-    edges = np.searchsorted(sorted_numbers, np.arange(count + 1))
-    return edges[:-1], edges[1:]
+def _put(items: list[bytes], places: list[int], found: list[bytes]) -> None:
+    for place, item in zip(places, found, strict=True):
+        items[place] = item
 
 
 def search_batch(
-    views: Sequence[View], queries: Floats, k: int, ef: int | None, worker: int
+    views: Sequence[View], queries: Floats, options: SearchOptions, worker: int
 ) -> list[SearchResult]:
     """The k nearest live rows of each query, shape (n, dimension), as its view shows them.
 
-    All views are of one index and one generation. `ef` is how wide graphs are searched, None
-    for what was measured to be enough. No two calls with the same `worker` may run at once.
+    There is a view for each query, all of one index and one generation. With a filter there are k results
+    wherever k rows match. No two calls with the same `worker` may run at once.
 
     Raises:
         ValueError: k is not positive.
     """
-    if k < 1:
+    if options.k < 1:
         raise ValueError("k must be positive")
-    k = max(1, min(k, max(view.live for view in views)))
+    k = max(1, min(options.k, max(view.live for view in views)))
     step = max(1, _PASS_RESULTS // k)
     results: list[SearchResult] = []
     for start in range(0, len(views), step):
         part = slice(start, start + step)
-        results += _search_pass(views[part], queries[part], k, ef, worker)
+        results += _Pass(views[part], queries[part], k, options, worker).run()
     return results
 
 
-def _search_pass(
-    views: Sequence[View], vectors: Floats, k: int, ef: int | None, worker: int
-) -> list[SearchResult]:
-    queries = Queries.of(views[0].parameters.metric, vectors)
-    lsns = np.array([view.lsn for view in views], np.int64)
-    candidates = _Candidates()
-    _search_head(candidates, views, queries, lsns, k)
-    for installed in views[0].segments:
-        _search_segment(candidates, installed, queries, lsns, k, ef, worker)
-    return candidates.best(queries, k)
+class _Pass:
+    """One search of a batch of queries."""
 
-
-def _search_head(
-    candidates: _Candidates, views: Sequence[View], queries: Queries, lsns: Lsns, k: int
-) -> None:
-    # Within a generation heads only grow: the longest holds what all others show.
-    longest = max(views, key=lambda view: view.head_rows)
-    visible = np.array([view.head_rows for view in views], np.int64)
-    blocks: list[_Block] = []
-    offset = rows = 0
-    for chunk in longest.chunks:
-        count = min(chunk.count, longest.head_rows - offset)
-        deaths = chunk.deaths[:count] if chunk.dead else None
-        blocks.append(
-            _Block(candidates.add_source(chunk), 0, offset, chunk.vectors[:count], chunk.norms(count), deaths)
-        )
-        offset += count
-        rows += count
-        if rows >= _SCAN_ROWS:
-            _scan(candidates, blocks, queries, np.arange(len(lsns)), lsns, visible, k)
-            blocks, rows = [], 0
-    if blocks:
-        _scan(candidates, blocks, queries, np.arange(len(lsns)), lsns, visible, k)
-
-
-def _search_segment(
-    candidates: _Candidates,
-    installed: InstalledSegment,
-    queries: Queries,
-    lsns: Lsns,
-    k: int,
-    ef: int | None,
-    worker: int,
-) -> None:
-    segment, rows = installed.segment, installed.rows
-    source = candidates.add_source(segment)
-    everything = np.arange(len(lsns))
-    expansion = segment.expansion if ef is None else ef
-    # What is dead takes places among the candidates.
-    count = OVERSAMPLING * k * rows // max(1, installed.live)
-    expansion = max(expansion * rows // max(1, installed.live), count) if expansion else rows
-    if expansion * SCAN_ROWS_PER_EXPANSION >= rows:
-        _scan_segment(candidates, source, installed, queries, everything, lsns, k)
-        return
-    positions = segment.graphs[worker].search(queries.vectors, queries.norms, count, expansion)
-    shown = positions >= 0
-    if installed.dead:
-        shown &= installed.deaths[positions] > lsns[:, None]
-    found = np.count_nonzero(shown, axis=1)
-    if found.min() < k:
-        # A graph may hold rows that no walk reaches.
-        short = [
-            number
-            for number in np.flatnonzero(found < k).tolist()
-            if found[number] < np.count_nonzero(installed.deaths > lsns[number])
-        ]
-        if short:
-            _scan_segment(candidates, source, installed, queries, np.array(short), lsns, k)
-            shown[short] = False
-    step = max(1, _GATHER_NUMBERS // (count * segment.vectors.shape[1]))
-    for start in range(0, len(lsns), step):
-        part = slice(start, start + step)
-        near = positions[part]
-        terms = queries.terms(segment.norms[near.ravel()])
-        products = np.matmul(segment.vectors[near], queries.scaled[part, :, None])[:, :, 0]
-        ranks = terms.ranks(products.ravel())
-        kept = np.flatnonzero(shown[part].ravel())
-        candidates.add(
-            everything[part].repeat(count)[kept], source, near.ravel()[kept], ranks[kept], terms.error[kept]
-        )
-
-
-def _scan_segment(
-    candidates: _Candidates,
-    source: int,
-    installed: InstalledSegment,
-    queries: Queries,
-    which: Numbers,
-    lsns: Lsns,
-    k: int,
-) -> None:
-    segment, rows = installed.segment, installed.rows
-    visible = np.full(len(lsns), rows)
-    for start in range(0, rows, _SCAN_ROWS):
-        part = slice(start, start + _SCAN_ROWS)
-        deaths = installed.deaths[part] if installed.dead else None
-        block = _Block(source, start, start, segment.vectors[part], segment.norms[part], deaths)
-        _scan(candidates, [block], queries, which, lsns, visible, k)
-
-
-def _scan(
-    candidates: _Candidates,
-    blocks: Sequence[_Block],
-    queries: Queries,
-    which: Numbers,
-    lsns: Lsns,
-    visible: Numbers,
-    k: int,
-) -> None:
-    """Adds every row of the blocks that may be among the k nearest of a query in `which`.
-
-    `visible` says how many rows of the whole scan each query of the batch sees.
-    """
-    width = sum(len(block.vectors) for block in blocks)
-    padded = -(-width // _GROUP) * _GROUP
-    scaled, lsns, visible = queries.scaled[which], lsns[which], visible[which]
-    ranks = np.empty((len(which), padded), np.float32)
-    ranks[:, width:] = np.inf
-    errors = np.zeros(padded, np.float32)
-    sources = np.empty(width, np.int64)
-    positions = np.empty(width, np.int64)
-    column = 0
-    for block in blocks:
-        end = column + len(block.vectors)
-        part = ranks[:, column:end]
-        np.matmul(scaled, block.vectors.T, out=part)
-        terms = queries.terms(block.norms)
-        terms.ranks(part)
-        _hide(part, block, lsns, visible)
-        errors[column:end] = terms.error
-        sources[column:end] = block.source
-        positions[column:end] = np.arange(block.start, block.start + end - column)
-        column = end
-    limits = np.minimum(_kth_least(ranks + errors, k) + queries.error[which], _LARGEST)
-    rows, columns = np.divmod(np.flatnonzero(ranks <= limits[:, None] + errors), padded)
-    for block in blocks:
-        members = sources[columns] == block.source
-        candidates.add(
-            which[rows[members]],
-            block.source,
-            positions[columns[members]],
-            ranks[rows[members], columns[members]],
-            errors[columns[members]],
-        )
-
-
-def _hide(ranks: Floats, block: _Block, lsns: Lsns, visible: Numbers) -> None:
-    """Puts the rows out of reach that a query does not see."""
-    if block.deaths is not None:
-        first, last = lsns.min(), lsns.max()
-        ranks[:, block.deaths <= first] = np.inf
-        # A row that died between the oldest and the newest view is dead to some of them only.
-        for column in np.flatnonzero((block.deaths > first) & (block.deaths <= last)):
-            ranks[lsns >= block.deaths[column], column] = np.inf
-    if visible.min() < block.offset + ranks.shape[1]:
-        for number, count in enumerate((visible - block.offset).tolist()):
-            ranks[number, max(0, count) :] = np.inf
-
-
-def _kth_least(values: Floats, k: int) -> Floats:
-    """No less than the k-th least value of each row (shape (n, a multiple of _GROUP)), infinite without one.
-
-    Of long rows only the least of every group is looked at, which is hardly more and much quicker.
-    """
-    count, width = values.shape
-    if width // _GROUP >= 4 * k:
-        values = values.reshape(count, _GROUP, width // _GROUP).min(axis=1)
-        width //= _GROUP
-    if k > width:
-        return np.full(count, np.inf, np.float32)
-    return np.partition(values, k - 1, axis=1)[:, k - 1]
-
-
-Done = Callable[[SearchResult | Exception], None]
-
-
-@attrs.frozen(eq=False)
-class _Search:
-    view: View
-    query: Floats
-    k: int
-    ef: int | None
-    done: Done
-    wanted: Callable[[], bool]
-
-
-class SearchService:
-    """Runs searches in `workers` threads, in batches of up to `max_batch`.
-
-    A batch is what waits for one index: without a timer, the next one is what has come in during the
-    last. The counters are `searches` and `batches` run, and searches `waiting`.
-    """
-
-    def __init__(self, workers: int, max_batch: int) -> None:
-        self._workers = workers
-        self._max_batch = max_batch
-        # In the order in which the indices are next.
-        self._queues: dict[int, deque[_Search]] = {}
-        self._idle = trio.lowlevel.ParkingLot()
-        self._limiter = trio.CapacityLimiter(workers)
-        self.searches = 0
-        self.batches = 0
-        self.waiting = 0
-
-    def submit(
-        self,
-        index_id: int,
-        view: View,
-        query: Floats,
-        k: int,
-        ef: int | None,
-        done: Done,
-        wanted: Callable[[], bool] = lambda: True,
+    def __init__(
+        self, views: Sequence[View], vectors: Floats, k: int, options: SearchOptions, worker: int
     ) -> None:
-        """Queues a search; `done` is called on the loop with its result, or with what went wrong.
+        self._views = views
+        self._k = k
+        self._options = options
+        self._worker = worker
+        self._queries = Queries.of(views[0].parameters.metric, vectors)
+        self._lsns: Lsns = np.array([view.lsn for view in views], np.int64)
+        visible = np.array([view.head_rows for view in views], np.int64)
+        self._scan = Scan(self._queries, k, self._lsns, visible)
+        self._candidates = _Candidates()
 
-        `query` has shape (dimension,). See `search_batch` for k and ef. A search that is not `wanted` any
-        more when its turn comes is dropped.
-        """
-        queue = self._queues.get(index_id)
-        if queue is None:
-            queue = self._queues[index_id] = deque()
-        queue.append(_Search(view, query, k, ef, done, wanted))
-        self.waiting += 1
-        self._idle.unpark()
+    def run(self) -> list[SearchResult]:
+        # What the graphs find lets the scans pass over most rows.
+        scanned = []
+        for installed in self._views[0].segments:
+            mask = None
+            if self._options.filter is not None:
+                mask = segment_mask(installed.segment, self._options.filter)
+            walk = self._plan(installed, mask)
+            short = None if walk is None else self._walk(installed, mask, walk)
+            if walk is None or short is not None:
+                scanned.append((installed, mask, short))
+        for installed, mask, short in scanned:
+            self._scan_segment(installed, mask, short)
+        self._scan_head()
+        for found in self._scan.found():
+            source, rows = found.source, found.positions
+            distances = self._queries.distances(found.which, source.vectors[rows], source.norms_at(rows))
+            self._candidates.add(source, found.which, rows, distances)
+        return self._candidates.best(len(self._views), self._options, self._k)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves until cancelled. A search under way is finished first; the rest is not answered."""
-        # BLAS threads of its own would spin beside the workers. The limit is the whole process's.
-        threadpool_limits(1, user_api="blas")
-        async with trio.open_nursery() as nursery:
-            for worker in range(self._workers):
-                nursery.start_soon(self._work, worker)
-            task_status.started()
+    def _plan(self, installed: InstalledSegment, mask: Mask | None) -> Walk | None:
+        options, segment = self._options, installed.segment
+        if options.exact:
+            return None
+        expansion = options.ef
+        if expansion is None:
+            target = self._views[0].parameters.recall if options.recall is None else options.recall
+            expansion = segment.expansion_for(target)
+        return plan_walk(installed.rows, _qualifying(installed, mask), self._k, expansion)
 
-    async def _work(self, worker: int) -> None:
+    def _walk(self, installed: InstalledSegment, mask: Mask | None, walk: Walk) -> Numbers | None:
+        """Takes what a walk of the graph finds; returns the queries for which that is not enough."""
+        segment = installed.segment
+        graph = segment.graphs[self._worker]
+        queries, which = self._queries, np.arange(len(self._lsns))
         while True:
-            if not self._queues:
-                await self._idle.park()
-                continue
-            await self._search(worker)
+            positions = graph.search(queries.vectors, queries.norms, walk.count, walk.expansion)
+            shown = positions >= 0
+            if installed.dead:
+                shown &= installed.deaths[positions] > self._lsns[which, None]
+            if mask is not None:
+                shown &= mask[positions]
+            if shown.all():
+                self._take(installed, queries, which, positions, None)
+                return None
+            short = self._short(installed, mask, which, shown.sum(axis=1))
+            self._take(installed, queries, which, positions, shown & ~short[:, None])
+            if not short.any():
+                return None
+            wider = walk.wider(installed.rows, _qualifying(installed, mask))
+            queries, which = queries.select(np.flatnonzero(short)), which[short]
+            if wider is None:
+                return which
+            walk = wider
 
-    async def _search(self, worker: int) -> None:
-        # What this holds, views of indices that may be dropped, is let go of before a worker idles.
-        batch = self._take()
-        if not batch:
+    def _short(self, installed: InstalledSegment, mask: Mask | None, which: Numbers, found: Numbers) -> Mask:
+        """For which queries fewer rows were `found` than there are, and than k."""
+        short = found < self._k
+        for number in np.flatnonzero(short).tolist():
+            alive = installed.deaths > self._lsns[which[number]]
+            short[number] = found[number] < np.count_nonzero(alive if mask is None else alive & mask)
+        return short
+
+    def _take(
+        self,
+        installed: InstalledSegment,
+        queries: Queries,
+        which: Numbers,
+        positions: Numbers,
+        shown: Mask | None,
+    ) -> None:
+        """Takes rows at `positions` (n, m) for the queries `which`: those `shown`, all when None."""
+        segment = installed.segment
+        distances = np.empty(positions.shape, np.float32)
+        step = max(1, _GATHER_NUMBERS // (positions.shape[1] * segment.vectors.shape[1]))
+        for start in range(0, len(which), step):
+            near = positions[start : start + step]
+            distances[start : start + step] = queries.distances_of_each(
+                segment.vectors[near], segment.norms[near], start
+            )
+        kept: Any = slice(None)
+        if shown is not None:
+            distances[~shown] = np.inf
+            (kept,) = shown.ravel().nonzero()
+        self._scan.offer(queries.upper_ranks(distances), which)
+        self._candidates.add(
+            segment, which.repeat(positions.shape[1])[kept], positions.ravel()[kept], distances.ravel()[kept]
+        )
+
+    def _scan_segment(self, installed: InstalledSegment, mask: Mask | None, which: Numbers | None) -> None:
+        segment, rows = installed.segment, installed.rows
+        if mask is None or scans_all(rows, int(np.count_nonzero(mask))):
+            for start in range(0, rows, _SCAN_ROWS):
+                part = slice(start, min(start + _SCAN_ROWS, rows))
+                block = _segment_block(installed, np.arange(start, part.stop), part, mask)
+                self._scan.add([block], which)
             return
-        outcomes = await trio.to_thread.run_sync(_run_batch, batch, worker, limiter=self._limiter)
-        self.batches += 1
-        self.searches += len(batch)
-        for search, outcome in zip(batch, outcomes, strict=True):
-            search.done(outcome)
+        (picked,) = mask.nonzero()
+        step = max(1, _GATHER_NUMBERS // segment.vectors.shape[1])
+        for start in range(0, len(picked), step):
+            positions = picked[start : start + step]
+            self._scan.add([_segment_block(installed, positions, positions, None)], which)
 
-    def _take(self) -> list[_Search]:
-        index_id, queue = next(iter(self._queues.items()))
-        batch = [queue.popleft() for _ in range(min(len(queue), self._max_batch))]
-        del self._queues[index_id]
-        if queue:
-            self._queues[index_id] = queue
-        self.waiting -= len(batch)
-        return [search for search in batch if search.wanted()]
+    def _scan_head(self) -> None:
+        # Within a generation heads only grow: the longest holds what all others show.
+        longest = max(self._views, key=lambda view: view.head_rows)
+        blocks: list[Block] = []
+        offset = rows = 0
+        for chunk in longest.chunks:
+            count = min(chunk.count, longest.head_rows - offset)
+            codes = chunk.codes(self._queries, count)
+            coded = 0 if codes is None else codes.rows
+            count = max(count, coded)
+            mask = None
+            if self._options.filter is not None:
+                mask = chunk_mask(chunk, count, self._options.filter)
+            if mask is None or mask.any():
+                rows += count
+                if codes is not None:
+                    blocks.append(_head_block(chunk, slice(coded), mask, offset, codes))
+                if coded < count:
+                    blocks.append(_head_block(chunk, slice(coded, count), mask, offset, None))
+            offset += count
+            if rows >= _SCAN_ROWS:
+                self._scan.add(blocks)
+                blocks, rows = [], 0
+        if blocks:
+            self._scan.add(blocks)
 
 
-def _run_batch(batch: Sequence[_Search], worker: int) -> list[SearchResult | Exception]:
-    """The outcome of each search; those of equal generation, k and ef are run together."""
-    groups: dict[tuple[int, int, int | None], list[int]] = {}
-    for number, search in enumerate(batch):
-        groups.setdefault((search.view.generation, search.k, search.ef), []).append(number)
-    outcomes: list[SearchResult | Exception] = [SearchResult([], [])] * len(batch)
-    for members in groups.values():
-        searches = [batch[number] for number in members]
-        for number, outcome in zip(members, _run_group(searches, worker), strict=True):
-            outcomes[number] = outcome
-    return outcomes
+def _segment_block(
+    installed: InstalledSegment, positions: Numbers, part: slice | Numbers, mask: Mask | None
+) -> Block:
+    segment = installed.segment
+    return Block(
+        segment,
+        positions,
+        segment.vectors[part],
+        segment.norms[part],
+        installed.deaths[part] if installed.dead else None,
+        None if mask is None else mask[part],
+    )
 
 
-def _run_group(searches: Sequence[_Search], worker: int) -> Sequence[SearchResult | Exception]:
-    first = searches[0]
-    try:
-        queries = np.stack([search.query for search in searches])
-        return search_batch([search.view for search in searches], queries, first.k, first.ef, worker)
-    except Exception as error:
-        if len(searches) == 1:
-            return [error]
-    # Whichever of them it was, the others have an answer.
-    return [outcome for search in searches for outcome in _run_group([search], worker)]
+def _head_block(chunk: Chunk, part: slice, mask: Mask | None, offset: int, codes: RowCodes | None) -> Block:
+    start = part.start or 0
+    return Block(
+        chunk,
+        np.arange(start, part.stop),
+        chunk.vectors[part],
+        chunk.norms(part.stop)[start:],
+        chunk.deaths[part] if chunk.dead else None,
+        None if mask is None else mask[part],
+        offset + start,
+        codes,
+    )
+
+
+def _qualifying(installed: InstalledSegment, mask: Mask | None) -> int:
+    """How many rows of a segment live, and match."""
+    if mask is None:
+        return installed.live
+    return int(np.count_nonzero(mask & (installed.deaths == ALIVE) if installed.dead else mask))

@@ -5,12 +5,13 @@ A segment folder is an `engram.columns` folder:
     row-ids                (n,) int64, increasing
     keys-bytes, keys-ends  the key of each row
     attributes-...         the JSON text of each row, empty when it has none
+    attribute-...          the same as columns, where there are any (`engram.index.attributes`)
     vectors                (n, dimension) float32
     norms                  (n,) float64
     center                 (dimension,) float32, the quantizer's
     graph.usearch          the HNSW graph; nodes are row positions
 
-The metadata names the index, its parameters, the quantizer's scale and the measured expansion. While the
+The metadata names the index, its parameters, the quantizer's scale and the measured recall curve. While the
 graph is being built, a folder `<id>.building` holds the rows.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import attrs
 import numpy as np
@@ -29,9 +31,12 @@ import numpy.typing as npt
 from engram.columns import Array, open_columns
 from engram.errors import DamagedDataError
 from engram.files import Files
+from engram.index.attributes import AttributeColumns, unpack_attributes
 from engram.index.distances import Doubles, Floats
 from engram.index.graph import Graph, Quantizer
+from engram.index.masks import MaskCache
 from engram.index.parameters import Parameters
+from engram.index.recall import Curve, expansion_for
 from engram.index.texts import Positions, Texts
 
 GRAPH = "graph.usearch"
@@ -65,10 +70,10 @@ class RowSource(Protocol):
 
 @attrs.frozen(eq=False)
 class Segment:
-    """An opened segment; its files may be unlinked while it is used.
+    """An opened segment of `size` bytes; its files may be unlinked while it is used.
 
-    `graphs` holds one view of the graph for each search worker. `expansion` is the ef at which searches
-    found enough of the nearest rows when it was measured, 0 when no reasonable one did.
+    `graphs` holds one view of the graph for each search worker. `curve` holds pairs of an ef and the
+    recall@10 measured at it, both increasing; it is empty where graphs are too small to be searched.
     """
 
     id: str
@@ -76,13 +81,20 @@ class Segment:
     checksum: int
     index_id: int
     parameters: Parameters
-    expansion: int
+    curve: Curve
     row_ids: npt.NDArray[np.int64]
     vectors: Floats
     norms: Doubles
     graphs: tuple[Graph, ...]
     keys: Texts
     attributes: Texts
+    attribute_columns: AttributeColumns
+    size: int
+    masks: MaskCache = attrs.field(factory=MaskCache, init=False)
+
+    def expansion_for(self, recall: float) -> int:
+        """The least ef that reaches a recall in (0, 1], 0 when none does: then the segment is scanned."""
+        return expansion_for(self.curve, recall)
 
     def position(self, row_id: int) -> int:
         """Where a row is that is known to be here."""
@@ -130,6 +142,7 @@ class SegmentStore:
         self.files = files
         self._views = views
         self._adopted: dict[str, Segment] = {}
+        self._open: WeakValueDictionary[str, Segment] = WeakValueDictionary()
 
     def open(self, segment_id: str, checksum: int) -> Segment:
         """Opens a segment (blocking); every file is read and its checksum compared.
@@ -143,6 +156,7 @@ class SegmentStore:
         opened = open_columns(path, checksum)
         metadata: dict[str, Any] = opened.metadata
         columns = opened.columns
+        attributes = Texts(columns["attributes-bytes"], columns["attributes-ends"])
         parameters = Parameters(**metadata["parameters"])
         quantizer = Quantizer(
             parameters.metric, parameters.quantization, metadata["scale"], np.array(columns["center"])
@@ -150,20 +164,24 @@ class SegmentStore:
         graphs = tuple(Graph.open(path / GRAPH, parameters, quantizer) for _ in range(self._views))
         if any(len(graph) != len(columns["row-ids"]) for graph in graphs):
             raise DamagedDataError(path / GRAPH, "does not have as many nodes as the segment has rows")
-        return Segment(
+        segment = Segment(
             segment_id,
             path,
             checksum,
             metadata["index"],
             parameters,
-            metadata["expansion"],
+            tuple((expansion, recall) for expansion, recall in metadata["curve"]),
             columns["row-ids"],
             columns["vectors"],
             columns["norms"],
             graphs,
             Texts(columns["keys-bytes"], columns["keys-ends"]),
-            Texts(columns["attributes-bytes"], columns["attributes-ends"]),
+            attributes,
+            unpack_attributes(columns, metadata["attributes"], attributes),
+            opened.size,
         )
+        self._open[segment_id] = segment
+        return segment
 
     def building(self, segment_id: str) -> Path:
         """The folder of a segment that is not finished."""
@@ -218,6 +236,19 @@ class SegmentStore:
     def discard(self, segment_id: str) -> None:
         """Forgets an adopted segment that was not taken."""
         self._adopted.pop(segment_id, None)
+
+    def is_open(self, segment_id: str) -> bool:
+        """Whether anything, a search for one, still refers to a segment that was opened here.
+
+        When its files are removed before, the last to let go of it waits until the system has given back
+        what it kept of them in memory: 60 ms for 400 MB.
+        """
+        return segment_id in self._open
+
+    def size(self, segment_id: str) -> int:
+        """Bytes of a finished segment's files (blocking); 0 without any."""
+        path = self.folder / segment_id
+        return sum(file.stat().st_size for file in path.iterdir()) if path.exists() else 0
 
     def remove(self, segment_id: str) -> None:
         """Deletes the files of a segment, finished or not (blocking); without any it does nothing."""

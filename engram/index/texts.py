@@ -33,9 +33,10 @@ class Texts:
 
     def at(self, positions: Positions) -> list[bytes]:
         """The strings at these positions."""
-        starts, ends = self._bounds(positions)
-        text = self.joined.data
-        return [text[start:end].tobytes() for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        picked = self.select(positions)
+        text = picked.joined.tobytes()
+        ends = picked.ends.tolist()
+        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def select(self, positions: Positions) -> Texts:
         """The strings at these positions, as arrays."""

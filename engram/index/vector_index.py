@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ from engram.columns import Array, pack_bytes, unpack_bytes
 from engram.errors import DamagedDataError
 from engram.index.distances import Floats
 from engram.index.head import ALIVE, Chunk, Head, Lsns, RowIds
+from engram.index.merging import DEAD_FRACTION, LARGEST_SEGMENT, next_merge
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
 
@@ -21,20 +23,19 @@ from engram.index.segment import Segment, SegmentStore
 SEAL_ROWS = 8192
 _HEAD_BYTES = 128 << 20
 
-_CHUNK_ROWS = 2048
+_CHUNK_ROWS = 4096
 _CHUNK_BYTES = 8 << 20
 
 # Heads of at most so many times the rows that seal one become one segment, so that the first rows of a
 # large backlog get their graph soon.
 _LARGEST_SEAL = 4
-# A merge yields at most so many rows: opening a segment takes time in proportion.
-LARGEST_SEGMENT = 262_144
-# So many adjacent segments of about one size are merged. Of small ones two are enough: each costs a
-# search as much as a large one, and building them again takes seconds.
-_MERGE_FACTOR = 4
-_SMALL_MERGE_FACTOR = 2
-# A segment with more dead rows than this is rebuilt.
-_DEAD_FRACTION = 0.2
+
+# Rows whose deaths a scan looks at in one go.
+_SCANNED_ROWS = 4096
+# One key in so many is measured to estimate what keys take; and what CPython takes for a key in a
+# dictionary of row ids beyond its bytes and the table: the objects of the key and of the number.
+_KEY_SAMPLING = 32
+_KEY_OBJECT_BYTES = sys.getsizeof(b"") + sys.getsizeof(1 << 30)
 
 
 @attrs.define(eq=False)
@@ -64,7 +65,8 @@ class View:
 
     The first `head_rows` rows of the chunks and all rows of the segments are there, but for those that
     died at or before `lsn`. `live` counts them. The generation changes with every segment installed: views
-    of one generation differ only in how much of the head they see, and in deaths.
+    of one generation differ only in how much of the head they see, and in deaths. Rows that are added
+    later have ids from `next_row` on.
     """
 
     parameters: Parameters
@@ -74,21 +76,43 @@ class View:
     head_rows: int
     lsn: int
     live: int
+    next_row: int
 
 
 @attrs.frozen(eq=False)
-class SealPlan:
-    """Rows of the head that should become a segment: all of `chunks`, up to row id `through`."""
+class Plan:
+    """Rows that should become one segment: adjacent segments, the head's oldest rows, or both.
 
-    chunks: tuple[Chunk, ...]
+    `chunks` holds each chunk and how many of its rows; `through` is the id of the last of these rows, -1
+    when there are none.
+    """
+
+    sources: tuple[InstalledSegment, ...]
+    chunks: tuple[tuple[Chunk, int], ...]
     through: int
 
 
-@attrs.frozen(eq=False)
-class MergePlan:
-    """Adjacent segments that should become one."""
+@attrs.frozen
+class IndexStatistics:
+    """What an index holds. Sizes are in bytes.
 
-    sources: tuple[InstalledSegment, ...]
+    Attributes:
+        head_rows: rows in no segment, dead ones included.
+        rows_awaiting_graph: those of them that the builder should seal by now.
+        bytes_in_memory: the chunks of the head, the deaths of rows in segments, and what Python holds for
+            the keys, which is estimated from the lengths of some.
+        bytes_mapped: sizes of the segments' files, which the system pages in as they are used.
+        curves: for each segment its rows and its `curve`.
+    """
+
+    live_rows: int
+    dead_rows: int
+    head_rows: int
+    segments: int
+    rows_awaiting_graph: int
+    bytes_in_memory: int
+    bytes_mapped: int
+    curves: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
 
 
 @attrs.frozen(eq=False)
@@ -181,8 +205,8 @@ class VectorIndex:
     Rows have ids that increase and are never used again. An overwrite kills the old row and appends a
     new one. Row ids of segments are disjoint ranges in the order of `segments`, and below the head's.
 
-    `live` maps each key to its row; only the index changes it. `dropped` is set by the owner once the index
-    is gone, for those who work on it in the background.
+    `live` maps each key to its row; only the index changes it. The owner calls `drop` once the index is gone,
+    which sets `dropped` and calls `on_drop`, for those who work on it in the background.
     """
 
     def __init__(
@@ -197,11 +221,12 @@ class VectorIndex:
         self.id = index_id
         self.parameters = parameters
         self.dropped = False
+        self.on_drop: Callable[[], None] | None = None
         self.segments: tuple[InstalledSegment, ...] = ()
         self.live: dict[bytes, int] = {}
         self._seal_rows = min(seal_rows, max(16, _HEAD_BYTES // row_bytes))
         self._largest_segment = largest_segment
-        chunk_rows = min(_CHUNK_ROWS, max(1, self._seal_rows // 4), max(4, _CHUNK_BYTES // row_bytes))
+        chunk_rows = min(_CHUNK_ROWS, max(1, self._seal_rows // 2), max(4, _CHUNK_BYTES // row_bytes))
         self._head = Head(parameters.dimension, chunk_rows)
         self._next_row = 0
         # The least row id of each segment, and the greatest of the last.
@@ -210,6 +235,12 @@ class VectorIndex:
         self._rows_in_segments = 0
         self._merge_wanted = False
         self._generation = 0
+
+    def drop(self) -> None:
+        """The index is gone: those who work on it in the background stop."""
+        self.dropped = True
+        if self.on_drop is not None:
+            self.on_drop()
 
     def __len__(self) -> int:
         return len(self.live)
@@ -231,6 +262,11 @@ class VectorIndex:
     def rows_dead(self) -> int:
         """Rows held that no key points at any more."""
         return self.rows_total - len(self.live)
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of the segments' files."""
+        return sum(installed.segment.size for installed in self.segments)
 
     def add(
         self,
@@ -275,8 +311,7 @@ class VectorIndex:
         row_ids = np.arange(self._next_row, self._next_row + len(keys), dtype=np.int64)
         self._next_row += len(keys)
         self._append(row_ids, list(keys), vectors, attributes)
-        for row_id in old:
-            self._kill(row_id, lsn)
+        self._kill_many(old, lsn)
         return len(keys) - len(old)
 
     def _append(
@@ -292,87 +327,148 @@ class VectorIndex:
 
     def delete(self, lsn: int, keys: Sequence[bytes]) -> int:
         """Kills the rows of these keys; returns how many there were."""
-        deleted = 0
-        for key in keys:
-            row_id = self.live.pop(key, None)
-            if row_id is not None:
-                self._kill(row_id, lsn)
-                deleted += 1
-        return deleted
+        live = self.live
+        row_ids = [row_id for key in keys if (row_id := live.pop(key, None)) is not None]
+        self._kill_many(row_ids, lsn)
+        return len(row_ids)
 
-    def vector(self, key: bytes) -> Floats | None:
-        """The vector of a key, float32 of shape (dimension,), as it was added."""
+    def vector(self, key: bytes) -> bytes | None:
+        """The vector of a key as it was added: little-endian float32."""
+        found = self._find(key)
+        return None if found is None else found[0].vectors[found[1]].tobytes()
+
+    def attributes(self, key: bytes) -> bytes:
+        """The JSON text of a key's attributes, empty when there is none or no such key."""
+        found = self._find(key)
+        return b"" if found is None else found[0].attributes_at(np.array([found[1]]))[0]
+
+    def _find(self, key: bytes) -> tuple[Chunk | Segment, int] | None:
         row_id = self.live.get(key)
         if row_id is None:
             return None
         installed = self._segment_of(row_id)
-        if installed is not None:
-            segment = installed.segment
-            found: Floats = segment.vectors[segment.position(row_id)]
-        else:
-            chunk, position = self._head.find(row_id)
-            found = chunk.vectors[position]
-        return found
+        if installed is None:
+            return self._head.find(row_id)
+        return installed.segment, installed.segment.position(row_id)
 
-    def attributes(self, key: bytes) -> bytes | None:
-        """The JSON text of a key's attributes, if it has any."""
-        row_id = self.live.get(key)
-        if row_id is None:
-            return None
-        installed = self._segment_of(row_id)
-        if installed is not None:
-            position = installed.segment.position(row_id)
-            return installed.segment.attributes_at(np.array([position]))[0] or None
-        chunk, position = self._head.find(row_id)
-        return chunk.attributes.get(position)
+    @property
+    def next_row(self) -> int:
+        """The id of the next row that is added."""
+        return self._next_row
+
+    def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
+        """Up to `count` (at least 1) keys in the order of their rows, and the cursor to go on with.
+
+        The cursor 0 begins, and ends: any other is a row id. No state is kept, and a key overwritten
+        between two calls comes after all others, so that one present throughout is returned at least once.
+        """
+        keys: list[bytes] = []
+        for source, rows, deaths in self._sources(cursor):
+            start = int(source.row_ids[:rows].searchsorted(cursor))
+            while start < rows:
+                stop = min(rows, start + count + _SCANNED_ROWS)
+                wanted = count - len(keys)
+                # One more than is returned tells where to go on.
+                alive = start + np.flatnonzero(deaths[start:stop] == ALIVE)[: wanted + 1]
+                keys += source.keys_at(alive[:wanted])
+                if len(alive) > wanted:
+                    return int(source.row_ids[alive[wanted]]), keys
+                start = stop
+        return 0, keys
+
+    def _sources(self, row_id: int) -> Iterator[tuple[Chunk | Segment, int, Lsns]]:
+        """What holds rows from `row_id` on, oldest first: source, number of rows, their deaths."""
+        if row_id <= self._last_segment_row:
+            for installed in self.segments[max(0, bisect_right(self._segment_starts, row_id) - 1) :]:
+                yield installed.segment, installed.rows, installed.deaths
+        for chunk in self._head.chunks:
+            if chunk.count and chunk.row_ids[chunk.count - 1] >= row_id:
+                yield chunk, chunk.count, chunk.deaths
+
+    def statistics(self) -> IndexStatistics:
+        """What the index holds now; takes time in proportion to the chunks and segments."""
+        head, segments = self._head, self.segments
+        chunk_bytes = sum(chunk.bytes_held for chunk in head.chunks)
+        key_bytes, keys_counted = 0, 0
+        for chunk in head.chunks:
+            counted = chunk.keys[::_KEY_SAMPLING]
+            key_bytes += _KEY_SAMPLING * sum(map(len, counted))
+            keys_counted += _KEY_SAMPLING * len(counted)
+        key_bytes += sum(installed.segment.keys.joined.nbytes for installed in segments)
+        keys_counted += self._rows_in_segments
+        python_bytes = sys.getsizeof(self.live) + len(self.live) * (
+            _KEY_OBJECT_BYTES + key_bytes // max(1, keys_counted)
+        )
+        return IndexStatistics(
+            live_rows=len(self.live),
+            dead_rows=self.rows_dead,
+            head_rows=head.rows,
+            segments=len(segments),
+            rows_awaiting_graph=head.rows if self.seal_wanted else 0,
+            bytes_in_memory=chunk_bytes + python_bytes + 8 * self._rows_in_segments,
+            bytes_mapped=self.segment_bytes,
+            curves=tuple((installed.rows, installed.segment.curve) for installed in segments),
+        )
 
     def view(self, lsn: int) -> View:
         """The index as it is now, at `lsn`, the last change made."""
         head = self._head
         return View(
-            self.parameters, self._generation, self.segments, head.chunks, head.rows, lsn, len(self.live)
+            self.parameters,
+            self._generation,
+            self.segments,
+            head.chunks,
+            head.rows,
+            lsn,
+            len(self.live),
+            self._next_row,
         )
+
+    @property
+    def seal_wanted(self) -> bool:
+        """Whether the head has rows enough for a segment."""
+        return self._head.rows >= self._seal_rows
 
     @property
     def needs_maintenance(self) -> bool:
         """Whether `plan` has something to build."""
-        return self._merge_wanted or self._head.rows_in_whole_chunks >= self._seal_rows
+        return self._merge_wanted or self.seal_wanted
 
-    def plan(self) -> SealPlan | MergePlan | None:
-        """What should be built next: first a graph for the head, then merges."""
+    def plan(self) -> Plan | None:
+        """What should be built next: a graph for the head, before merges unless there are many to be made."""
         head = self._head
-        if head.rows_in_whole_chunks >= self._seal_rows:
+        if self.seal_wanted:
+            merged = self._merge(waiting=True) if self._merge_wanted else None
+            if merged is not None:
+                return _plan(self.segments[merged], ())
             chunks: list[Chunk] = []
             rows = 0
             for chunk in head.chunks:
-                if chunk is head.chunks[-1] and chunk.count < head.chunk_rows:
-                    break
                 if chunks and rows + chunk.count > _LARGEST_SEAL * self._seal_rows:
                     break
                 chunks.append(chunk)
                 rows += chunk.count
-            return SealPlan(tuple(chunks), int(chunks[-1].row_ids[chunks[-1].count - 1]))
-        sources = self._merge_sources()
-        return MergePlan(sources) if sources else None
+            return _plan((), chunks)
+        merged = self._merge(waiting=False) if self._merge_wanted else None
+        return None if merged is None else _plan(self.segments[merged], ())
 
-    def _merge_sources(self) -> tuple[InstalledSegment, ...]:
-        segments = self.segments
-        for installed in segments:
-            if installed.dead > _DEAD_FRACTION * installed.rows:
-                return (installed,)
-        limit = _MERGE_FACTOR * self._seal_rows
-        for start in range(len(segments) - _SMALL_MERGE_FACTOR + 1):
-            run = segments[start : start + _SMALL_MERGE_FACTOR]
-            if sum(installed.rows for installed in run) <= min(limit, self._largest_segment):
-                return run
-        while limit < _MERGE_FACTOR * self._largest_segment:
-            for start in range(len(segments) - _MERGE_FACTOR + 1):
-                run = segments[start : start + _MERGE_FACTOR]
-                sizes = [installed.rows for installed in run]
-                if max(sizes) < limit and sum(sizes) <= self._largest_segment:
-                    return run
-            limit *= _MERGE_FACTOR
-        return ()
+    @property
+    def optimized(self) -> bool:
+        """Whether all rows are live and in one segment, or there are none."""
+        head_rows = self._head.rows
+        return not head_rows and not self.rows_dead and len(self.segments) <= 1
+
+    def plan_optimization(self) -> Plan | None:
+        """All rows there are, as one segment of whatever size; None when that is what they are."""
+        return None if self.optimized else _plan(self.segments, self._head.chunks)
+
+    def _merge(self, *, waiting: bool) -> slice | None:
+        return next_merge(
+            [(installed.rows, installed.dead) for installed in self.segments],
+            _LARGEST_SEAL * self._seal_rows,
+            waiting=waiting,
+            largest=self._largest_segment,
+        )
 
     def install(self, lsn: int, segment: Segment | None, through: int, replaces: Sequence[str]) -> list[str]:
         """A segment takes the place of the head's rows up to row id `through` and of segments.
@@ -413,7 +509,7 @@ class VectorIndex:
         self._segment_starts = [int(installed.segment.row_ids[0]) for installed in segments]
         self._last_segment_row = int(segments[-1].segment.row_ids[-1]) if segments else -1
         self._rows_in_segments = sum(installed.rows for installed in segments)
-        self._merge_wanted = bool(self._merge_sources())
+        self._merge_wanted = self._merge(waiting=False) is not None
 
     def _segment_of(self, row_id: int) -> InstalledSegment | None:
         """The segment that holds a row, None when the head does."""
@@ -429,8 +525,26 @@ class VectorIndex:
             return
         installed.deaths[installed.segment.position(row_id)] = lsn
         installed.dead += 1
-        if installed.dead > _DEAD_FRACTION * installed.rows:
+        if installed.dead > DEAD_FRACTION * installed.rows:
             self._merge_wanted = True
+
+    def _kill_many(self, row_ids: Sequence[int], lsn: int) -> None:
+        """Marks living rows as dead: one by one, or, where that is quicker, source by source."""
+        if len(row_ids) <= len(self.segments) + len(self._head.chunks):
+            for row_id in row_ids:
+                self._kill(row_id, lsn)
+            return
+        dying = np.sort(np.array(row_ids, np.int64))
+        edges = dying.searchsorted([*self._segment_starts, self._last_segment_row + 1]).tolist()
+        for installed, first, last in zip(self.segments, edges, edges[1:], strict=False):
+            installed.deaths[installed.segment.row_ids.searchsorted(dying[first:last])] = lsn
+            installed.dead += last - first
+            if installed.dead > DEAD_FRACTION * installed.rows:
+                self._merge_wanted = True
+        for chunk in self._head.chunks:
+            rows = chunk.row_ids[: chunk.count]
+            first, last = dying.searchsorted([rows[0], rows[-1] + 1]).tolist()
+            chunk.kill_many(rows.searchsorted(dying[first:last]), lsn)
 
     def export(self) -> IndexState:
         """The state as a snapshot holds it."""
@@ -485,6 +599,15 @@ class VectorIndex:
     def _check(self, segment: Segment) -> None:
         if segment.index_id != self.id or segment.vectors.shape[1] != self.parameters.dimension:
             raise DamagedDataError(segment.path, f"not a segment of index {self.id}")
+
+
+def _plan(sources: tuple[InstalledSegment, ...], chunks: Iterable[Chunk]) -> Plan:
+    counted = tuple((chunk, chunk.count) for chunk in chunks if chunk.count)
+    through = -1
+    if counted:
+        last, count = counted[-1]
+        through = int(last.row_ids[count - 1])
+    return Plan(sources, counted, through)
 
 
 def _carry(row_ids: RowIds, deaths: Lsns, source_ids: RowIds, source_deaths: Lsns) -> None:

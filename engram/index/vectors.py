@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,3 +34,21 @@ def decode_vector(blob: bytes, dimension: int) -> Vector:
     if not np.vdot(vector, vector) <= MAXIMUM_NORM**2:
         raise CommandError(f"ERR vector must be finite, with a norm of at most {MAXIMUM_NORM:g}")
     return vector
+
+
+def join_vectors(blobs: Sequence[bytes], dimension: int) -> bytes:
+    """Vectors, each as `decode_vector` takes it, one after the other.
+
+    Raises:
+        CommandError: as `decode_vector`, for one that is wrong; those of a wrong size come first.
+    """
+    for blob in blobs:
+        if len(blob) != 4 * dimension:
+            decode_vector(blob, dimension)
+    joined = b"".join(blobs)
+    rows = np.frombuffer(joined, "<f4").reshape(len(blobs), dimension)
+    with np.errstate(all="ignore"):
+        suspect = ~(np.einsum("ij,ij->i", rows, rows) <= MAXIMUM_NORM**2)
+    for position in np.flatnonzero(suspect).tolist():
+        decode_vector(blobs[position], dimension)
+    return joined

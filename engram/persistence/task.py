@@ -38,6 +38,9 @@ _MARK_DELAY = 0.1
 _SYNC_INTERVAL = 1.0
 _ALLOCATION_RETRY = 1.0
 _SNAPSHOT_RETRY = 60.0
+# Segments that a snapshot would allow to be deleted start one when they have more bytes than this, and
+# than half of those in use.
+_RELEASED_BYTES = 64 << 20
 
 
 @attrs.define(kw_only=True)
@@ -50,7 +53,7 @@ class PersistenceSettings:
         log_file_size: bytes of a file of the log; a larger record gets a file of its own.
         queue_bytes: bytes admitted but not yet written.
         snapshot_log_size: a snapshot is made by itself when the log since the last one has more bytes than
-            this and than that snapshot; 0 for never.
+            this and than that snapshot, or when it would let many segments be deleted; 0 for never.
     """
 
     appendfsync: AppendFsync = "always"
@@ -169,6 +172,9 @@ class Persistence:
         self._log_bytes = recovery.log_bytes
         self._named_in_log = list(recovery.segments)
         self._known_segments = {*recovery.manifest.segments, *(segment for _, segment in recovery.segments)}
+        # The LSNs at which segments were out of use, and their bytes; and how many are too many.
+        self._released: list[tuple[int, int]] = []
+        self._most_released = _RELEASED_BYTES
         self._last_save_time = recovery.manifest.time
         self._last_save_ok = True
         self._last_save_error = ""
@@ -505,11 +511,18 @@ class Persistence:
         self._nursery.start_soon(self._make_snapshot, self._snapshot_run)
         return self._snapshot_run
 
+    def release(self, size: int, used: int) -> None:
+        """Segments of `size` bytes are no longer part of the state, of which segments have `used` bytes."""
+        self._released.append((self._appended_lsn, size))
+        self._most_released = max(_RELEASED_BYTES, used // 2)
+        self._consider_snapshot()
+
     def _consider_snapshot(self) -> None:
         limit = self.settings.snapshot_log_size
-        if not limit or self._log_bytes <= max(limit, self._manifest.size):
+        grown = self._log_bytes > max(limit, self._manifest.size)
+        if not limit or not (grown or sum(size for _, size in self._released) > self._most_released):
             return
-        idle = self._snapshot_run is None and not self._closing
+        idle = self._snapshot_run is None and self._nursery is not None and not self._closing
         if idle and trio.current_time() >= self._next_snapshot_time:
             self._start_snapshot()
 
@@ -550,6 +563,7 @@ class Persistence:
             raise
         self._manifest = manifest
         self._log_bytes -= log_bytes
+        self._released = [released for released in self._released if released[0] > lsn]
         self._named_in_log = [named for named in self._named_in_log if named[0] > lsn]
         named = {*manifest.segments, *(segment for _, segment in self._named_in_log)}
         outdated = self._known_segments - named

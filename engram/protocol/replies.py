@@ -66,7 +66,14 @@ def array(items: Iterable[bytes]) -> bytes:
 
 def bulk_array(values: Iterable[bytes]) -> bytes:
     """An array of bulk strings."""
-    return _aggregate(b"*", map(bulk, values))
+    # As `bulk` of each, in half the time.
+    parts = [b""]
+    for value in values:
+        length = len(value)
+        header = _BULK_HEADERS[length] if length < _KNOWN_LENGTHS else b"$%d\r\n" % length
+        parts += (header, value, b"\r\n")
+    parts[0] = b"*%d\r\n" % (len(parts) // 3)
+    return b"".join(parts)
 
 
 def _aggregate(kind: bytes, items: Iterable[bytes]) -> bytes:

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.commands.arguments import INTEGER_HIGH, INTEGER_LOW, expiry, integer, text
+from engram.commands.arguments import (
+    INTEGER_HIGH,
+    INTEGER_LOW,
+    expiry,
+    integer,
+    number,
+    options,
+    scan_count,
+    scan_cursor,
+    text,
+)
 from engram.errors import CommandError
 
 
@@ -47,3 +57,43 @@ def test_expiries() -> None:
     for argument, base in ((b"0", 0), (b"-1", 10), (b"%d" % INTEGER_HIGH, 1)):
         with pytest.raises(CommandError, match=r"^ERR invalid expire time in 'set' command$"):
             expiry(argument, 1, base, "set")
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_is_read_as_it_is_written(value: float) -> None:
+    assert number(repr(value).encode()) == value
+
+
+@pytest.mark.parametrize("argument", [b"0", b"-.5", b"+1.", b"1e3", b"1E-3", b"007"])
+def test_spellings_of_numbers(argument: bytes) -> None:
+    assert number(argument) == float(argument)
+
+
+@pytest.mark.parametrize(
+    "argument", [b"", b"nan", b"inf", b"1e999", b"1_0", b" 1", b"1\n", b"0x1", b".", b"1e", b"\xb2"]
+)
+def test_what_is_no_finite_number(argument: bytes) -> None:
+    with pytest.raises(CommandError, match=r"^ERR value is not a valid float$"):
+        number(argument)
+
+
+def test_options_come_in_any_order() -> None:
+    assert options([], (b"A",)) == {}
+    assert options([b"b", b"a", b"b"], (b"A",), (b"B",)) == {b"B": b"", b"A": b"b"}
+
+
+@pytest.mark.parametrize("words", [[b"C"], [b"A"], [b"A", b"1", b"a", b"2"], [b"B", b"b"], [b"B", b"1"]])
+def test_options_misused(words: list[bytes]) -> None:
+    with pytest.raises(CommandError, match=r"^ERR syntax error$"):
+        options(words, (b"A",), (b"B",))
+
+
+def test_cursors_and_counts_of_scans() -> None:
+    assert scan_cursor(b"0") == 0
+    assert scan_cursor(b"18446744073709551615") == (1 << 64) - 1
+    for wrong in (b"", b"-1", b"18446744073709551616", b"x"):
+        with pytest.raises(CommandError, match=r"^ERR invalid cursor$"):
+            scan_cursor(wrong)
+    assert scan_count(b"1") == 1
+    with pytest.raises(CommandError, match=r"^ERR syntax error$"):
+        scan_count(b"0")

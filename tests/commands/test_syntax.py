@@ -36,6 +36,21 @@ def test_a_token_with_two_operands_is_a_block() -> None:
     )
 
 
+def test_several_values_that_repeat_together_are_a_block() -> None:
+    pair = (Argument("key", "key"), Argument("value", "string"))
+    pairs = Argument("key", "block", multiple=True, arguments=pair)
+    triples = Argument("key", "block", multiple=True, arguments=(*pair, Argument("other", "string")))
+    all_of_them = Argument("key", "block", arguments=(triples, Argument("all", "pure-token", "ALL")))
+    assert parse_usage("key value [key value ...]") == (pairs,)
+    assert parse_usage("count key value [key value ...] [NX]")[1:] == (
+        pairs,
+        Argument("nx", "pure-token", "NX", optional=True),
+    )
+    assert parse_usage("(key value [key value ...] | key value other [key value other ...] ALL)") == (
+        Argument("key", "oneof", arguments=(pairs, all_of_them)),
+    )
+
+
 @pytest.mark.parametrize("usage", ["[key", "key]", "[]"])
 def test_a_malformed_line_is_refused(usage: str) -> None:
     with pytest.raises(ValueError, match=r"unbalanced|malformed|empty"):

@@ -5,82 +5,21 @@ import trio
 from trio.testing import MockClock
 
 from engram.index.vector_index import VectorIndex
-from tests.conftest import Client, HeldSearches, House, ManualJournal, OpenHouse, vector
-
-NO_INDEX = b"-ERR no such index\r\n"
-NOT_AN_INTEGER = b"-ERR value is not an integer or out of range\r\n"
-SYNTAX_ERROR = b"-ERR syntax error\r\n"
-WRONG_TYPE = b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"
-
-EMPTY = b"*0\r\n"
-
-
-def bulks(*texts: str) -> bytes:
-    return b"*%d\r\n" % len(texts) + b"".join(b"$%d\r\n%b\r\n" % (len(t), t.encode()) for t in texts)
-
-
-async def add(client: Client, index: str, key: str, *numbers: float) -> bytes:
-    return await client.call([b"VADD", index.encode(), key.encode(), vector(*numbers)])
-
-
-async def search(client: Client, index: str, query: bytes, *rest: bytes) -> bytes:
-    return await client.call([b"VSEARCH", index.encode(), query, *rest])
-
-
-@pytest.fixture(params=["HELLO 2", "HELLO 3"])
-async def client(request: pytest.FixtureRequest, house: House) -> Client:
-    client = house.connect()
-    await client.call(request.param)
-    return client
-
-
-async def test_vnew(client: Client) -> None:
-    assert await client.call("VNEW a 3") == b"+OK\r\n"
-    assert await client.call("VNEW a 3") == b"-ERR index already exists\r\n"
-    assert await client.call("TYPE a") == b"+vectorset\r\n"
-
-
-@pytest.mark.parametrize("dimension", ["0", "-1", "x", "1.5", "+3", ""])
-async def test_vnew_wants_a_positive_dimension(client: Client, dimension: str) -> None:
-    reply = await client.call([b"VNEW", b"a", dimension.encode()])
-    assert reply == b"-ERR dimension must be a positive integer\r\n"
-
-
-async def test_a_dimension_beyond_the_limit_is_refused(client: Client) -> None:
-    assert await client.call("VNEW a 65537") == b"-ERR dimension must be at most 65536\r\n"
-    assert await client.call("VNEW a 65536") == b"+OK\r\n"
-
-
-@pytest.mark.parametrize(
-    ("metric", "canonical"),
-    [
-        ("cosine", "cosine"),
-        ("COSINE", "cosine"),
-        ("l2", "l2"),
-        ("L2", "l2"),
-        ("Euclidean", "l2"),
-        ("dot", "dot"),
-        ("IP", "dot"),
-    ],
+from engram.operations import AddVectors, SetAttributes
+from tests.commands.conftest import (
+    EMPTY,
+    NO_INDEX,
+    NOT_AN_INTEGER,
+    SYNTAX_ERROR,
+    WRONG_TYPE,
+    add,
+    array,
+    bulk,
+    bulks,
+    parse,
+    search,
 )
-async def test_metrics_and_vinfo(client: Client, metric: str, canonical: str) -> None:
-    assert await client.call(f"VNEW a 3 metric {metric}") == b"+OK\r\n"
-    assert await client.call("VINFO a") == bulks("dim", "3", "metric", canonical, "count", "0")
-
-
-async def test_cosine_is_the_default(client: Client) -> None:
-    await client.call("VNEW a 3")
-    await add(client, "a", "x", 1, 2, 3)
-    assert await client.call("VINFO a") == bulks("dim", "3", "metric", "cosine", "count", "1")
-
-
-async def test_vnew_misused(client: Client) -> None:
-    assert await client.call("VNEW a 3 METRIC hamming") == b"-ERR unknown metric\r\n"
-    assert await client.call("VNEW a 3 METRIC") == SYNTAX_ERROR
-    assert await client.call("VNEW a 3 FOO l2") == SYNTAX_ERROR
-    assert await client.call("VNEW a 3 METRIC l2 x") == SYNTAX_ERROR
-    assert await client.call("VNEW a") == b"-ERR wrong number of arguments for 'vnew' command\r\n"
-    assert await client.call("EXISTS a") == b":0\r\n"
+from tests.conftest import Client, HeldSearches, House, ManualJournal, OpenHouse, vector
 
 
 async def test_vadd(client: Client) -> None:
@@ -88,7 +27,7 @@ async def test_vadd(client: Client) -> None:
     await client.call("VNEW a 2")
     assert await add(client, "a", "x", 1, 2) == b":1\r\n"
     assert await add(client, "a", "x", 3, 4) == b":0\r\n"
-    assert await client.call("VINFO a") == bulks("dim", "2", "metric", "cosine", "count", "1")
+    assert await client.call("VCOUNT a") == b":1\r\n"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +47,10 @@ async def test_bad_vectors(client: Client, blob: bytes, error: bytes) -> None:
     await client.call("VNEW a 4")
     assert await client.call([b"VADD", b"a", b"x", blob]) == error
     assert await search(client, "a", blob, b"1") == error
-    assert await client.call("VINFO a") == bulks("dim", "4", "metric", "cosine", "count", "0")
+    assert await client.call([b"VMADD", b"a", b"y", vector(1, 2, 3, 4), b"x", blob]) == error
+    assert await client.call([b"VMADD", b"a", b"x", blob, b"{}", b"ATTRS"]) == error
+    assert await client.call([b"VMSEARCH", b"a", b"1", b"2", vector(1, 2, 3, 4), blob]) == error
+    assert await client.call("VCOUNT a") == b":0\r\n"
 
 
 async def test_vdel(client: Client) -> None:
@@ -121,137 +63,230 @@ async def test_vdel(client: Client) -> None:
     assert await client.call("EXISTS a") == b":1\r\n"
 
 
-async def test_what_is_no_index(client: Client) -> None:
-    await client.call("SET s x")
-    assert await client.call("VNEW s 2") == WRONG_TYPE
-    assert await add(client, "s", "x", 1, 2) == WRONG_TYPE
-    assert await search(client, "s", vector(1, 2), b"1") == WRONG_TYPE
-    assert await client.call("VDEL s x") == WRONG_TYPE
-    assert await client.call("VINFO s") == WRONG_TYPE
-    assert await client.call("VINFO nosuch") == NO_INDEX
-    assert await search(client, "nosuch", vector(1, 2), b"1") == NO_INDEX
-    assert await client.call("GET s") == b"$1\r\nx\r\n"
+WRITES = (
+    [b"VADD", b"key", b"x", vector(1, 2)],
+    [b"VMADD", b"key", b"x", vector(1, 2)],
+    [b"VDEL", b"key", b"x"],
+    [b"VSETATTR", b"key", b"x", b"{}"],
+    [b"VDELBY", b"key", b"FILTER", b".n > 1"],
+)
+READS = (
+    [b"VSEARCH", b"key", vector(1, 2), b"1"],
+    [b"VMSEARCH", b"key", b"1", b"1", vector(1, 2)],
+    [b"VGET", b"key", b"x"],
+    [b"VMGET", b"key", b"x"],
+    [b"VGETATTR", b"key", b"x"],
+    [b"VSCAN", b"key", b"0"],
+    [b"VCOUNT", b"key"],
+    [b"VINFO", b"key"],
+    [b"VOPTIMIZE", b"key"],
+)
 
 
-async def test_euclidean_distances(client: Client) -> None:
+@pytest.mark.parametrize("request_", [*WRITES, *READS], ids=lambda words: words[0].decode())
+async def test_what_is_no_index(client: Client, request_: list[bytes]) -> None:
+    missing = {b"VSETATTR": (b":0\r\n", b"#f\r\n"), b"VGETATTR": (b"$-1\r\n", b"_\r\n")}
+    assert await client.call(request_) in missing.get(request_[0], (NO_INDEX,))
+    assert await client.call("EXISTS key") == b":0\r\n"
+    await client.call("SET key x")
+    assert await client.call(request_) == WRONG_TYPE
+    assert await client.call("GET key") == bulk("x")
+
+
+async def test_vmadd(client: Client) -> None:
     await client.call("VNEW a 2 METRIC l2")
-    for key, numbers in {"origin": (0, 0), "near": (0, 1), "half": (1.5, 2), "far": (3, 4)}.items():
-        await add(client, "a", key, *numbers)
-    expected = bulks("origin", "0", "near", "1", "half", "2.5", "far", "5")
-    assert await search(client, "a", vector(0, 0), b"10") == expected
-    assert await search(client, "a", vector(0, 0), b"2") == bulks("origin", "0", "near", "1")
+    await add(client, "a", "x", 1, 2)
+    request = [b"VMADD", b"a", b"x", vector(5, 0), b"y", vector(6, 0), b"z", vector(7, 0)]
+    assert await client.call(request) == b":2\r\n"
+    assert await client.call(request) == b":0\r\n"
+    assert await search(client, "a", vector(5, 0), b"9") == bulks("x", "0", "y", "1", "z", "2")
 
 
-async def test_cosine_distances(client: Client) -> None:
+async def test_vmadd_is_one_record(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await client.call([b"VMADD", b"a", b"x", vector(1), b"y", vector(2), b"x", vector(3)])
+        await client.call([b"VMADD", b"a", b"y", vector(1), b"{}", b"ATTRS"])
+        assert [operation for _, operation in journal.records[1:]] == [
+            AddVectors(1, (b"y", b"x"), vector(2, 3)),
+            AddVectors(1, (b"y",), vector(1), (b"{}",)),
+        ]
+
+
+async def test_of_a_key_given_twice_the_last_counts(client: Client) -> None:
+    await client.call("VNEW a 1")
+    pairs = [b"x", vector(1), b"y", vector(2), b"x", vector(3)]
+    assert await client.call([b"VMADD", b"a", *pairs]) == b":2\r\n"
+    assert await client.call("VGET a x") == bulk(vector(3))
+    triples = [b"x", vector(4), b"1", b"x", vector(5), b"2"]
+    assert await client.call([b"VMADD", b"a", *triples, b"ATTRS"]) == b":0\r\n"
+    assert await client.call("VGET a x") == bulk(vector(5))
+    assert await client.call("VGETATTR a x") == bulk("2")
+    assert await client.call("VCOUNT a") == b":2\r\n"
+
+
+@pytest.mark.parametrize("bad", [vector(1, 2, 3), vector(1), b"", b"123", vector(1, float("nan"))])
+async def test_vmadd_adds_all_or_nothing(client: Client, bad: bytes) -> None:
     await client.call("VNEW a 2")
-    for key, numbers in {"same": (2, 0), "across": (0, 5), "against": (-1, 0), "zero": (0, 0)}.items():
-        await add(client, "a", key, *numbers)
-    expected = bulks("same", "0", "across", "1", "zero", "1", "against", "2")
-    assert await search(client, "a", vector(7, 0), b"10") == expected
-
-
-async def test_inner_product_distances(client: Client) -> None:
-    await client.call("VNEW a 2 METRIC dot")
-    for key, numbers in {"with": (2, 2), "across": (1, -1), "against": (-0.5, -1)}.items():
-        await add(client, "a", key, *numbers)
-    expected = bulks("with", "-6", "across", "0", "against", "2.25")
-    assert await search(client, "a", vector(1.5, 1.5), b"10") == expected
-
-
-async def test_search_options(client: Client) -> None:
-    await client.call("VNEW a 2")
-    query = vector(1, 0)
-    assert await search(client, "a", query, b"5") == EMPTY
-    await add(client, "a", "x", 1, 0)
-    assert await search(client, "a", query, b"0") == EMPTY
-    assert await search(client, "a", query, b"5", b"EF", b"100") == bulks("x", "0")
-    assert await search(client, "a", query, b"9223372036854775807") == bulks("x", "0")
-    assert await search(client, "a", query, b"5", b"ef", b"9223372036854775807") == bulks("x", "0")
-    for bad in (b"-1", b"x", b"1.5", b"9223372036854775808"):
-        assert await search(client, "a", query, bad) == NOT_AN_INTEGER
-    for bad in (b"0", b"-1", b"x"):
-        assert await search(client, "a", query, b"5", b"EF", bad) == NOT_AN_INTEGER
-    assert await search(client, "a", query, b"5", b"EF") == SYNTAX_ERROR
-    assert await search(client, "a", query, b"5", b"FOO", b"1") == SYNTAX_ERROR
-    assert await search(client, "a", query, b"5", b"EF", b"1", b"x") == SYNTAX_ERROR
-
-
-async def test_a_search_sees_the_state_at_its_place_in_the_pipeline(client: Client) -> None:
-    await client.call("VNEW a 2 METRIC l2")
-    query = [b"VSEARCH", b"a", vector(0, 0), b"10"]
-    await client.send(
-        [b"VADD", b"a", b"x", vector(1, 0)],
-        query,
-        [b"VADD", b"a", b"x", vector(3, 0)],
-        [b"VADD", b"a", b"y", vector(2, 0)],
-        query,
-        b"VDEL a x".split(),
-        query,
-        b"DEL a".split(),
-        query,
+    await add(client, "a", "x", 1, 2)
+    reply = await client.call(
+        [b"VMADD", b"a", b"x", vector(5, 6), b"y", vector(5, 6), b"z", bad, b"z", vector(1, 2)]
     )
-    assert [await client.reply() for _ in range(9)] == [
-        b":1\r\n",
-        bulks("x", "1"),
-        b":0\r\n",
-        b":1\r\n",
-        bulks("y", "2", "x", "3"),
-        b":1\r\n",
-        bulks("y", "2"),
-        b":1\r\n",
-        NO_INDEX,
-    ]
+    assert reply.startswith(b"-ERR ")
+    assert await client.call("VCOUNT a") == b":1\r\n"
+    assert await client.call("VGET a x") == bulk(vector(1, 2))
 
 
-async def test_an_index_is_a_key_like_any_other(house: House) -> None:
-    client = house.connect()
-    await client.call("VNEW a 2")
-    await add(client, "a", "x", 1, 0)
-    assert await client.call("EXPIRE a 10") == b":1\r\n"
-    assert await client.call("TTL a") == b":10\r\n"
-    assert await client.call("SCAN 0 TYPE vectorset") == b"*2\r\n$1\r\n0\r\n*1\r\n$1\r\na\r\n"
-    assert await client.call("SCAN 0 TYPE string") == b"*2\r\n$1\r\n0\r\n*0\r\n"
-    house.clock.time += 10_000
-    assert await client.call("VINFO a") == NO_INDEX
-    assert house.engine.indices == {}
-    assert await client.call("VNEW a 5") == b"+OK\r\n"
-    assert await client.call("TTL a") == b":-1\r\n"
-    assert await client.call("SET a x") == b"+OK\r\n"
-    assert await client.call("GET a") == b"$1\r\nx\r\n"
-    assert house.engine.indices == {}
-
-
-# What Redis answers for a vector set.
-async def test_string_commands_on_an_index(client: Client) -> None:
-    await client.call("VNEW a 2")
-    for request in (
-        "GET a",
-        "SET a x GET",
-        "SET a x NX GET",
-        "SET a x XX GET",
-        "APPEND a x",
-        "STRLEN a",
-        "INCR a",
-        "DECRBY a 1",
+async def test_vmadd_misused(client: Client) -> None:
+    arity = b"-ERR wrong number of arguments for 'vmadd' command\r\n"
+    await client.call("VNEW a 1")
+    one = vector(1)
+    for rest in (
+        [],
+        [b"x"],
+        [b"x", one, b"y"],
+        [b"x", one, b"ATTRS"],
+        [b"x", one, b"{}", b"y", one, b"ATTRS"],
+        [b"ATTRS", b"x", one],
+        [b"x", one, b"{}", b"y", one, b"{}", b"z"],
     ):
-        assert (request, await client.call(request)) == (request, WRONG_TYPE)
-    assert await client.call("SET a x NX") in (b"$-1\r\n", b"_\r\n")
-    assert await client.call("TYPE a") == b"+vectorset\r\n"
-    assert await client.call("DEL a") == b":1\r\n"
-    assert await client.call("EXISTS a") == b":0\r\n"
+        assert (rest, await client.call([b"VMADD", b"a", *rest])) == (rest, arity)
+    assert await client.call("VCOUNT a") == b":0\r\n"
 
 
-async def test_a_search_that_fails_is_answered_with_an_error(open_house: OpenHouse) -> None:
-    searches = HeldSearches()
-    async with open_house(searches=searches) as house:
+async def test_attributes_with_the_vectors(client: Client) -> None:
+    await client.call("VNEW a 1")
+    triples = [b"x", vector(1), b'{"n":1}', b"y", vector(2), b"", b"z", vector(3), b"no JSON"]
+    assert await client.call([b"VMADD", b"a", *triples, b"attrs"]) == b":3\r\n"
+    null = await client.call("VGET a nobody")
+    for key, attributes in ((b"x", bulk('{"n":1}')), (b"y", null), (b"z", bulk("no JSON"))):
+        assert await client.call([b"VGETATTR", b"a", key]) == attributes
+    assert await client.call([b"VMADD", b"a", b"ATTRS", b"x", vector(1), b"", b"y", vector(2), b"2"]) == (
+        b":0\r\n"
+    )
+    assert await client.call("VGETATTR a x") == null
+    assert await client.call("VGETATTR a y") == bulk("2")
+
+
+async def test_a_member_may_be_called_attrs(client: Client) -> None:
+    await client.call("VNEW a 2")
+    pairs = [b"ATTRS", vector(1, 2), b"y", vector(3, 4)]
+    assert await client.call([b"VMADD", b"a", *pairs]) == b":2\r\n"
+    assert await client.call([b"VMADD", b"a", b"ATTRS", vector(1, 2)]) == b":0\r\n"
+    assert await client.call([b"VMADD", b"a", b"attrs", vector(5, 6), b"{}", b"ATTRS"]) == b":1\r\n"
+    assert await client.call("VGET a ATTRS") == bulk(vector(1, 2))
+    assert await client.call("VGETATTR a attrs") == bulk("{}")
+
+
+async def test_overwriting_a_vector_keeps_the_attributes(client: Client) -> None:
+    await client.call("VNEW a 1")
+    await client.call([b"VMADD", b"a", b"x", vector(1), b"1", b"y", vector(2), b"2", b"ATTRS"])
+    assert await add(client, "a", "x", 3) == b":0\r\n"
+    assert await client.call([b"VMADD", b"a", b"y", vector(4), b"z", vector(5)]) == b":1\r\n"
+    assert await client.call("VGETATTR a x") == bulk("1")
+    assert await client.call("VGETATTR a y") == bulk("2")
+    await client.call("VDEL a x")
+    await add(client, "a", "x", 3)
+    assert await client.call("VGETATTR a x") in (b"$-1\r\n", b"_\r\n")
+
+
+async def test_vget_and_vmget(client: Client) -> None:
+    await client.call("VNEW a 2")
+    await add(client, "a", "x", 1e-30, -2)
+    await add(client, "a", "y", 3, 4)
+    null = await client.call("GET missing")
+    assert await client.call("VGET a x") == bulk(vector(1e-30, -2))
+    assert await client.call("VGET a nobody") == null
+    assert await client.call("VMGET a y nobody x y") == array(
+        bulk(vector(3, 4)), null, bulk(vector(1e-30, -2)), bulk(vector(3, 4))
+    )
+    await client.call("VDEL a x")
+    assert await client.call("VGET a x") == null
+
+
+async def test_a_reply_larger_than_a_client_may_have_waiting_is_refused(house: House) -> None:
+    client = house.connect()
+    house.server.config.client_output_buffer_limit = 1 << 16
+    await client.call("VNEW a 256")
+    await client.call([b"VADD", b"a", b"x", vector(*[1] * 256)])
+    for request in (
+        [b"VMGET", b"a", *[b"x"] * 65],
+        [b"VMSEARCH", b"a", b"1", b"1025", *[vector(*[1] * 256)] * 1025],
+        [b"VMSEARCH", b"a", b"1", b"61", *[vector(*[1] * 256)] * 61, b"WITHVECTORS"],
+    ):
+        reply = await client.call(request)
+        assert reply.startswith(b"-ERR the reply would take ")
+        assert reply.endswith(b" bytes, more than client-output-buffer-limit\r\n")
+    assert len(parse(await client.call([b"VMGET", b"a", *[b"x"] * 64]))) == 64
+
+
+async def test_attributes(client: Client) -> None:
+    yes, no = (b":1\r\n", b":0\r\n") if await client.call("GET x") == b"$-1\r\n" else (b"#t\r\n", b"#f\r\n")
+    null = await client.call("GET x")
+    await client.call("VNEW a 2")
+    assert await client.call("VSETATTR a x {}") == no
+    await add(client, "a", "x", 1, 2)
+    assert await client.call("VGETATTR a x") == null
+    assert await client.call([b"VSETATTR", b"a", b"x", b'{"year": 1999}']) == yes
+    assert await client.call("VGETATTR a x") == bulk('{"year": 1999}')
+    assert await client.call("VGET a x") == bulk(vector(1, 2))
+    assert await client.call("VSETATTR a x not-JSON") == yes
+    assert await client.call("VGETATTR a x") == bulk("not-JSON")
+    assert await client.call([b"VSETATTR", b"a", b"x", b""]) == yes
+    assert await client.call("VGETATTR a x") == null
+    assert await client.call("VGETATTR a nobody") == null
+    assert await client.call("VCOUNT a") == b":1\r\n"
+
+
+async def test_setting_attributes_logs_no_vector_and_only_what_changes(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
         client = house.connect()
         await client.call("VNEW a 2")
-        await add(client, "a", "x", 1, 0)
-        await client.send([b"VSEARCH", b"a", vector(1, 0), b"1"], "PING")
-        assert await client.arrived() == b""
-        searches.held.pop()(ValueError("out\nof order"))
-        assert await client.arrived() == b"-ERR search failed: out of order\r\n+PONG\r\n"
-        assert house.server.statistics.error_replies == 1
+        await add(client, "a", "x", 1, 2)
+        for _ in range(2):
+            await client.call("VSETATTR a x {}")
+        assert [operation for _, operation in journal.records[2:]] == [SetAttributes(1, (b"x",), (b"{}",))]
+
+
+async def test_vscan(client: Client) -> None:
+    await client.call("VNEW a 1")
+    assert await client.call("VSCAN a 0") == array(bulk("0"), EMPTY)
+    await client.send(*([b"VADD", b"a", b"key:%d" % number, vector(number)] for number in range(50)))
+    for _ in range(50):
+        await client.reply()
+    cursor, found = "0", []
+    while True:
+        following, keys = parse(await client.call(f"VSCAN a {cursor} COUNT 7"))
+        assert len(keys) <= 7
+        found += keys
+        cursor = following.decode()
+        if cursor == "0":
+            break
+        # What is not there throughout may be missing; what is overwritten comes again.
+        await client.call("VDEL a key:49")
+        await add(client, "a", "key:0", 0)
+    assert {b"key:%d" % number for number in range(49)} <= set(found)
+    assert b"key:49" not in found
+    assert len(parse(await client.call("VSCAN a 0"))[1]) == 10
+
+
+async def test_vscan_options(client: Client) -> None:
+    await client.call("VNEW a 1")
+    for key in ("apple", "banana", "cherry"):
+        await add(client, "a", key, 1)
+    assert await client.call("VSCAN a 0 MATCH *an* COUNT 100") == array(bulk("0"), bulks("banana"))
+    assert await client.call("VSCAN a 0 count 9223372036854775807") == array(
+        bulk("0"), bulks("apple", "banana", "cherry")
+    )
+    assert await client.call("VSCAN a 18446744073709551615") == array(bulk("0"), EMPTY)
+    for cursor in ("-1", "x", "18446744073709551616"):
+        assert await client.call(f"VSCAN a {cursor}") == b"-ERR invalid cursor\r\n"
+    for options in ("COUNT", "COUNT 0", "COUNT -1", "MATCH", "FOO 1", "COUNT 1 COUNT 1", "TYPE string"):
+        assert (options, await client.call(f"VSCAN a 0 {options}")) == (options, SYNTAX_ERROR)
+    assert await client.call("VSCAN a 0 COUNT x") == NOT_AN_INTEGER
 
 
 async def test_rows_without_a_graph_slow_their_writer_down_only(
@@ -259,8 +294,8 @@ async def test_rows_without_a_graph_slow_their_writer_down_only(
 ) -> None:
     asked = []
 
-    def delay(index: VectorIndex, limit: int) -> float:
-        asked.append((index.rows_unindexed, limit))
+    def delay(index: VectorIndex, limit: int, rows: int) -> float:
+        asked.append((index.rows_unindexed, limit, rows))
         return 1.0
 
     async with open_house(ManualJournal(automatic=True), searches=HeldSearches()) as house:
@@ -277,4 +312,26 @@ async def test_rows_without_a_graph_slow_their_writer_down_only(
         assert trio.current_time() == began
         assert [await writer.reply() for _ in range(3)] == [b":1\r\n", b":1\r\n", b"+PONG\r\n"]
         assert trio.current_time() - began == pytest.approx(2.0)
-        assert asked == [(2, 2), (3, 2)]
+        assert asked == [(2, 2, 1), (3, 2, 1)]
+
+
+async def test_many_rows_at_once_wait_as_long_as_one_by_one(
+    house: House, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def delay(index: VectorIndex, limit: int, rows: int) -> float:
+        asked.append(rows)
+        return float(rows)
+
+    monkeypatch.setattr(house.server.builder, "delay", delay)
+    house.server.config.max_unindexed_rows = 1
+    client = house.connect()
+    await client.call("VNEW a 1")
+    await add(client, "a", "x", 1)
+    began = trio.current_time()
+    await client.call([b"VMADD", b"a", b"x", vector(1), b"y", vector(1)])
+    await client.call([b"VMADD", b"a", b"x", vector(1), b"", b"ATTRS"])
+    await client.call([b"VSETATTR", b"a", b"x", b"{}"])
+    assert asked == [2, 1, 1]
+    assert trio.current_time() - began == pytest.approx(4.0)

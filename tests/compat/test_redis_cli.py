@@ -76,7 +76,21 @@ def test_vectors(cli: Run) -> None:
         assert cli("--quoted-input", "vadd", "colours", name, vector) == "1\n"
     query = '"\\x00\\x00\\x80?\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00"'
     assert cli("--quoted-input", "vsearch", "colours", query, "2").splitlines()[:3] == ["red", "0", "blue"]
-    assert cli("vinfo", "colours").splitlines() == ["dim", "3", "metric", "l2", "count", "2"]
+    assert cli("vinfo", "colours").splitlines()[:6] == ["dim", "3", "metric", "l2", "count", "2"]
+
+
+def test_attributes_and_filters(cli: Run) -> None:
+    cli("vnew", "words", "1", "metric", "l2")
+    for number, letters in enumerate(("AAAA", "BBBB", "CCCC")):
+        assert cli("vmadd", "words", letters.lower(), letters, f'{{"n": {number}}}', "attrs") == "1\n"
+    assert cli("vcount", "words", "filter", ".n >= 1") == "2\n"
+    found = cli("vsearch", "words", "CCCC", "1", "filter", ".n < 2", "withattrs", "withvectors").splitlines()
+    assert [found[0], *found[2:]] == ["bbbb", '{"n": 1}', "BBBB"]
+    assert cli("vgetattr", "words", "cccc") == '{"n": 2}\n'
+    assert cli("--no-raw", "vgetattr", "words", "nobody") == "(nil)\n"
+    assert cli("vdelby", "words", "filter", ".n >= 1") == "2\n"
+    assert cli("vscan", "words", "0").splitlines() == ["0", "aaaa"]
+    assert cli("vmget", "words", "aaaa", "bbbb").splitlines() == ["AAAA", ""]
 
 
 def test_scan(cli: Run) -> None:
@@ -158,25 +172,29 @@ def test_the_prompt_shows_hints(redis_cli: str, server: ServerProcess, tmp_path:
         terminal.expect("VSEARCH index query k [EF ef]")
         terminal.type("colours ")
         terminal.expect("VSEARCH colours query k [EF ef]")
+        terminal.type("\x15VMADD colours ")
+        terminal.expect("VMADD colours member vector [member vector ...]|member vector attributes")
         terminal.type("\x15SET ")
         terminal.expect("SET key value [NX|XX] [GET]")
         terminal.type("key value\r")
-        terminal.expect("OK\r\n")
-        terminal.expect(prompt)
+        # What is typed before the next prompt is lost.
+        terminal.expect("OK\r\n" + prompt)
         terminal.type("DEL ")
         terminal.expect("DEL key [key ...]")
         terminal.type("\x15CONFIG GET ")
         terminal.expect("CONFIG GET pattern [pattern ...]")
         terminal.type("\x15get key\r")
-        terminal.expect('"value"\r\n')
+        terminal.expect('"value"\r\n' + prompt)
         terminal.type("vnew colours 3\r")
-        terminal.expect("OK\r\n")
+        terminal.expect("OK\r\n" + prompt)
         terminal.type("vinfo colours\r")
-        terminal.expect('1) "dim"\r\n2) "3"\r\n3) "metric"\r\n4) "cosine"\r\n5) "count"\r\n6) "0"\r\n')
+        terminal.expect(' 1) "dim"\r\n 2) "3"\r\n 3) "metric"\r\n 4) "cosine"\r\n 5) "count"\r\n 6) "0"\r\n')
+        terminal.expect('30) ""\r\n' + prompt)
         terminal.type("help vadd\r")
         terminal.expect("VADD index member vector\r\r\n")
         terminal.expect("summary: Adds a vector")
         terminal.expect("group: vector")
+        terminal.expect("\r\n" + prompt)
         terminal.type("quit\r")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import redis
 from redis import ConnectionPool, Redis
 from redis.exceptions import ResponseError
 
-from tests.crash.server_process import HOST, ServerProcess, wait_until
+from tests.crash.server_process import HOST, ServerProcess, running_server, wait_until
 
 BINARY_KEY = bytes(range(256))
 
@@ -123,7 +124,8 @@ def test_decode_responses(server: ServerProcess, protocol: int) -> None:
         assert client.keys() == ["ключ"]
         assert client.config_get("appendfsync") == {"appendfsync": "always"}
         client.execute_command("VNEW", "index", 2)
-        assert client.execute_command("VINFO", "index") == ["dim", "2", "metric", "cosine", "count", "0"]
+        found = client.execute_command("VINFO", "index")
+        assert found[:6] == ["dim", "2", "metric", "cosine", "count", "0"]
 
 
 def test_config(client: Redis) -> None:
@@ -259,7 +261,7 @@ def test_vectors(client: Redis, metric: str) -> None:
     for number, row in enumerate(rows):
         assert client.execute_command("VADD", "index", f"row-{number}", row.tobytes()) == 1
     assert client.execute_command("VADD", "index", "row-0", rows[0].tobytes()) == 0
-    assert client.execute_command("VINFO", "index") == [
+    assert client.execute_command("VINFO", "index")[:6] == [
         *(b"dim", b"16"),
         *(b"metric", metric.encode()),
         *(b"count", b"50"),
@@ -274,6 +276,139 @@ def test_vectors(client: Redis, metric: str) -> None:
     assert client.execute_command("VDEL", "index", found[0]) == 1
     assert client.execute_command("VDEL", "index", found[0]) == 0
     assert client.execute_command("VSEARCH", "index", query.tobytes(), 5)[0] == found[2]
+
+
+def test_attributes_and_filters(client: Redis) -> None:
+    client.execute_command("VNEW", "index", 2, "METRIC", "l2")
+    rows = [(f"row-{n}", blob(n, 0), f'{{"n": {n}}}') for n in range(20)]
+    words = [word for row in rows for word in row]
+    assert client.execute_command("VMADD", "index", *words, "ATTRS") == 20
+    assert client.execute_command("VCOUNT", "index") == 20
+    assert client.execute_command("VCOUNT", "index", "FILTER", ".n % 2 == 0") == 10
+    asked = ("VSEARCH", "index", blob(0, 0), 2, "FILTER", ".n > 10")
+    assert client.execute_command(*asked) == [b"row-11", b"11", b"row-12", b"12"]
+    assert client.execute_command(*asked, "WITHATTRS", "WITHVECTORS") == [
+        *(b"row-11", b"11", b'{"n": 11}', blob(11, 0)),
+        *(b"row-12", b"12", b'{"n": 12}', blob(12, 0)),
+    ]
+    assert client.execute_command("VDELBY", "index", "FILTER", ".n > 10 or .n == 3") == 10
+    assert client.execute_command("VSEARCH", "index", blob(20, 0), 1, "WITHATTRS") == [
+        *(b"row-10", b"10", b'{"n": 10}')
+    ]
+    with pytest.raises(ResponseError, match=r"^syntax error in FILTER expression near: "):
+        client.execute_command("VCOUNT", "index", "FILTER", ".n >")
+
+
+def test_the_clients_own_methods_for_attributes(client: Redis) -> None:
+    client.execute_command("VNEW", "index", 2)
+    client.execute_command("VADD", "index", "row", blob(1, 2))
+    assert client.vset().vsetattr("index", "row", {"year": 1999})
+    assert client.vset().vgetattr("index", "row") == {"year": 1999}
+    assert not client.vset().vsetattr("index", "nobody", {})
+    assert client.vset().vgetattr("index", "nobody") is None
+
+
+def test_batches_and_scans(client: Redis) -> None:
+    client.execute_command("VNEW", "index", 2, "METRIC", "l2")
+    words = [word for n in range(100) for word in (f"row-{n}", blob(n, 0))]
+    assert client.execute_command("VMADD", "index", *words) == 100
+    assert client.execute_command("VMADD", "index", *words, "new", blob(0, 1)) == 1
+    queries = [blob(5.25, 0), blob(98, 0)]
+    assert client.execute_command("VMSEARCH", "index", 2, 2, *queries) == [
+        [b"row-5", b"0.25", b"row-6", b"0.75"],
+        [b"row-98", b"0", b"row-97", b"1"],
+    ]
+    assert client.execute_command("VGET", "index", "row-7") == blob(7, 0)
+    assert client.execute_command("VMGET", "index", "row-7", "nobody") == [blob(7, 0), None]
+    found, cursor = set(), b"0"
+    while True:
+        cursor, keys = client.execute_command("VSCAN", "index", cursor, "COUNT", 13)
+        found.update(keys)
+        if cursor == b"0":
+            break
+    assert found == {b"new", *(b"row-%d" % n for n in range(100))}
+    assert client.execute_command("VLIST") == [b"index"]
+
+
+def test_a_pipeline_of_everything(client: Redis) -> None:
+    with client.pipeline(transaction=False) as pipeline:
+        for request in (
+            (
+                "VNEW",
+                "index",
+                1,
+                "METRIC",
+                "l2",
+                "M",
+                8,
+                "EF_CONSTRUCTION",
+                40,
+                "QUANT",
+                "f32",
+                "RECALL",
+                0.9,
+            ),
+            ("VMADD", "index", "a", blob(1), '{"n": 1}', "b", blob(2), '{"n": 2}', "c", blob(3), "", "ATTRS"),
+            ("VSEARCH", "index", blob(0), 9),
+            ("VSETATTR", "index", "c", '{"n": 3}'),
+            ("VDELBY", "index", "FILTER", ".n >= 2"),
+            ("VMSEARCH", "index", 9, 1, blob(0), "EXACT"),
+            ("VOPTIMIZE", "index"),
+            ("VSEARCH", "index", blob(0), 9, "WITHATTRS"),
+            ("VCOUNT", "index"),
+            ("VDEL", "index", "a"),
+            ("VSCAN", "index", 0),
+            ("VLIST",),
+        ):
+            pipeline.execute_command(*request)
+        assert pipeline.execute() == [
+            b"OK",
+            3,
+            [b"a", b"1", b"b", b"2", b"c", b"3"],
+            1,
+            2,
+            [[b"a", b"1"]],
+            b"OK",
+            [b"a", b"1", b'{"n": 1}'],
+            1,
+            1,
+            [b"0", []],
+            [b"index"],
+        ]
+
+
+def test_parameters_and_attributes_survive_a_restart(tmp_path: Path, protocol: int) -> None:
+    options = ("METRIC", "dot", "M", 24, "EF_CONSTRUCTION", 99, "QUANT", "int8", "RECALL", 0.875)
+
+    def state(client: Redis) -> Any:
+        info = client.execute_command("VINFO", "index")
+        names = (b"metric", b"m", b"ef-construction", b"quant", b"recall", b"count")
+        fields = [info[info.index(name) + 1] for name in names]
+        rows = client.execute_command("VSEARCH", "index", blob(1, 1), 9, "WITHATTRS", "WITHVECTORS")
+        return fields, rows
+
+    with running_server("--dir", str(tmp_path)) as server, server.client(protocol=protocol) as client:
+        client.execute_command("VNEW", "index", 2, *options)
+        words = [word for n in range(9) for word in (f"row-{n}", blob(n, 0), f'{{"n": {n}}}')]
+        client.execute_command("VMADD", "index", *words, "ATTRS")
+        client.execute_command("VADD", "index", "row-1", blob(7, 7))
+        client.execute_command("VSETATTR", "index", "row-2", "")
+        client.execute_command("VDELBY", "index", "FILTER", ".n == 3")
+        before = state(client)
+    assert before[0] == [b"dot", b"24", b"99", b"int8", b"0.875", b"8"]
+    assert before[1][:4] == [b"row-1", b"-14", b'{"n": 1}', blob(7, 7)]
+    for save in (False, True):
+        with running_server("--dir", str(tmp_path)) as server, server.client(protocol=protocol) as client:
+            assert state(client) == before
+            if save:
+                client.execute_command("VSAVE")
+                client.execute_command("VOPTIMIZE", "index")
+    with running_server("--dir", str(tmp_path)) as server, server.client(protocol=protocol) as client:
+        assert state(client) == before
+
+
+def blob(*numbers: float) -> bytes:
+    return np.array(numbers, "<f4").tobytes()
 
 
 def exact_distances(metric: str, query: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Any:
@@ -301,6 +436,15 @@ def exact_distances(metric: str, query: np.ndarray[Any, Any], rows: np.ndarray[A
         (("VSEARCH", "index", bytes(16), 1, "EF"), "^syntax error$"),
         (("VDEL", "missing", "row"), "^no such index$"),
         (("VINFO", "missing"), "^no such index$"),
+        (
+            ("VMADD", "index", "a", bytes(16), "b", bytes(12)),
+            "^wrong vector dimension: index expects 4, got 3$",
+        ),
+        (("VMADD", "index", "a", bytes(16), "b"), "^wrong number of arguments for 'vmadd' command$"),
+        (("VMSEARCH", "index", 1, 2, bytes(16)), "^syntax error$"),
+        (("VSEARCH", "index", bytes(16), 1, "RADIUS", "far"), "^value is not a valid float$"),
+        (("VSCAN", "index", "x"), "^invalid cursor$"),
+        (("VGET", "missing", "row"), "^no such index$"),
         (("VSAVE",), "^persistence not enabled; start with a data dir$"),
     ],
 )

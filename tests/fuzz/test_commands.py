@@ -70,6 +70,8 @@ def value(argument: Argument) -> st.SearchStrategy[list[bytes]]:
             return keys.map(lambda key: [key])
         case "integer" | "unix-time":
             return (integers | oddities).map(lambda number: [number])
+        case "double":
+            return (st.floats().map(lambda number: b"%g" % number) | oddities).map(lambda number: [number])
         case _ if argument.name in ("vector", "query"):
             return vectors.map(lambda vector: [vector])
         case _:

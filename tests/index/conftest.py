@@ -14,7 +14,7 @@ from engram.files import DiskFiles
 from engram.index.build_process import BuildJob, build_segment
 from engram.index.builder import live_rows
 from engram.index.segment import Segment, SegmentStore
-from engram.index.vector_index import SealPlan, VectorIndex
+from engram.index.vector_index import Plan, VectorIndex
 
 Floats = npt.NDArray[np.float32]
 Nearest = Callable[[str, Floats, Floats, int], list[tuple[int, float]]]
@@ -76,15 +76,15 @@ class Built:
         return index.install(lsn, self.segment, self.through, self.replaces)
 
 
-Build = Callable[[VectorIndex], Built]
+Build = Callable[..., Built]
 
 
 @pytest.fixture
 def build(store: SegmentStore) -> Build:
-    """Builds what an index plans, in this process."""
+    """Builds what an index plans, or the plan that is given, in this process."""
 
-    def build_planned(index: VectorIndex) -> Built:
-        plan = index.plan()
+    def build_planned(index: VectorIndex, plan: Plan | None = None) -> Built:
+        plan = plan or index.plan()
         assert plan is not None
         name = secrets.token_hex(8)
         segment: Segment | None = None
@@ -92,8 +92,6 @@ def build(store: SegmentStore) -> Build:
             parameters: dict[str, Any] = attrs.asdict(index.parameters)
             result = build_segment(BuildJob(str(store.folder), name, index.id, **parameters))
             segment = store.open(name, result.checksum)
-        if isinstance(plan, SealPlan):
-            return Built(segment, plan.through, ())
-        return Built(segment, -1, tuple(source.id for source in plan.sources))
+        return Built(segment, plan.through, tuple(source.id for source in plan.sources))
 
     return build_planned

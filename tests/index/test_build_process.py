@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engram.index.build_process import BuildJob, BuildResult
+from engram.index.build_process import BuildJob, BuildResult, build_segment
+from engram.index.distances import row_norms
 from engram.index.head import Chunk
 from engram.index.segment import SegmentStore
 
@@ -51,6 +52,19 @@ def test_a_process_builds_the_segment_it_is_asked_for(
     assert segment.index_id == 7
     assert len(segment.graphs[0]) == 300
     assert [path.name for path in store.folder.iterdir()] == ["0123"]
+
+
+def test_a_segment_knows_how_wide_it_must_be_searched(
+    store: SegmentStore, clustered: Callable[..., Floats]
+) -> None:
+    rows = clustered(6000, 16)
+    segment = store.open("0123", build_segment(job_for(store, rows)).checksum)
+    assert len(segment.graphs[0]) == 6000
+    expansion = segment.expansion_for(0.95)
+    assert 0 < expansion < 128
+    assert next(ef for ef, recall in segment.curve if recall >= 0.95) >= expansion
+    found = segment.graphs[0].search(rows, row_norms(rows), 1, expansion)[:, 0]
+    assert (found == np.arange(6000)).mean() > 0.95
 
 
 def test_a_process_ends_with_its_input(

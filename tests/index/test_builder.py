@@ -11,9 +11,9 @@ import trio
 import trio.testing
 
 from engram.errors import CommandError, LogFailureError
-from engram.index.builder import Builder, BuilderSettings
+from engram.index.builder import Builder, BuildError, BuilderSettings
 from engram.index.parameters import default_parameters
-from engram.index.search import search_batch
+from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import SegmentStore
 from engram.index.vector_index import VectorIndex
 from engram.operations import InstallSegment
@@ -77,10 +77,10 @@ async def test_a_head_becomes_a_segment(
     await engine.wait(1)
     await trio.testing.wait_all_tasks_blocked()
     (operation,) = engine.operations
-    assert (operation.index, operation.through, operation.replaces) == (1, 63, ())
+    assert (operation.index, operation.through, operation.replaces) == (1, 69, ())
     assert [path.name for path in engine.store.folder.iterdir()] == [operation.segment]
-    assert (index.rows_unindexed, [installed.rows for installed in index.segments]) == (6, [64])
-    (result,) = search_batch([index.view(engine.lsn)], clustered(70, 8)[3:4], 2, None, 0)
+    assert (index.rows_unindexed, [installed.rows for installed in index.segments]) == (0, [70])
+    (result,) = search_batch([index.view(engine.lsn)], clustered(70, 8)[3:4], SearchOptions(2), 0)
     assert result.keys[0] == b"3"
     assert (builder.builds, builder.failures, builder.waiting, builder.running) == (1, 0, 0, 0)
     assert builder.rate > 0.0
@@ -100,7 +100,7 @@ async def test_rows_that_die_while_they_are_built_are_dead_in_the_segment(
     builder.consider(index)
     await engine.wait(1)
     assert [installed.dead for installed in index.segments] == [2]
-    (result,) = search_batch([index.view(engine.lsn)], np.ones((1, 8), np.float32), 100, None, 0)
+    (result,) = search_batch([index.view(engine.lsn)], np.ones((1, 8), np.float32), SearchOptions(100), 0)
     assert sorted(map(int, result.keys)) == [row for row in range(70) if row != 7]
 
 
@@ -130,13 +130,13 @@ async def test_the_index_that_waits_longest_is_next_and_merges_follow(
 async def test_rows_that_are_all_dead_need_no_process(
     engine: Engine, index: VectorIndex, nursery: trio.Nursery
 ) -> None:
-    index.delete(3, [b"%d" % row for row in range(64)])
+    index.delete(3, [b"%d" % row for row in range(70)])
     builder = Builder(engine.store, engine.install, settings=shell("exit 9"))
     await nursery.start(builder.run)
     builder.consider(index)
     await engine.wait(1)
-    assert engine.operations == [InstallSegment(1, "", 0, 63, ())]
-    assert index.rows_total == 6
+    assert engine.operations == [InstallSegment(1, "", 0, 69, ())]
+    assert index.rows_total == 0
     assert list(engine.store.folder.iterdir()) == []
 
 
@@ -248,7 +248,7 @@ async def test_an_index_dropped_meanwhile_leaves_nothing(
         fifo.write_text("go\n")
 
     await trio.to_thread.run_sync(go)
-    index.dropped = True
+    index.drop()
     while builder.running:
         await trio.lowlevel.checkpoint()
     assert builder.failures == 0
@@ -261,7 +261,7 @@ async def test_an_index_dropped_before_its_turn_is_not_built(
 ) -> None:
     builder = Builder(engine.store, engine.install, settings=shell("exit 1"))
     builder.consider(index)
-    index.dropped = True
+    index.drop()
     await nursery.start(builder.run)
     await trio.testing.wait_all_tasks_blocked()
     assert (builder.waiting, builder.failures) == (0, 0)
@@ -300,15 +300,121 @@ async def test_a_log_that_fails_ends_the_builder(engine: Engine, index: VectorIn
             builder.consider(index)
 
 
-async def test_rows_beyond_the_limit_come_as_fast_as_graphs_are_built(
-    engine: Engine, index: VectorIndex, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_rows_wait_once_too_many_have_no_graph(engine: Engine, index: VectorIndex) -> None:
     builder = Builder(engine.store, engine.install)
     assert builder.delay(index, 71) == 0.0
-    pause = 1.0 / builder.rate
-    assert [builder.delay(index, 70) for _ in range(3)] == pytest.approx([pause, 2 * pause, 3 * pause])
-    await trio.sleep(1.0)
-    assert builder.delay(index, 70) == pytest.approx(pause)
-    await trio.sleep(1.0)
-    # Half as many again: half as fast.
-    assert builder.delay(index, 47) == pytest.approx(pause / (1.0 - 23 / 47))
+    assert builder.delay(index, 70, 3) == pytest.approx(3 / builder.rate, abs=1e-3)
+
+
+async def test_an_optimization_makes_one_segment_for_all_who_wait(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install)
+    await nursery.start(builder.run)
+    index.delete(3, [b"0"])
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(builder.optimize, index)
+        waiting.start_soon(builder.optimize, index)
+    assert len(engine.operations) == 1
+    assert [(installed.rows, installed.dead) for installed in index.segments] == [(69, 0)]
+    await builder.optimize(index)
+    assert (len(engine.operations), builder.running, builder.waiting) == (1, 0, 0)
+
+
+async def test_an_optimization_takes_the_rows_that_came_during_another_build(
+    engine: Engine, index: VectorIndex, clustered: Clustered, nursery: trio.Nursery
+) -> None:
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        if not engine.operations:
+            index.add(5, [b"new"], clustered(1, 8))
+            nursery.start_soon(builder.optimize, index)
+            await trio.testing.wait_all_tasks_blocked()
+        await engine.install(index, operation)
+
+    builder = Builder(engine.store, install)
+    await nursery.start(builder.run)
+    await builder.optimize(index)
+    await engine.wait(2)
+    assert [installed.rows for installed in index.segments] == [71]
+    assert engine.operations[1].replaces == (engine.operations[0].segment,)
+    assert engine.operations[1].through == 70
+
+
+async def test_an_optimization_that_fails_says_why(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install, settings=shell("echo no luck >&2; exit 3"))
+    await nursery.start(builder.run)
+    with pytest.raises(BuildError, match="no luck"):
+        await builder.optimize(index)
+    assert builder.failures == 1
+
+
+async def test_an_optimization_does_not_wait_for_the_next_try_of_a_build(
+    engine: Engine,
+    index: VectorIndex,
+    nursery: trio.Nursery,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        if not builder.failures:
+            raise CommandError("MISCONF no space left")
+        await engine.install(index, operation)
+
+    builder = Builder(engine.store, install, settings=BuilderSettings(first_retry=1e6, longest_retry=1e6))
+    await nursery.start(builder.run)
+    builder.consider(index)
+    while not builder.failures:
+        await trio.lowlevel.checkpoint()
+    await trio.testing.wait_all_tasks_blocked()
+    began = trio.current_time()
+    await builder.optimize(index)
+    assert trio.current_time() == began
+    assert index.optimized
+
+
+async def test_an_optimization_of_an_index_that_is_dropped_ends(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install)
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(builder.optimize, index)
+        await trio.testing.wait_all_tasks_blocked()
+        index.drop()
+        await nursery.start(builder.run)
+    await builder.optimize(index)
+    assert engine.operations == []
+
+
+async def test_an_optimization_fails_when_the_builder_ends(engine: Engine, index: VectorIndex) -> None:
+    builder = Builder(engine.store, engine.install, settings=shell("exec sleep 1000"))
+    async with trio.open_nursery() as waiting:
+
+        async def wait() -> None:
+            with pytest.raises(BuildError, match="shutting down"):
+                await builder.optimize(index)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(builder.run)
+            waiting.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            waiting.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+
+
+async def test_dropping_an_index_ends_its_build(
+    engine: Engine, index: VectorIndex, tmp_path_factory: pytest.TempPathFactory, nursery: trio.Nursery
+) -> None:
+    fifo = tmp_path_factory.mktemp("fifo") / "pid"
+    os.mkfifo(fifo)
+    builder = Builder(engine.store, engine.install, settings=shell(f"echo $$ > {fifo}; exec sleep 1000"))
+    await nursery.start(builder.run)
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(builder.optimize, index)
+        pid = int(await trio.to_thread.run_sync(fifo.read_text))
+        index.drop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert (builder.failures, builder.builds) == (0, 0)
+    assert list(engine.store.folder.iterdir()) == []

@@ -9,12 +9,16 @@ import numpy.typing as npt
 import pytest
 from usearch.index import Index
 
-from engram.index.distances import METRICS, row_norms
+from engram.index.distances import METRICS, Queries, row_norms
 from engram.index.graph import Graph, GraphBuilder, Quantizer
-from engram.index.parameters import Parameters, default_parameters
+from engram.index.parameters import QUANTIZATIONS, Parameters, default_parameters
 
 Floats = npt.NDArray[np.float32]
 Clustered = Callable[..., Floats]
+
+
+def int8(metric: str, dimension: int) -> Parameters:
+    return Parameters(dimension, metric, 16, 128, "int8")
 
 
 def built(parameters: Parameters, rows: Floats) -> GraphBuilder:
@@ -82,12 +86,70 @@ def test_unit_rows_fill_the_range_of_a_byte(clustered: Clustered) -> None:
     assert np.sqrt((error**2).mean()) < 0.01
 
 
+def test_the_longest_rows_are_not_clipped(clustered: Clustered) -> None:
+    rows = clustered(4000, 32, spread=20.0)
+    norms = row_norms(rows)
+    for metric in ("l2", "dot"):
+        quantizer = Quantizer.fit(int8(metric, 32), rows, norms)
+        long = norms >= np.percentile(norms, 99.0)
+        encoded = quantizer.encode(rows[long], norms[long])
+        assert (np.abs(encoded) == 127).mean() < 0.005
+        error = encoded / quantizer.scale - (rows[long] - quantizer.center)
+        assert np.sqrt((error**2).mean()) < 0.01 * norms[long].mean()
+
+
+def test_a_query_of_dot_may_have_any_length(clustered: Clustered) -> None:
+    rows, queries = clustered(2000, 16, spread=3.0), clustered(50, 16, seed=1)
+    graph = built(int8("dot", 16), rows).graph
+    expected = graph.search(queries, row_norms(queries), 10, 64)
+    for factor in (1e-20, 1e-3, 1e3, 1e20):
+        scaled = queries * np.float32(factor)
+        found = graph.search(scaled, row_norms(scaled), 10, 64)
+        assert (found == expected).mean() > 0.95
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+def test_a_few_huge_rows_do_not_cost_the_others_their_precision(metric: str, clustered: Clustered) -> None:
+    rows = clustered(4000, 32)
+    rows[::400] *= 1e5
+    norms = row_norms(rows)
+    small = norms < 2.0
+    quantizer = Quantizer.fit(int8(metric, 32), rows, norms)
+    error = quantizer.encode(rows[small], norms[small]) / quantizer.scale - (rows[small] - quantizer.center)
+    assert np.sqrt((error**2).sum(axis=1)).max() < 0.5
+
+
 @pytest.mark.parametrize("metric", METRICS)
-def test_zero_and_tiny_vectors_have_no_nan(metric: str) -> None:
+def test_encoding_leaves_the_rows_as_they_are(metric: str, clustered: Clustered) -> None:
+    rows = clustered(100, 16)
+    before, norms = rows.copy(), row_norms(rows)
+    quantizer = Quantizer.fit(int8(metric, 16), rows, norms)
+    quantizer.encode(rows, norms)
+    quantizer.encode_queries(rows, norms)
+    assert np.array_equal(rows, before)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_in_a_byte_a_number_are_found(metric: str, clustered: Clustered) -> None:
+    rows, queries = clustered(3000, 32, spread=2.0), clustered(100, 32, seed=1)
+    found = built(int8(metric, 32), rows).graph.search(queries, row_norms(queries), 30, 128)
+    every = np.broadcast_to(np.arange(3000), (100, 3000))
+    norms = row_norms(rows)
+    distances = Queries.of(metric, queries).distances_of_each(rows[every], norms[every])
+    limits = np.partition(distances, 9, axis=1)[:, [9]]
+    hits = np.count_nonzero(np.take_along_axis(distances, found, axis=1) <= limits, axis=1)
+    assert hits.mean() > 9.8
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_zero_and_tiny_vectors_have_no_nan(metric: str, quantization: str) -> None:
     rows = np.array([[0.0, 0.0], [1e-45, 0.0], [1e-38, 1e-38], [1.0, 2.0]], np.float32)
     norms = row_norms(rows)
-    quantizer = Quantizer.fit(default_parameters(2, metric), rows, norms)
-    assert np.isfinite(quantizer.encode(rows, norms)).all()
+    for fitted in (rows, rows[:3]):
+        quantizer = Quantizer.fit(Parameters(2, metric, 16, 128, quantization), fitted, row_norms(fitted))
+        assert np.isfinite(quantizer.encode(rows, norms)).all()
+        assert np.isfinite(quantizer.encode_queries(rows, norms)).all()
 
 
 def test_l2_does_not_lose_precision_far_from_the_origin(clustered: Clustered) -> None:

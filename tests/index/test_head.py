@@ -27,7 +27,6 @@ def test_rows_are_kept_in_order_in_chunks(rows: int) -> None:
     head = filled(rows)
     assert content(head) == list(range(rows))
     assert head.rows == rows
-    assert head.rows_in_whole_chunks == rows - rows % 8
     assert all(chunk.count == 8 for chunk in head.chunks[:-1])
 
 
@@ -37,13 +36,12 @@ def test_adding_at_once_is_adding_one_by_one() -> None:
         ids = np.arange(start, stop)
         head.extend(ids, [b"%d" % row for row in ids], np.repeat(ids[:, None], 2, axis=1).astype(np.float32))
     assert content(head) == content(filled(31))
-    assert head.rows_in_whole_chunks == 24
 
 
 def test_a_small_head_takes_little_room() -> None:
     head = filled(3, chunk_rows=2048)
     assert head.chunks[0].capacity == 16
-    assert filled(17, chunk_rows=2048).chunks[0].capacity == 32
+    assert filled(17, chunk_rows=2048).chunks[0].capacity == 24
     assert filled(2049, chunk_rows=2048).chunks[1].capacity == 2048
 
 

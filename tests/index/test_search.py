@@ -1,22 +1,18 @@
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import trio
-import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.index import search
+from engram.index import planner
 from engram.index.distances import METRICS
 from engram.index.parameters import default_parameters
-from engram.index.search import SearchResult, SearchService, search_batch
+from engram.index.search import SearchOptions, SearchResult, search_batch
 from engram.index.vector_index import VectorIndex, View
 
 Floats = npt.NDArray[np.float32]
@@ -61,7 +57,7 @@ class TestHead:
             [clustered(30, 24, seed=1, spread=spread), rows[:5], rows[1500:1502], rows[5:9] * 50]
         ).astype(np.float32)
         view = filled(metric, rows).view(2)
-        results = search_batch([view] * len(queries), queries, 10, None, 0)
+        results = search_batch([view] * len(queries), queries, SearchOptions(10), 0)
         for query, result in zip(queries, results, strict=True):
             assert pairs(result) == nearest(metric, rows, query, 10)
 
@@ -77,7 +73,7 @@ class TestHead:
         queries = np.array(data.draw(st.lists(vector, min_size=1, max_size=4)), np.float32)
         k = data.draw(st.integers(1, 70))
         view = filled(metric, rows).view(2)
-        results = search_batch([view] * len(queries), queries, k, None, 0)
+        results = search_batch([view] * len(queries), queries, SearchOptions(k), 0)
         for query, result in zip(queries, results, strict=True):
             assert pairs(result) == nearest(metric, rows, query, k)
 
@@ -87,12 +83,12 @@ class TestHead:
         base = random.normal(size=384)
         rows = (base + 1e-6 * random.normal(size=(2000, 384))).astype(np.float32)
         for metric in METRICS:
-            (result,) = search_batch([filled(metric, rows).view(2)], rows[:1], 10, None, 0)
+            (result,) = search_batch([filled(metric, rows).view(2)], rows[:1], SearchOptions(10), 0)
             assert pairs(result) == nearest(metric, rows, rows[0], 10)
 
     def test_more_than_there_is_gives_all_there_is(self) -> None:
         index = filled("l2", np.eye(3, dtype=np.float32))
-        (result,) = search_batch([index.view(2)], np.zeros((1, 3), np.float32), 1 << 40, None, 0)
+        (result,) = search_batch([index.view(2)], np.zeros((1, 3), np.float32), SearchOptions(1 << 40), 0)
         assert result.keys == [b"0", b"1", b"2"]
         assert result.distances == [b"1", b"1", b"1"]
 
@@ -103,17 +99,17 @@ class TestHead:
         rows = (rows * (9.9e17 / np.linalg.norm(rows, axis=1, keepdims=True))).astype(np.float32)
         index = filled("l2", rows)
         index.delete(3, [b"7", b"20"])
-        (result,) = search_batch([index.view(3)], rows[:1], 60, None, 0)
+        (result,) = search_batch([index.view(3)], rows[:1], SearchOptions(60), 0)
         assert sorted(map(int, result.keys)) == [row for row in range(50) if row not in (7, 20)]
 
     def test_k_must_be_positive(self) -> None:
         index = filled("l2", np.eye(3, dtype=np.float32))
         with pytest.raises(ValueError, match="k must be positive"):
-            search_batch([index.view(2)], np.zeros((1, 3), np.float32), 0, None, 0)
+            search_batch([index.view(2)], np.zeros((1, 3), np.float32), SearchOptions(0), 0)
 
     def test_an_empty_index_gives_nothing(self) -> None:
         index = VectorIndex(1, default_parameters(3, "l2"))
-        results = search_batch([index.view(2)] * 2, np.zeros((2, 3), np.float32), 5, None, 0)
+        results = search_batch([index.view(2)] * 2, np.zeros((2, 3), np.float32), SearchOptions(5), 0)
         assert results == [SearchResult([], []), SearchResult([], [])]
 
     def test_each_query_of_a_batch_sees_its_own_view(self, nearest: Nearest) -> None:
@@ -133,7 +129,7 @@ class TestHead:
             views.append(index.view(2 * row + 1))
             present = sorted(live)
             expected.append([(present[at], d) for at, d in nearest("l2", rows[present], query, 7)])
-        results = search_batch(views[::-1], np.zeros((len(views), 4), np.float32), 7, None, 0)
+        results = search_batch(views[::-1], np.zeros((len(views), 4), np.float32), SearchOptions(7), 0)
         assert [pairs(result) for result in results[::-1]] == expected
 
 
@@ -166,7 +162,7 @@ class TestSegments:
         build(index).install(3, index)
         (installed,) = index.segments
         assert installed.rows > 4000
-        results = search_batch([index.view(3)] * len(queries), queries, 10, None, 0)
+        results = search_batch([index.view(3)] * len(queries), queries, SearchOptions(10), 0)
         expected = [nearest(metric, rows, query, 10) for query in queries]
         assert recall(results, expected) >= least
         for result, query in zip(results, queries, strict=True):
@@ -178,7 +174,7 @@ class TestSegments:
     @pytest.fixture
     def walked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Graphs are walked however small they are."""
-        monkeypatch.setattr(search, "SCAN_ROWS_PER_EXPANSION", 0)
+        monkeypatch.setattr(planner, "SCAN_ROWS_PER_EXPANSION", 0)
 
     @pytest.mark.usefixtures("walked")
     @pytest.mark.parametrize("metric", METRICS)
@@ -193,14 +189,14 @@ class TestSegments:
         alive = np.arange(0, len(rows), every)
         index.delete(4, [b"%d" % row for row in range(len(rows)) if row % every])
         queries = clustered(20, 16, seed=1)
-        results = search_batch([index.view(4)] * 20, queries, 10, None, 0)
+        results = search_batch([index.view(4)] * 20, queries, SearchOptions(10), 0)
         expected = [
             [(int(alive[at]), d) for at, d in nearest(metric, rows[alive], query, 10)] for query in queries
         ]
         assert all(len(result.keys) == 10 for result in results)
         assert all(int(key) % every == 0 for result in results for key in result.keys)
         assert recall(results, expected) >= 0.9
-        earlier = search_batch([before] * 20, queries, 10, None, 0)
+        earlier = search_batch([before] * 20, queries, SearchOptions(10), 0)
         assert recall(earlier, [nearest(metric, rows, query, 10) for query in queries]) >= 0.9
 
     @pytest.mark.usefixtures("walked")
@@ -210,7 +206,7 @@ class TestSegments:
         rows[400:] = 1.0
         index = filled("l2", rows, seal_rows=512)
         build(index).install(3, index)
-        (result,) = search_batch([index.view(3)], rows[:1], 700, None, 0)
+        (result,) = search_batch([index.view(3)], rows[:1], SearchOptions(700), 0)
         assert len(result.keys) == 700
         assert result.distances == [b"0"] * 400 + [b"2"] * 300
 
@@ -224,7 +220,9 @@ class TestSegments:
         build(index).install(3, index)
         expected = [nearest("cosine", rows, query, 1) for query in queries]
         views = [index.view(3)] * len(queries)
-        narrow, wide = (recall(search_batch(views, queries, 1, ef, 0), expected) for ef in (1, 400))
+        narrow, wide = (
+            recall(search_batch(views, queries, SearchOptions(1, ef=ef), 0), expected) for ef in (1, 400)
+        )
         assert narrow < wide
         assert wide > 0.99
 
@@ -234,138 +232,5 @@ class TestSegments:
         rows = clustered(3000, 16)
         index = filled("cosine", rows, seal_rows=1024)
         build(index).install(3, index)
-        (result,) = search_batch([index.view(3)], rows[:1], 2500, None, 0)
+        (result,) = search_batch([index.view(3)], rows[:1], SearchOptions(2500), 0)
         assert pairs(result) == nearest("cosine", rows, rows[0], 2500)
-
-
-class TestService:
-    """The service answers every search, in batches, whatever happens to some of them."""
-
-    @pytest.fixture
-    async def service(self, nursery: trio.Nursery) -> SearchService:
-        service = SearchService(2, 8)
-        await nursery.start(service.run)
-        return service
-
-    async def test_answers_are_those_of_a_search_alone(
-        self, service: SearchService, nearest: Nearest
-    ) -> None:
-        random = np.random.default_rng(1)
-        rows = random.normal(size=(200, 4)).astype(np.float32)
-        queries = random.normal(size=(50, 4)).astype(np.float32)
-        index = filled("l2", rows)
-        outcomes: dict[int, SearchResult | Exception] = {}
-        finished = trio.Event()
-
-        def submit(number: int, k: int) -> None:
-            def done(outcome: SearchResult | Exception) -> None:
-                outcomes[number] = outcome
-                if len(outcomes) == len(queries):
-                    finished.set()
-
-            service.submit(1, index.view(2), queries[number], k, None, done)
-
-        for number in range(len(queries)):
-            submit(number, 1 + number % 3)
-        assert service.waiting == len(queries)
-        await finished.wait()
-        for number, query in enumerate(queries):
-            outcome = outcomes[number]
-            assert isinstance(outcome, SearchResult)
-            assert pairs(outcome) == nearest("l2", rows, query, 1 + number % 3)
-        assert (service.waiting, service.searches) == (0, 50)
-        assert service.batches == 7
-
-    async def test_what_waits_for_one_index_goes_together(
-        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        batches: list[list[float]] = []
-
-        def record(
-            views: list[View], queries: Floats, k: int, ef: int | None, worker: int
-        ) -> list[SearchResult]:
-            batches.append(queries[:, 0].tolist())
-            return [SearchResult([], []) for _ in views]
-
-        monkeypatch.setattr(search, "search_batch", record)
-        service = SearchService(1, 4)
-        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
-        answered: list[float] = []
-        for index_id, number in [(7, 1), (8, 2), (7, 3), (9, 4), (8, 5), (7, 6), (7, 7), (7, 8), (7, 9)]:
-            query = np.full(2, number, np.float32)
-            service.submit(index_id, view, query, 1, None, lambda _, n=number: answered.append(n))  # type: ignore[misc]
-        await nursery.start(service.run)
-        await trio.testing.wait_all_tasks_blocked()
-        while service.searches < 9:
-            await trio.lowlevel.checkpoint()
-        assert batches == [[1, 3, 6, 7], [2, 5], [4], [8, 9]]
-        assert answered == [1, 3, 6, 7, 2, 5, 4, 8, 9]
-
-    async def test_a_search_that_raises_is_answered_alone(self, service: SearchService) -> None:
-        index = filled("l2", np.eye(4, dtype=np.float32))
-        outcomes: list[SearchResult | Exception | None] = [None] * 3
-        finished = trio.Event()
-
-        def submit(place: int, query: Floats) -> None:
-            def done(outcome: SearchResult | Exception) -> None:
-                outcomes[place] = outcome
-                if None not in outcomes:
-                    finished.set()
-
-            service.submit(1, index.view(2), query, 1, None, done)
-
-        submit(0, np.eye(4, dtype=np.float32)[2])
-        submit(1, np.zeros(9, np.float32))
-        submit(2, np.eye(4, dtype=np.float32)[3])
-        await finished.wait()
-        assert outcomes[0] == SearchResult([b"2"], [b"0"])
-        assert isinstance(outcomes[1], ValueError)
-        assert outcomes[2] == SearchResult([b"3"], [b"0"])
-
-    async def test_a_search_under_way_ends_before_the_service_does(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        ended: list[int] = []
-        started = trio.Event()
-        release = threading.Event()
-
-        def slow(
-            views: list[View], queries: Floats, k: int, ef: int | None, worker: int
-        ) -> list[SearchResult]:
-            trio.from_thread.run_sync(started.set)
-            release.wait()
-            ended.append(worker)
-            return [SearchResult([], [])]
-
-        monkeypatch.setattr(search, "search_batch", slow)
-        service = SearchService(1, 4)
-        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(service.run)
-            service.submit(1, view, np.zeros(2, np.float32), 1, None, lambda _: None)
-            await started.wait()
-            nursery.cancel_scope.cancel()
-            release.set()
-        assert ended == [0]
-
-    async def test_what_nobody_wants_any_more_is_not_searched(self, service: SearchService) -> None:
-        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
-        answered: list[int] = []
-        ended = trio.Event()
-        query = np.zeros(2, np.float32)
-        service.submit(1, view, query, 1, None, lambda _: answered.append(0), lambda: False)
-        service.submit(2, view, query, 1, None, lambda _: ended.set())
-        await ended.wait()
-        assert (answered, service.searches, service.waiting) == ([], 1, 0)
-
-    async def test_an_idle_worker_holds_no_view(self, nursery: trio.Nursery) -> None:
-        service = SearchService(1, 4)
-        await nursery.start(service.run)
-        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
-        held = weakref.ref(view)
-        ended = trio.Event()
-        service.submit(1, view, np.zeros(2, np.float32), 1, None, lambda _: ended.set())
-        del view
-        await ended.wait()
-        await trio.testing.wait_all_tasks_blocked()
-        assert held() is None

@@ -13,7 +13,7 @@ from engram.errors import DamagedDataError
 from engram.files import DiskFiles
 from engram.index.graph import Graph
 from engram.index.parameters import default_parameters
-from engram.index.search import search_batch
+from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import VectorIndex
 
@@ -121,13 +121,13 @@ def test_a_removed_segment_can_be_searched_while_it_is_used(
     store: SegmentStore,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engram.index.search.SCAN_ROWS_PER_EXPANSION", 0)
+    monkeypatch.setattr("engram.index.planner.SCAN_ROWS_PER_EXPANSION", 0)
     build(index).install(3, index)
     (installed,) = index.segments
     store.remove(installed.id)
     assert not any(store.folder.iterdir())
     query = installed.segment.vectors[9:10]
-    (result,) = search_batch([index.view(3)], query, 1, None, 0)
+    (result,) = search_batch([index.view(3)], query, SearchOptions(1, ef=16), 0)
     assert result.keys == [b"k9"]
 
 
@@ -145,6 +145,21 @@ def test_removing_takes_what_is_finished_and_what_is_not(segment: Segment, store
     store.remove(segment.id)
     assert list(store.folder.iterdir()) == []
     store.remove(segment.id)
+
+
+def test_a_segment_is_open_as_long_as_anything_refers_to_it(segment: Segment, store: SegmentStore) -> None:
+    other: Segment | None = store.open(segment.id, segment.checksum)
+    assert other is not None
+    assert store.is_open(segment.id)
+    other = None
+    assert not store.is_open(segment.id)
+    assert not store.is_open("unknown")
+
+
+def test_the_size_of_a_segment_is_that_of_its_files(segment: Segment, store: SegmentStore) -> None:
+    assert store.size(segment.id) == segment.size > 128 * 8 * 4
+    store.remove(segment.id)
+    assert store.size(segment.id) == 0
 
 
 def test_no_rows_leave_no_folder(store: SegmentStore, tmp_path: Path) -> None:

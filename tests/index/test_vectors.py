@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram.errors import CommandError
-from engram.index.vectors import decode_vector
+from engram.index.vectors import decode_vector, join_vectors
 
 
 @given(st.lists(st.floats(width=32, min_value=-(2.0**56), max_value=2.0**56), min_size=1, max_size=40))
@@ -46,3 +46,28 @@ def test_numbers_whose_distances_are_not_finite_are_refused(number: float, posit
 def test_infinities_that_cancel_are_refused() -> None:
     with pytest.raises(CommandError, match="finite"):
         decode_vector(np.array([np.inf, -np.inf], "<f4").tobytes(), 2)
+
+
+blobs = st.lists(
+    st.lists(st.floats(width=32) | st.sampled_from([0.0, 1e18, 2e18]), min_size=1, max_size=3).map(
+        lambda numbers: struct.pack(f"<{len(numbers)}f", *numbers)
+    )
+    | st.binary(max_size=9),
+    max_size=5,
+)
+
+
+@given(blobs, st.integers(1, 3))
+def test_several_vectors_are_taken_as_each_of_them_would_be(given_blobs: list[bytes], dimension: int) -> None:
+    expected: bytes | str = b"".join(given_blobs)
+    for blob in sorted(given_blobs, key=lambda blob: len(blob) == 4 * dimension):
+        try:
+            decode_vector(blob, dimension)
+        except CommandError as error:
+            expected = str(error)
+            break
+    try:
+        found: bytes | str = join_vectors(given_blobs, dimension)
+    except CommandError as error:
+        found = str(error)
+    assert found == expected

@@ -756,6 +756,31 @@ async def test_a_grown_log_makes_a_snapshot_by_itself(directory: Path, files: Ho
         assert running.persistence.status.changes_since_save == 0
 
 
+@pytest.mark.parametrize(("size", "used", "started_one"), [(64, 0, False), (65, 0, True), (99, 200, False)])
+async def test_segments_out_of_use_make_a_snapshot_by_itself(
+    directory: Path, files: HookedFiles, size: int, used: int, started_one: bool
+) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        running.persistence.release(size << 20, used << 20)
+        assert running.persistence.status.snapshot_running == started_one
+
+
+async def test_segments_that_a_snapshot_lets_go_of_count_no_longer(
+    directory: Path, files: HookedFiles
+) -> None:
+    async with started(directory, files) as running:
+        running.append()
+        await running.durable(1)
+        running.persistence.release(60 << 20, 0)
+        await running.persistence.snapshot()
+        running.append()
+        await running.durable(2)
+        running.persistence.release(60 << 20, 0)
+        assert not running.persistence.status.snapshot_running
+
+
 async def test_a_failed_automatic_snapshot_is_not_tried_again_at_once(
     directory: Path, files: HookedFiles
 ) -> None:

@@ -1,0 +1,232 @@
+"""Search threads, and the queue they take batches of searches from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, TypeVar
+
+import attrs
+import numpy as np
+import trio
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from engram.index.distances import Floats
+from engram.index.search import SearchOptions, SearchResult, search_batch
+from engram.index.vector_index import View
+
+Done = Callable[[list[SearchResult] | Exception], None]
+
+T = TypeVar("T")
+
+
+@attrs.frozen(eq=False)
+class _Search:
+    view: View
+    queries: Floats
+    options: SearchOptions
+    done: Done
+    wanted: Callable[[], bool]
+
+    def parts(self, size: int) -> Sequence[_Search]:
+        """Searches of at most `size` queries each that together are this one."""
+        count = len(self.queries)
+        if count <= size:
+            return [self]
+        starts = range(0, count, size)
+        outcomes: list[list[SearchResult] | Exception] = [[]] * len(starts)
+        left = set(range(len(starts)))
+
+        def done(number: int, outcome: list[SearchResult] | Exception) -> None:
+            outcomes[number] = outcome
+            left.discard(number)
+            if left:
+                return
+            results: list[SearchResult] = []
+            for part in outcomes:
+                if isinstance(part, Exception):
+                    self.done(part)
+                    return
+                results += part
+            self.done(results)
+
+        return [
+            attrs.evolve(self, queries=self.queries[start : start + size], done=partial(done, number))
+            for number, start in enumerate(starts)
+        ]
+
+
+@attrs.frozen(eq=False)
+class _Work:
+    function: Callable[[], Any]
+    done: Callable[[Any], None]
+    wanted: Callable[[], bool]
+
+
+_Job = list[_Search] | _Work
+
+
+class SearchService:
+    """Runs searches, and other work that only reads, in `workers` threads.
+
+    Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
+    timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
+    a turn of the loop in between. The counters are `searches` (queries) and `batches` run, and what is
+    `waiting`.
+    """
+
+    def __init__(self, workers: int, max_batch: int) -> None:
+        self._workers = workers
+        self._max_batch = max_batch
+        # Guards the queues, `waiting` and the number of idle threads; held for a few steps only.
+        self._lock = Lock()
+        # In the order in which they are next; work is on its own, indices have their id as the key.
+        self._queues: dict[object, deque[_Search] | _Work] = {}
+        self._idle = 0
+        # True for each thread that should look at the queues, False for one that should end.
+        self._calls: SimpleQueue[bool] = SimpleQueue()
+        self.searches = 0
+        self.batches = 0
+        self.waiting = 0
+
+    def submit(
+        self,
+        index_id: int,
+        view: View,
+        queries: Floats,
+        options: SearchOptions,
+        done: Done,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Queues a search for each of `queries`, (n, dimension), all of which see the same view.
+
+        `done` is called once on the loop, with a result for each query, or with what went wrong. What is
+        not `wanted` any more when its turn comes is dropped; a search thread asks.
+        """
+        parts = _Search(view, queries, options, done, wanted).parts(self._max_batch)
+        with self._lock:
+            queue = self._queues.setdefault(index_id, deque())
+            assert not isinstance(queue, _Work)
+            queue.extend(parts)
+            self.waiting += len(queries)
+            self._call()
+
+    def submit_work(
+        self,
+        function: Callable[[], T],
+        done: Callable[[T | Exception], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Queues a call that only reads; `done` is called on the loop with what it returns or raises."""
+        with self._lock:
+            self._queues[object()] = _Work(function, done, wanted)
+            self.waiting += 1
+            self._call()
+
+    def _call(self) -> None:
+        if self._idle:
+            self._idle -= 1
+            self._calls.put(True)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves until cancelled. What is under way is finished first; the rest is not answered."""
+        # BLAS threads of its own would spin beside the workers. The limit is the whole process's.
+        threadpool_limits(1, user_api="blas")
+        limiter = trio.CapacityLimiter(self._workers)
+        token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            for worker in range(self._workers):
+                nursery.start_soon(
+                    partial(trio.to_thread.run_sync, self._serve, worker, token, limiter=limiter)
+                )
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                with self._lock:
+                    self._queues.clear()
+                    self.waiting = 0
+                for _ in range(self._workers):
+                    self._calls.put(False)
+
+    def _serve(self, worker: int, token: trio.lowlevel.TrioToken) -> None:
+        while self._run_next(worker, token) or self._calls.get():
+            pass
+
+    def _run_next(self, worker: int, token: trio.lowlevel.TrioToken) -> bool:
+        """Does what is next; whether there was anything.
+
+        What this holds, views of indices that may be dropped, is let go of before a thread idles.
+        """
+        with self._lock:
+            if not self._queues:
+                self._idle += 1
+                return False
+            job = self._take()
+        if isinstance(job, _Work):
+            if job.wanted():
+                token.run_sync_soon(job.done, _attempt(job.function))
+        elif job:
+            token.run_sync_soon(self._finish, job, _run_batch(job, worker))
+        return True
+
+    def _finish(self, batch: Sequence[_Search], outcomes: Sequence[list[SearchResult] | Exception]) -> None:
+        self.batches += 1
+        self.searches += sum(len(search.queries) for search in batch)
+        for search, outcome in zip(batch, outcomes, strict=True):
+            search.done(outcome)
+
+    def _take(self) -> _Job:
+        key = next(iter(self._queues))
+        queue = self._queues.pop(key)
+        if isinstance(queue, _Work):
+            self.waiting -= 1
+            return queue
+        batch: list[_Search] = []
+        room = self._max_batch
+        while queue and len(queue[0].queries) <= room:
+            search = queue.popleft()
+            self.waiting -= len(search.queries)
+            if search.wanted():
+                room -= len(search.queries)
+                batch.append(search)
+        if queue:
+            self._queues[key] = queue
+        return batch
+
+
+def _attempt(function: Callable[[], T]) -> T | Exception:
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+def _run_batch(batch: Sequence[_Search], worker: int) -> list[list[SearchResult] | Exception]:
+    """The outcome of each search; those of one generation and with equal options are run together."""
+    groups: dict[tuple[int, SearchOptions], list[int]] = {}
+    for number, search in enumerate(batch):
+        groups.setdefault((search.view.generation, search.options), []).append(number)
+    outcomes: list[list[SearchResult] | Exception] = [[]] * len(batch)
+    for members in groups.values():
+        found = _run_group([batch[number] for number in members], worker)
+        for number, outcome in zip(members, found, strict=True):
+            outcomes[number] = outcome
+    return outcomes
+
+
+def _run_group(searches: Sequence[_Search], worker: int) -> Sequence[list[SearchResult] | Exception]:
+    try:
+        queries = np.concatenate([search.queries for search in searches])
+        views = [search.view for search in searches for _ in search.queries]
+        results = search_batch(views, queries, searches[0].options, worker)
+    except Exception as error:
+        if len(searches) == 1:
+            return [error]
+        # Whichever of them it was, the others have an answer.
+        return [outcome for search in searches for outcome in _run_group([search], worker)]
+    ends = np.cumsum([len(search.queries) for search in searches]).tolist()
+    return [results[end - len(search.queries) : end] for search, end in zip(searches, ends, strict=True)]

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engram.index.filters import compile_filter
+from engram.index.search import SearchOptions
+from tests.commands.conftest import (
+    EMPTY,
+    NO_INDEX,
+    NOT_AN_INTEGER,
+    SYNTAX_ERROR,
+    add,
+    array,
+    bulk,
+    bulks,
+    parse,
+    search,
+)
+from tests.conftest import Client, HeldSearches, House, OpenHouse, vector
+
+
+async def test_euclidean_distances(client: Client) -> None:
+    await client.call("VNEW a 2 METRIC l2")
+    for key, numbers in {"origin": (0, 0), "near": (0, 1), "half": (1.5, 2), "far": (3, 4)}.items():
+        await add(client, "a", key, *numbers)
+    expected = bulks("origin", "0", "near", "1", "half", "2.5", "far", "5")
+    assert await search(client, "a", vector(0, 0), b"10") == expected
+    assert await search(client, "a", vector(0, 0), b"2") == bulks("origin", "0", "near", "1")
+
+
+async def test_cosine_distances(client: Client) -> None:
+    await client.call("VNEW a 2")
+    for key, numbers in {"same": (2, 0), "across": (0, 5), "against": (-1, 0), "zero": (0, 0)}.items():
+        await add(client, "a", key, *numbers)
+    expected = bulks("same", "0", "across", "1", "zero", "1", "against", "2")
+    assert await search(client, "a", vector(7, 0), b"10") == expected
+
+
+async def test_inner_product_distances(client: Client) -> None:
+    await client.call("VNEW a 2 METRIC dot")
+    for key, numbers in {"with": (2, 2), "across": (1, -1), "against": (-0.5, -1)}.items():
+        await add(client, "a", key, *numbers)
+    expected = bulks("with", "-6", "across", "0", "against", "2.25")
+    assert await search(client, "a", vector(1.5, 1.5), b"10") == expected
+
+
+async def test_search_options(client: Client) -> None:
+    await client.call("VNEW a 2")
+    query = vector(1, 0)
+    assert await search(client, "a", query, b"5") == EMPTY
+    await add(client, "a", "x", 1, 0)
+    assert await search(client, "a", query, b"0") == EMPTY
+    assert await search(client, "a", query, b"5", b"EF", b"100") == bulks("x", "0")
+    assert await search(client, "a", query, b"9223372036854775807") == bulks("x", "0")
+    assert await search(client, "a", query, b"5", b"ef", b"9223372036854775807") == bulks("x", "0")
+    for bad in (b"-1", b"x", b"1.5", b"9223372036854775808"):
+        assert await search(client, "a", query, bad) == NOT_AN_INTEGER
+    for bad in (b"0", b"-1", b"x"):
+        assert await search(client, "a", query, b"5", b"EF", bad) == NOT_AN_INTEGER
+    assert await search(client, "a", query, b"5", b"EF") == SYNTAX_ERROR
+    assert await search(client, "a", query, b"5", b"FOO", b"1") == SYNTAX_ERROR
+    assert await search(client, "a", query, b"5", b"EF", b"1", b"x") == SYNTAX_ERROR
+
+
+async def test_a_search_sees_the_state_at_its_place_in_the_pipeline(client: Client) -> None:
+    await client.call("VNEW a 2 METRIC l2")
+    query = [b"VSEARCH", b"a", vector(0, 0), b"10"]
+    await client.send(
+        [b"VADD", b"a", b"x", vector(1, 0)],
+        query,
+        [b"VADD", b"a", b"x", vector(3, 0)],
+        [b"VADD", b"a", b"y", vector(2, 0)],
+        query,
+        b"VDEL a x".split(),
+        query,
+        b"DEL a".split(),
+        query,
+    )
+    assert [await client.reply() for _ in range(9)] == [
+        b":1\r\n",
+        bulks("x", "1"),
+        b":0\r\n",
+        b":1\r\n",
+        bulks("y", "2", "x", "3"),
+        b":1\r\n",
+        bulks("y", "2"),
+        b":1\r\n",
+        NO_INDEX,
+    ]
+
+
+async def test_a_search_that_fails_is_answered_with_an_error(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.call("VNEW a 2")
+        await add(client, "a", "x", 1, 0)
+        await client.send([b"VSEARCH", b"a", vector(1, 0), b"1"], "PING")
+        assert await client.arrived() == b""
+        searches.held.pop()(ValueError("out\nof order"))
+        assert await client.arrived() == b"-ERR search failed: out of order\r\n+PONG\r\n"
+        assert house.server.statistics.error_replies == 1
+
+
+async def fill(client: Client) -> None:
+    """An index "a" of four members on a line, some with attributes."""
+    await client.call("VNEW a 2 METRIC l2")
+    rows = (("w", 0, '{"n":0}'), ("x", 1, '{"n":1,"t":"odd"}'), ("y", 2, '{"n":2}'), ("z", 3, ""))
+    words = [word for key, n, text in rows for word in (key.encode(), vector(n, 0), text.encode())]
+    assert await client.call([b"VMADD", b"a", *words, b"ATTRS"]) == b":4\r\n"
+
+
+async def test_a_radius_is_within(client: Client) -> None:
+    await fill(client)
+    origin = vector(0, 0)
+    assert await search(client, "a", origin, b"9", b"RADIUS", b"1") == bulks("w", "0", "x", "1")
+    assert await search(client, "a", origin, b"1", b"RADIUS", b"1") == bulks("w", "0")
+    assert await search(client, "a", origin, b"9", b"RADIUS", b"0") == bulks("w", "0")
+    assert await search(client, "a", origin, b"9", b"radius", b"-1") == EMPTY
+    for large in (b"1e300", b"3.5e38", b"+3."):
+        assert len(parse(await search(client, "a", origin, b"9", b"RADIUS", large))) == 8
+    for bad in (b"", b"x", b"nan", b"inf", b"1e999", b"1_0", b" 1", b"0x1"):
+        reply = await search(client, "a", origin, b"9", b"RADIUS", bad)
+        assert (bad, reply) == (bad, b"-ERR value is not a valid float\r\n")
+
+
+async def test_a_distance_as_it_was_answered_is_within_itself(client: Client) -> None:
+    await client.call("VNEW a 3")
+    for key in range(20):
+        await add(client, "a", f"{key}", 1 + key, 2, 3)
+    query = vector(1, 0.3, 0.7)
+    found = parse(await search(client, "a", query, b"20"))
+    for rank, distance in enumerate(found[1::2]):
+        near = parse(await search(client, "a", query, b"20", b"RADIUS", distance))
+        assert near[: 2 * rank + 2] == found[: 2 * rank + 2]
+
+
+async def test_a_radius_of_inner_products_may_be_negative(client: Client) -> None:
+    await client.call("VNEW a 1 METRIC dot")
+    await add(client, "a", "x", 5)
+    await add(client, "a", "y", 2)
+    assert await search(client, "a", vector(1), b"9", b"RADIUS", b"-3") == bulks("x", "-5")
+
+
+async def test_attributes_and_vectors_with_the_results(client: Client) -> None:
+    await fill(client)
+    null = await client.call("GET missing")
+    query = vector(3, 0)
+    assert await search(client, "a", query, b"2", b"WITHATTRS") == array(
+        bulk("z"), bulk("0"), null, bulk("y"), bulk("1"), bulk('{"n":2}')
+    )
+    assert await search(client, "a", query, b"1", b"WITHVECTORS") == bulks("z", "0", vector(3, 0))
+    assert await search(client, "a", query, b"2", b"withvectors", b"withattrs") == array(
+        bulk("z"),
+        bulk("0"),
+        null,
+        bulk(vector(3, 0)),
+        bulk("y"),
+        bulk("1"),
+        bulk('{"n":2}'),
+        bulk(vector(2, 0)),
+    )
+
+
+async def test_a_filter(client: Client) -> None:
+    await fill(client)
+    query = vector(0, 0)
+    assert await search(client, "a", query, b"9", b"FILTER", b".n >= 1") == bulks("x", "1", "y", "2")
+    assert await search(client, "a", query, b"1", b"FILTER", b".n >= 1") == bulks("x", "1")
+    assert await search(client, "a", query, b"9", b"FILTER", b".t == 'odd'", b"WITHATTRS") == bulks(
+        "x", "1", '{"n":1,"t":"odd"}'
+    )
+    assert await search(client, "a", query, b"9", b"FILTER", b".nothing") == EMPTY
+    everything = (b"FILTER", b".n >= 1", b"RADIUS", b"1.5", b"EF", b"10", b"EXACT", b"RECALL", b"0.5")
+    assert await search(client, "a", query, b"9", *everything) == bulks("x", "1")
+
+
+@pytest.mark.parametrize("expression", [b"", b".n >", b"(", b".n === 1", b"'open"])
+async def test_a_filter_that_is_none(client: Client, expression: bytes) -> None:
+    await fill(client)
+    error = b"-ERR syntax error in FILTER expression near: "
+    for request in (
+        [b"VSEARCH", b"a", vector(0, 0), b"1", b"FILTER", expression],
+        [b"VMSEARCH", b"a", b"1", b"1", vector(0, 0), b"FILTER", expression],
+        [b"VCOUNT", b"a", b"FILTER", expression],
+        [b"VDELBY", b"a", b"FILTER", expression],
+    ):
+        assert (await client.call(request)).startswith(error)
+    assert await client.call("VCOUNT a") == b":4\r\n"
+
+
+@pytest.mark.parametrize(
+    "prefix", [[b"VSEARCH", b"a", vector(0, 0), b"1"], [b"VMSEARCH", b"a", b"1", b"1", vector(0, 0)]]
+)
+async def test_options_misused(client: Client, prefix: list[bytes]) -> None:
+    await fill(client)
+    for options in (
+        "EF",
+        "RECALL",
+        "FILTER",
+        "RADIUS",
+        "EXACT EXACT",
+        "EF 10 EF 10",
+        "WITHATTRS WITHATTRS",
+        "WITHVECTORS x",
+        "WITHSCORES",
+        "EXACT EF",
+        "10",
+    ):
+        assert (options, await client.call([*prefix, *options.encode().split()])) == (options, SYNTAX_ERROR)
+    recall = b"-ERR RECALL must be a number above 0 and at most 1\r\n"
+    for value in (b"0", b"1.1", b"-1", b"x", b"nan"):
+        assert (value, await client.call([*prefix, b"RECALL", value])) == (value, recall)
+
+
+async def test_options_reach_the_search(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await add(client, "a", "x", 1)
+        query = [b"VSEARCH", b"a", vector(1), b"3"]
+        await client.send(
+            query,
+            [*query, *b"WITHATTRS EF 7 RADIUS 0.5 EXACT RECALL 0.75 WITHVECTORS FILTER .n".split()],
+        )
+        await client.arrived()
+        assert searches.options == [
+            SearchOptions(3),
+            SearchOptions(3, 7, 0.75, compile_filter(b".n"), 0.5, exact=True, attributes=True, vectors=True),
+        ]
+
+
+async def test_vmsearch(client: Client) -> None:
+    await fill(client)
+    queries = [vector(0, 0), vector(3, 0)]
+    request = [b"VMSEARCH", b"a", b"2", b"2", *queries]
+    assert await client.call(request) == array(bulks("w", "0", "x", "1"), bulks("z", "0", "y", "1"))
+    assert await client.call([*request, b"RADIUS", b"0.5", b"WITHATTRS"]) == array(
+        bulks("w", "0", '{"n":0}'), array(bulk("z"), bulk("0"), await client.call("GET missing"))
+    )
+    assert await client.call([*request, b"FILTER", b".n == 1"]) == array(bulks("x", "1"), bulks("x", "2"))
+    assert await client.call([b"VMSEARCH", b"a", b"1", b"1", queries[0]]) == array(bulks("w", "0"))
+
+
+async def test_vmsearch_of_nothing(client: Client) -> None:
+    await client.call("VNEW a 1")
+    assert await client.call([b"VMSEARCH", b"a", b"5", b"2", vector(1), vector(2)]) == array(EMPTY, EMPTY)
+    await add(client, "a", "x", 1)
+    assert await client.call([b"VMSEARCH", b"a", b"0", b"2", vector(1), vector(2)]) == array(EMPTY, EMPTY)
+
+
+async def test_vmsearch_misused(client: Client) -> None:
+    await fill(client)
+    query = vector(0, 0)
+    for k, n in ((b"-1", b"1"), (b"x", b"1"), (b"1", b"0"), (b"1", b"-1"), (b"1", b"x"), (b"1", b"1.0")):
+        assert await client.call([b"VMSEARCH", b"a", k, n, query]) == NOT_AN_INTEGER
+    assert await client.call([b"VMSEARCH", b"a", b"1", b"2", query]) == SYNTAX_ERROR
+    assert await client.call([b"VMSEARCH", b"a", b"1", b"9223372036854775807", query]) == SYNTAX_ERROR
+    assert await client.call([b"VMSEARCH", b"a", b"1", b"1", query, query]) == SYNTAX_ERROR
+    assert (await client.call([b"VMSEARCH", b"a", b"1", b"2", query, b"EXACT"])).startswith(b"-ERR ")
+    assert await client.call("VMSEARCH a 1 1") == b"-ERR wrong number of arguments for 'vmsearch' command\r\n"
+
+
+async def test_more_queries_than_run_together(client: Client) -> None:
+    await fill(client)
+    queries = [vector(n % 4, 0) for n in range(300)]
+    found = parse(await client.call([b"VMSEARCH", b"a", b"1", b"300", *queries]))
+    assert found == [[b"wxyz"[n % 4 : n % 4 + 1], b"0"] for n in range(300)]
+
+
+async def test_a_reply_is_in_the_protocol_of_its_request(house: House) -> None:
+    client = house.connect()
+    await fill(client)
+    query = [b"VSEARCH", b"a", vector(3, 0), b"1", b"WITHATTRS"]
+    await client.send(query, "HELLO 3", query)
+    assert await client.reply() == array(bulk("z"), bulk("0"), b"$-1\r\n")
+    await client.reply()
+    assert await client.reply() == array(bulk("z"), bulk("0"), b"_\r\n")
+
+
+async def test_a_search_is_wanted_before_its_reply_has_a_place(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search thread may look while the command that asks is still being carried out."""
+    searches = HeldSearches()
+    answers = []
+
+    def submit(*arguments: Any) -> None:
+        answers.append(arguments[-1]())
+
+    monkeypatch.setattr(searches, "submit", submit)
+    monkeypatch.setattr(searches, "submit_work", submit)
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await add(client, "a", "x", 1)
+        await client.send([b"VSEARCH", b"a", vector(1), b"1"], [b"VCOUNT", b"a", b"FILTER", b".n"])
+        await client.arrived()
+        assert answers == [True, True]

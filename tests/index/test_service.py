@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import trio
+import trio.testing
+
+from engram.index import service as service_module
+from engram.index.parameters import default_parameters
+from engram.index.search import SearchOptions, SearchResult
+from engram.index.service import SearchService
+from engram.index.vector_index import VectorIndex, View
+
+Floats = npt.NDArray[np.float32]
+Nearest = Callable[[str, Floats, Floats, int], list[tuple[int, float]]]
+
+
+def filled(metric: str, rows: Floats) -> VectorIndex:
+    """An index whose key `n` holds row n."""
+    index = VectorIndex(1, default_parameters(rows.shape[1], metric))
+    index.add(2, [b"%d" % row for row in range(len(rows))], rows)
+    return index
+
+
+def pairs(result: SearchResult) -> list[tuple[int, float]]:
+    return [
+        (int(key), float(np.float32(text))) for key, text in zip(result.keys, result.distances, strict=True)
+    ]
+
+
+class TestService:
+    """The service answers every search, in batches, whatever happens to some of them."""
+
+    @pytest.fixture
+    async def service(self, nursery: trio.Nursery) -> SearchService:
+        service = SearchService(2, 8)
+        await nursery.start(service.run)
+        return service
+
+    async def test_answers_are_those_of_a_search_alone(
+        self, service: SearchService, nearest: Nearest
+    ) -> None:
+        random = np.random.default_rng(1)
+        rows = random.normal(size=(200, 4)).astype(np.float32)
+        queries = random.normal(size=(50, 4)).astype(np.float32)
+        index = filled("l2", rows)
+        outcomes: dict[int, list[SearchResult] | Exception] = {}
+        finished = trio.Event()
+
+        def submit(number: int, k: int) -> None:
+            def done(outcome: list[SearchResult] | Exception) -> None:
+                outcomes[number] = outcome
+                if len(outcomes) == len(queries):
+                    finished.set()
+
+            service.submit(1, index.view(2), queries[number : number + 1], SearchOptions(k), done)
+
+        for number in range(len(queries)):
+            submit(number, 1 + number % 3)
+        assert service.waiting == len(queries)
+        await finished.wait()
+        for number, query in enumerate(queries):
+            outcome = outcomes[number]
+            assert isinstance(outcome, list)
+            assert [pairs(result) for result in outcome] == [nearest("l2", rows, query, 1 + number % 3)]
+        assert (service.waiting, service.searches) == (0, 50)
+        assert service.batches == 7
+
+    async def test_what_waits_for_one_index_goes_together(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        batches: list[list[float]] = []
+
+        def record(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int
+        ) -> list[SearchResult]:
+            batches.append(queries[:, 0].tolist())
+            return [SearchResult([], []) for _ in views]
+
+        monkeypatch.setattr(service_module, "search_batch", record)
+        service = SearchService(1, 4)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        answered: list[float] = []
+        for index_id, number in [(7, 1), (8, 2), (7, 3), (9, 4), (8, 5), (7, 6), (7, 7), (7, 8), (7, 9)]:
+            query = np.full((1, 2), number, np.float32)
+            service.submit(index_id, view, query, SearchOptions(1), lambda _, n=number: answered.append(n))  # type: ignore[misc]
+        await nursery.start(service.run)
+        await trio.testing.wait_all_tasks_blocked()
+        while service.searches < 9:
+            await trio.lowlevel.checkpoint()
+        assert batches == [[1, 3, 6, 7], [2, 5], [4], [8, 9]]
+        assert answered == [1, 3, 6, 7, 2, 5, 4, 8, 9]
+
+    async def test_a_search_that_raises_is_answered_alone(self, service: SearchService) -> None:
+        index = filled("l2", np.eye(4, dtype=np.float32))
+        outcomes: list[list[SearchResult] | Exception | None] = [None] * 3
+        finished = trio.Event()
+
+        def submit(place: int, query: Floats) -> None:
+            def done(outcome: list[SearchResult] | Exception) -> None:
+                outcomes[place] = outcome
+                if None not in outcomes:
+                    finished.set()
+
+            service.submit(1, index.view(2), query[None], SearchOptions(1), done)
+
+        submit(0, np.eye(4, dtype=np.float32)[2])
+        submit(1, np.zeros(9, np.float32))
+        submit(2, np.eye(4, dtype=np.float32)[3])
+        await finished.wait()
+        assert outcomes[0] == [SearchResult([b"2"], [b"0"])]
+        assert isinstance(outcomes[1], ValueError)
+        assert outcomes[2] == [SearchResult([b"3"], [b"0"])]
+
+    async def test_a_search_under_way_ends_before_the_service_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ended: list[int] = []
+        started = trio.Event()
+        release = threading.Event()
+
+        def slow(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int
+        ) -> list[SearchResult]:
+            trio.from_thread.run_sync(started.set)
+            release.wait()
+            ended.append(worker)
+            return [SearchResult([], [])]
+
+        monkeypatch.setattr(service_module, "search_batch", slow)
+        service = SearchService(1, 4)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(service.run)
+            service.submit(1, view, np.zeros((1, 2), np.float32), SearchOptions(1), lambda _: None)
+            await started.wait()
+            nursery.cancel_scope.cancel()
+            release.set()
+        assert ended == [0]
+
+    async def test_what_nobody_wants_any_more_is_not_searched(self, service: SearchService) -> None:
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        answered: list[int] = []
+        ended = trio.Event()
+        query = np.zeros((1, 2), np.float32)
+        service.submit(1, view, query, SearchOptions(1), lambda _: answered.append(0), lambda: False)
+        service.submit(2, view, query, SearchOptions(1), lambda _: ended.set())
+        await ended.wait()
+        assert (answered, service.searches, service.waiting) == ([], 1, 0)
+
+    async def test_an_idle_worker_holds_no_view(self, nursery: trio.Nursery) -> None:
+        service = SearchService(1, 4)
+        await nursery.start(service.run)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        held = weakref.ref(view)
+        ended = trio.Event()
+        service.submit(1, view, np.zeros((1, 2), np.float32), SearchOptions(1), lambda _: ended.set())
+        del view
+        await ended.wait()
+        with trio.fail_after(5):
+            # The thread lets go of it just after it has handed on the result.
+            while held() is not None:
+                await trio.lowlevel.checkpoint()
+
+    async def test_a_search_of_many_queries_is_answered_once(
+        self, service: SearchService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(views: list[View], queries: Floats, options: SearchOptions, worker: int) -> None:
+            raise ValueError(f"{len(queries)} queries")
+
+        monkeypatch.setattr(service_module, "search_batch", fail)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        outcomes: list[list[SearchResult] | Exception] = []
+        ended = trio.Event()
+        service.submit(1, view, np.zeros((20, 2), np.float32), SearchOptions(1), outcomes.append)
+        service.submit(2, view, np.zeros((1, 2), np.float32), SearchOptions(1), lambda _: ended.set())
+        await ended.wait()
+        with trio.fail_after(5):
+            while not outcomes:
+                await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [str(outcome) for outcome in outcomes] == ["8 queries"]
