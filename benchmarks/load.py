@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from multiprocessing.connection import Connection
 from threading import BrokenBarrierError
 from typing import Any
@@ -32,16 +33,22 @@ class LoadError(Exception):
 
 @attrs.frozen
 class Measured:
-    """What one process did. Times are in seconds, `began` and `ended` by the machine's monotonic clock."""
+    """What one process did. Times are in seconds, `began` and `ended` by the machine's monotonic clock.
+
+    `moments` are when answers arrived, by the same clock. What `replies` counts is the work's own affair.
+    """
 
     began: float
     ended: float
     replies: int
     latencies: list[float] = attrs.field(factory=list)
+    moments: list[float] = attrs.field(factory=list)
 
 
 # A process calls `ready` once, when it is connected; it returns when all the others are, too.
 Work = Callable[[Callable[[], object]], Measured]
+# A companion goes on until `finished()` says that all works have ended.
+Companion = Callable[[Callable[[], object], Callable[[], bool]], Measured]
 
 
 def pack(*arguments: bytes) -> bytes:
@@ -153,27 +160,42 @@ def ping(port: int, interval: float, seconds: float, ready: Callable[[], object]
         return Measured(began, now, len(latencies), latencies)
 
 
-def run_together(works: Sequence[Work]) -> list[Measured]:
-    """Runs each work in a spawned process; all begin when the last is ready. Returns in the same order.
+def rest(seconds: float, ready: Callable[[], object]) -> Measured:
+    """Nothing, for a time: something for companions to accompany."""
+    ready()
+    began = time.monotonic()
+    time.sleep(seconds)
+    return Measured(began, time.monotonic(), 0)
+
+
+def run_together(
+    works: Sequence[Work], companions: Sequence[Companion] = (), limit: float = LIMIT_SECONDS
+) -> list[Measured]:
+    """Runs each work and companion in a spawned process; all begin when the last is ready.
+
+    Returns in the same order, works first.
 
     Raises:
-        LoadError: one of them failed or took longer than `LIMIT_SECONDS`; the others have been ended.
+        LoadError: one of them failed or took longer than `limit` seconds; the others have been ended.
     """
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(len(works))
-    deadline = time.monotonic() + LIMIT_SECONDS
+    barrier = context.Barrier(len(works) + len(companions))
+    finished = context.Event()
+    deadline = time.monotonic() + limit
     started = []
     try:
-        for work in works:
+        for task in [*works, *(partial(_accompany, companion, finished.is_set) for companion in companions)]:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(work, barrier.wait, sender), daemon=True)
+            process = context.Process(target=_run, args=(task, barrier.wait, sender), daemon=True)
             process.start()
             sender.close()
             started.append((process, receiver))
-        results = []
+        results: list[Measured] = []
         for _, receiver in started:
+            if len(results) == len(works):
+                finished.set()
             try:
-                if not receiver.poll(deadline - time.monotonic()):
+                if not receiver.poll(max(0.0, deadline - time.monotonic())):
                     raise LoadError("a process of the load took too long")
                 result = receiver.recv()
             except EOFError:
@@ -186,6 +208,10 @@ def run_together(works: Sequence[Work]) -> list[Measured]:
         for process, _ in started:
             process.terminate()
             process.join()
+
+
+def _accompany(companion: Companion, finished: Callable[[], bool], ready: Callable[[], object]) -> Measured:
+    return companion(ready, finished)
 
 
 def _run(work: Work, wait: Callable[[float], int], sender: Connection[Measured | str, object]) -> None:

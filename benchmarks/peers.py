@@ -40,24 +40,16 @@ class Peer:
 
     def cpu_seconds(self) -> float:
         """CPU time used so far by the server and its children, those that have ended included."""
-        ticks: dict[int, int] = {}
-        children: dict[int, list[int]] = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
+        ticks = 0
+        for pid in family(self.pid):
             try:
                 # proc(5): after the name in parentheses come state, ppid, ...; utime, stime, cutime and
                 # cstime are fields 14 to 17 of the whole line.
-                fields = path.read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
                 continue
-            pid = int(path.parent.name)
-            children.setdefault(int(fields[1]), []).append(pid)
-            ticks[pid] = sum(map(int, fields[11:15]))
-        total, family = 0, [self.pid]
-        while family:
-            pid = family.pop()
-            total += ticks.get(pid, 0)
-            family += children.get(pid, [])
-        return total / _TICKS_PER_SECOND
+            ticks += sum(map(int, fields[11:15]))
+        return ticks / _TICKS_PER_SECOND
 
 
 @contextmanager
@@ -87,6 +79,19 @@ def running(name: str, command: str, port: int, cores: Sequence[int] = ()) -> It
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, itself first."""
+    found = [pid]
+    for member in found:
+        for path in Path(f"/proc/{member}/task").glob("*/children"):
+            try:
+                found += map(int, path.read_text().split())
+            except OSError:
+                # The thread, or the process, has ended.
+                continue
+    return found
 
 
 def _wait_until_listening(name: str, process: subprocess.Popen[bytes], port: int, output: Path) -> None:
@@ -167,3 +172,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + " |"
         for row in [header, rule, *rows]
     )
+
+
+def render_number(value: float) -> str:
+    """As many digits as tell something."""
+    if value == int(value) or value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if value < 1 else f"{value:.2f}"
