@@ -137,7 +137,7 @@ class Config:
         60, _integer(1, 86400), "seconds such a client has to take a reply before it is dropped", mutable=True
     )
     max_unindexed_rows: int = _setting(
-        100_000,
+        16_384,
         _integer(1, 1 << 40),
         "rows of an index without a graph, beyond which VADD is slowed",
         mutable=True,

@@ -47,6 +47,8 @@ class Connection:
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
+        # Replies of the requests that are carried out, not handed on yet.
+        self._burst: list[bytes] = []
         self._outbox = Outbox(transport, server, start_writer=self._start_writer, abort=self._scope.cancel)
         server.last_client_id += 1
         now = time.monotonic()
@@ -61,6 +63,7 @@ class Connection:
             last_active=now,
             close=self._scope.cancel,
             buffered=lambda: (self._parser.buffered, self._outbox.size),
+            observed=lambda: self._database.lsn if self._burst else self._outbox.observed_lsn,
         )
 
     async def serve(self) -> None:
@@ -122,7 +125,7 @@ class Connection:
         # One look at the log for the whole burst; only without room is each write looked at alone.
         admitted = journal is None or journal.has_room(2 * size + RECORD_OVERHEAD * len(requests))
         self._server.statistics.commands_processed += len(requests)
-        burst: list[bytes] = []
+        burst = self._burst
         burst_bytes = 0
         spellings = SPELLINGS
         for request in requests:
@@ -181,6 +184,7 @@ class Connection:
             session.last_command = command.name
         if burst:
             outbox.send_soon(b"".join(burst), database.engine.lsn)
+            burst.clear()
 
     def _release(self, burst: list[bytes]) -> int:
         """Hands on the replies of a burst so far; returns 0, the bytes left in it."""
@@ -202,6 +206,7 @@ class Connection:
 
     def _silence(self) -> None:
         """Holds a reply back, as CLIENT REPLY asked; SKIP ends after the reply of the next command."""
+        self._outbox.observed_lsn = self._database.lsn
         session = self.session
         if session.reply_mode is ReplyMode.SKIP_NEXT:
             session.reply_mode = ReplyMode.SKIP

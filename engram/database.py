@@ -22,6 +22,9 @@ EXPIRY_BATCH = 512
 class Journal(Protocol):
     """What the database needs of the log; `persistence.Persistence` is the one that writes to disk."""
 
+    @property
+    def durable_lsn(self) -> int: ...
+
     def has_room(self, size: int) -> bool: ...
 
     async def admit(self, size: int) -> None: ...

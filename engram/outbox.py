@@ -45,6 +45,8 @@ class Outbox:
         self._abort = abort
         self._waiting: deque[tuple[bytes | Slot, int]] = deque()
         self._waiting_bytes = 0
+        # The last LSN that replies so far show.
+        self.observed_lsn = 0
         self._registered = False
         self._departing: list[bytes] = []
         self._unsent: deque[memoryview] = deque()
@@ -82,6 +84,7 @@ class Outbox:
 
     def send(self, reply: bytes, lsn: int) -> None:
         """Sends an encoded reply, or several, that show the state at `lsn`: now, or in its turn."""
+        self.observed_lsn = lsn
         if not self._waiting and (self._journal is None or self._journal.released(lsn)):
             self._send(reply)
             return
@@ -96,6 +99,7 @@ class Outbox:
         if not many or self._waiting or not (self._journal is None or self._journal.released(lsn)):
             self.send(reply, lsn)
             return
+        self.observed_lsn = lsn
         self._departing.append(reply)
         if len(self._departing) == 1:
             server.departures.add(self)
@@ -107,7 +111,10 @@ class Outbox:
             self._send(departing[0] if len(departing) == 1 else b"".join(departing))
 
     def expect(self, slot: Slot, lsn: int) -> None:
-        """Keeps the place of a reply that will show the state at `lsn`."""
+        """Keeps the place of a reply that will show the state at `lsn`, or at the slot's own."""
+        if slot.lsn is not None:
+            lsn = slot.lsn
+        self.observed_lsn = max(self.observed_lsn, lsn)
         slot.on_fill = self.flush
         self._waiting_bytes += slot.size
         self._waiting.append((slot, lsn))

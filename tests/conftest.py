@@ -95,6 +95,10 @@ class ManualJournal:
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._parked = trio.lowlevel.ParkingLot()
 
+    @property
+    def durable_lsn(self) -> int:
+        return self.durable
+
     def has_room(self, size: int) -> bool:
         return self.room
 

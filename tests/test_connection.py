@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
@@ -18,7 +20,7 @@ from tests.conftest import (
     vector,
 )
 
-OK, PONG, ONE = b"+OK\r\n", b"+PONG\r\n", b":1\r\n"
+OK, PONG, ONE, ZERO = b"+OK\r\n", b"+PONG\r\n", b":1\r\n", b":0\r\n"
 
 
 def pings(count: int, size: int = 0) -> list[list[bytes]]:
@@ -362,6 +364,54 @@ async def test_a_search_done_after_its_state_became_durable(open_house: OpenHous
         assert await client.arrived() == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
         journal.release()
         assert await client.arrived() == OK
+
+
+async def test_a_search_need_not_wait_for_what_others_write(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        writer, reader = house.connect(), house.connect()
+        await writer.send("VNEW a 1 METRIC l2", [b"VADD", b"a", b"x", vector(1)])
+        await wait_all_tasks_blocked()
+        journal.release()
+        assert await writer.arrived() == OK + ONE
+        await writer.send([b"VADD", b"a", b"y", vector(2)], [b"VADD", b"a", b"x", vector(5)])
+        assert await writer.arrived() == b""
+        # Nothing of it has been acknowledged: it may come after the search.
+        search = [b"VSEARCH", b"a", vector(1), b"5"]
+        assert await reader.call(search) == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
+        journal.release()
+        assert await writer.arrived() == ONE + ZERO
+        assert await reader.call(search) == b"*4\r\n$1\r\ny\r\n$1\r\n1\r\n$1\r\nx\r\n$1\r\n4\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "replies"),
+    [
+        (([b"VADD", b"a", b"y", vector(2)],), 1),
+        (("CLIENT REPLY SKIP", [b"VADD", b"a", b"y", vector(2)]), 0),
+        # What another client wrote, but this one has asked for.
+        (("GET k",), 1),
+    ],
+)
+async def test_a_search_shows_what_its_client_has_seen_before(
+    open_house: OpenHouse, before: tuple[Any, ...], replies: int
+) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.send("VNEW a 1 METRIC l2")
+        await wait_all_tasks_blocked()
+        journal.release()
+        assert await client.arrived() == OK
+        if before == ("GET k",):
+            await other.send([b"VADD", b"a", b"y", vector(2)], "SET k v")
+            await wait_all_tasks_blocked()
+        await client.send(*before, [b"VSEARCH", b"a", vector(2), b"5"])
+        assert await client.arrived() == b""
+        journal.release()
+        for _ in range(replies):
+            await client.reply()
+        assert await client.reply() == b"*2\r\n$1\r\ny\r\n$1\r\n0\r\n"
 
 
 @pytest.mark.parametrize("ticks", range(6))

@@ -105,7 +105,8 @@ def _submit(
     search: SearchOptions,
     encode: Callable[[list[SearchResult]], bytes],
 ) -> Slot:
-    slot = Slot(len(queries) * min(search.k, len(index)) * _result_size(index, search))
+    lsn = max(session.readable_lsn, index.oldest_view)
+    slot = Slot(len(queries) * min(search.k, len(index)) * _result_size(index, search), lsn)
     check_reply_size(session, slot.size)
 
     def done(results: list[SearchResult] | Exception) -> None:
@@ -115,8 +116,7 @@ def _submit(
         else:
             slot.fill(encode(results))
 
-    view = index.view(session.database.lsn)
-    session.server.searches.submit(index.id, view, queries, search, done, lambda: slot.awaited)
+    session.server.searches.submit(index.id, index.view(lsn), queries, search, done, lambda: slot.awaited)
     return slot
 
 

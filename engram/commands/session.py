@@ -19,14 +19,16 @@ from engram.protocol.replies import RESP2, Encoder
 class Slot:
     """The place of a reply that is not known yet; whoever finds it calls `fill`, once.
 
-    `size` is about how many bytes the reply will have, where that may be many. `awaited` is false once
-    nobody waits for the reply: CLIENT REPLY silences it, or the client is gone. Any thread may look.
+    `size` is about how many bytes the reply will have, where that may be many. `lsn` is the state that it
+    will show, None for that of the moment at which it was asked for. `awaited` is false once nobody waits
+    for the reply: CLIENT REPLY silences it, or the client is gone. Any thread may look.
     """
 
-    __slots__ = ("awaited", "on_fill", "reply", "size")
+    __slots__ = ("awaited", "lsn", "on_fill", "reply", "size")
 
-    def __init__(self, size: int = 0) -> None:
+    def __init__(self, size: int = 0, lsn: int | None = None) -> None:
         self.size = size
+        self.lsn = lsn
         self.awaited = True
         self.reply: bytes | None = None
         self.on_fill: Callable[[], None] | None = None
@@ -152,6 +154,8 @@ class Session:
     created: float
     close: Callable[[], None]
     buffered: Callable[[], tuple[int, int]]
+    # The last LSN that a reply to this client shows, sent or not.
+    observed: Callable[[], int]
     encoder: Encoder = RESP2
     name: str = ""
     library_name: str = ""
@@ -177,6 +181,19 @@ class Session:
     def closing(self) -> bool:
         """Whether the connection ends once the replies so far are sent."""
         return self._closing
+
+    @property
+    def readable_lsn(self) -> int:
+        """The LSN that a search may show without having to wait for the log.
+
+        What is not durable has been acknowledged to nobody, so it may come after the search; but not when
+        this client has been shown it, or is about to be.
+        """
+        journal = self.database.journal
+        lsn = self.database.lsn
+        if journal is None or journal.released(lsn):
+            return lsn
+        return max(journal.durable_lsn, self.observed())
 
     def leave(self) -> None:
         """Ends the connection once the replies so far are sent."""

@@ -26,8 +26,9 @@ class Chunk:
     Rows are only appended, and of what is there only a death is ever changed, once. So a search, in
     another thread, may read the first `count` rows of the moment it was asked for, without a lock.
 
-    vectors: (capacity, dimension) float32; row_ids: (capacity,) int64, increasing; deaths: (capacity,)
-    int64, the LSN that killed the row or ALIVE; keys: one for each row; attributes: JSON texts by
+    vectors: (capacity, dimension) float32; row_ids: (capacity,) int64, increasing; births: (capacity,) int64,
+    the LSN that added the row, 0 when that was long ago; deaths: (capacity,) int64, the LSN that killed the
+    row or ALIVE; keys: one for each row; attributes: JSON texts by
     position, of the rows that have them.
     """
 
@@ -36,6 +37,7 @@ class Chunk:
         "_codes",
         "_norms",
         "attributes",
+        "births",
         "capacity",
         "count",
         "dead",
@@ -53,6 +55,7 @@ class Chunk:
         self.dead = 0
         self.vectors: Floats = np.empty((capacity, dimension), np.float32)
         self.row_ids: RowIds = np.empty(capacity, np.int64)
+        self.births: Lsns = np.zeros(capacity, np.int64)
         self.deaths: Lsns = np.full(capacity, ALIVE, np.int64)
         self.keys: list[bytes] = []
         self.attributes: dict[int, bytes] = {}
@@ -75,7 +78,14 @@ class Chunk:
     def bytes_held(self) -> int:
         """What the arrays take; keys and attributes come beside."""
         codes = 0 if self._codes is None else self._codes.bytes_held
-        return self.vectors.nbytes + self.row_ids.nbytes + self.deaths.nbytes + self._norms.nbytes + codes
+        return (
+            self.vectors.nbytes
+            + self.row_ids.nbytes
+            + self.births.nbytes
+            + self.deaths.nbytes
+            + self._norms.nbytes
+            + codes
+        )
 
     def norms(self, count: int) -> Doubles:
         """The norms of the first `count` rows, computed at the first search that needs them.
@@ -88,17 +98,19 @@ class Chunk:
             self.norms_known = count
         return self._norms[:count]
 
-    def append(self, row_id: int, key: bytes, vector: Floats) -> None:
-        """Appends one row; there must be room."""
+    def append(self, row_id: int, key: bytes, vector: Floats, lsn: int = 0) -> None:
+        """Appends one row, born at `lsn`; there must be room."""
         position = self.count
+        self.births[position] = lsn
         self.vectors[position] = vector
         self.row_ids[position] = row_id
         self.keys.append(key)
         self.count = position + 1
 
-    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats) -> None:
-        """Appends rows; there must be room."""
+    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats, lsns: Lsns | int = 0) -> None:
+        """Appends rows, born at `lsns`; there must be room."""
         start, end = self.count, self.count + len(keys)
+        self.births[start:end] = lsns
         self.vectors[start:end] = vectors
         self.row_ids[start:end] = row_ids
         self.keys.extend(keys)
@@ -158,7 +170,7 @@ class Chunk:
         """
         copied = Chunk(capacity, dimension)
         rows = slice(start, self.count)
-        copied.extend(self.row_ids[rows], self.keys[rows], self.vectors[rows])
+        copied.extend(self.row_ids[rows], self.keys[rows], self.vectors[rows], self.births[rows])
         copied.deaths[: copied.count] = self.deaths[rows]
         copied.dead = int(np.count_nonzero(copied.deaths[: copied.count] != ALIVE))
         copied.attributes = {
@@ -183,6 +195,16 @@ class Head:
         """How many rows there are, dead ones included."""
         return self.rows_before_tail + (self.chunks[-1].count if self.chunks else 0)
 
+    def rows_born_by(self, lsn: int) -> int:
+        """How many rows there were at `lsn`, which no row has left since."""
+        rows = self.rows
+        for chunk in reversed(self.chunks):
+            born = int(chunk.births[: chunk.count].searchsorted(lsn, "right"))
+            rows -= chunk.count - born
+            if born:
+                break
+        return rows
+
     def tail(self) -> Chunk:
         """A last chunk with room for at least one row more.
 
@@ -205,13 +227,13 @@ class Head:
         self.chunks = (*chunks, tail)
         return tail
 
-    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats) -> None:
-        """Appends rows; their ids are greater than all here."""
+    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats, lsn: int = 0) -> None:
+        """Appends rows, born at `lsn`; their ids are greater than all here."""
         done = 0
         while done < len(keys):
             tail = self.tail()
             part = slice(done, min(done + tail.capacity - tail.count, len(keys)))
-            tail.extend(row_ids[part], keys[part], vectors[part])
+            tail.extend(row_ids[part], keys[part], vectors[part], lsn)
             done = part.stop
 
     def find(self, row_id: int) -> tuple[Chunk, int]:

@@ -11,6 +11,9 @@ _FIRST_RATE = 5000.0
 _RATED_SEALS = 8
 # However far an index is beyond the limit, rows come at this share of the rate.
 _LEAST_PACE = 0.1
+# Seconds. Shorter waits are saved up: a pause for every row would cost the loop, and the log, more than
+# the row does.
+_SHORTEST_DELAY = 0.02
 
 
 class Pace:
@@ -44,7 +47,7 @@ class Pace:
         """Seconds that `rows` should wait when `unindexed` have no graph yet.
 
         From `limit` on they are spaced so that together all come as fast as rows are sealed, and slower
-        the further beyond it.
+        the further beyond it. Some come together, and then there is a longer pause.
         """
         excess = unindexed - limit
         if excess < 0:
@@ -52,4 +55,5 @@ class Pace:
         now = trio.current_time()
         pace = self.rate * max(_LEAST_PACE, 1.0 - excess / limit)
         self._next_slot = max(now, self._next_slot) + rows / pace
-        return self._next_slot - now
+        delay = self._next_slot - now
+        return delay if delay >= _SHORTEST_DELAY else 0.0

@@ -142,7 +142,7 @@ def search_batch(
     """
     if options.k < 1:
         raise ValueError("k must be positive")
-    k = max(1, min(options.k, max(view.live for view in views)))
+    k = max(1, min(options.k, max(view.rows for view in views)))
     step = max(1, _PASS_RESULTS // k)
     results: list[SearchResult] = []
     for start in range(0, len(views), step):

@@ -195,6 +195,7 @@ class SearchService:
                 batch.append(search)
         if queue:
             self._queues[key] = queue
+            self._call()
         return batch
 
 

@@ -64,8 +64,8 @@ class View:
     """An index at one LSN: what a search sees, whatever happens to the index meanwhile.
 
     The first `head_rows` rows of the chunks and all rows of the segments are there, but for those that
-    died at or before `lsn`. `live` counts them. The generation changes with every segment installed: views
-    of one generation differ only in how much of the head they see, and in deaths. Rows that are added
+    died at or before `lsn`; that is no more than `rows`. The generation changes with every segment installed:
+    views of one generation differ only in how much of the head they see, and in deaths. Rows that are added
     later have ids from `next_row` on.
     """
 
@@ -75,7 +75,7 @@ class View:
     chunks: tuple[Chunk, ...]
     head_rows: int
     lsn: int
-    live: int
+    rows: int
     next_row: int
 
 
@@ -235,6 +235,8 @@ class VectorIndex:
         self._rows_in_segments = 0
         self._merge_wanted = False
         self._generation = 0
+        # Segments do not tell when their rows were born.
+        self.oldest_view = index_id
 
     def drop(self) -> None:
         """The index is gone: those who work on it in the background stop."""
@@ -287,7 +289,7 @@ class VectorIndex:
             tail = self._head.tail()
             if attributes and (text := attributes[0]) is not None:
                 tail.attributes[tail.count] = text
-            tail.append(row_id, key, vectors[0])
+            tail.append(row_id, key, vectors[0], lsn)
             live = self.live
             old = live.get(key)
             live[key] = row_id
@@ -310,15 +312,20 @@ class VectorIndex:
         old = [row_id for key in keys if (row_id := live.get(key)) is not None]
         row_ids = np.arange(self._next_row, self._next_row + len(keys), dtype=np.int64)
         self._next_row += len(keys)
-        self._append(row_ids, list(keys), vectors, attributes)
+        self._append(lsn, row_ids, list(keys), vectors, attributes)
         self._kill_many(old, lsn)
         return len(keys) - len(old)
 
     def _append(
-        self, row_ids: RowIds, keys: list[bytes], vectors: Floats, attributes: Sequence[bytes | None]
+        self,
+        lsn: int,
+        row_ids: RowIds,
+        keys: list[bytes],
+        vectors: Floats,
+        attributes: Sequence[bytes | None],
     ) -> None:
         """Appends rows of distinct keys and points the keys at them."""
-        self._head.extend(row_ids, keys, vectors)
+        self._head.extend(row_ids, keys, vectors, lsn)
         for row_id, text in zip(row_ids.tolist(), attributes, strict=False):
             if text:
                 chunk, position = self._head.find(row_id)
@@ -411,16 +418,16 @@ class VectorIndex:
         )
 
     def view(self, lsn: int) -> View:
-        """The index as it is now, at `lsn`, the last change made."""
+        """The index as it was at `lsn`, which must not be before `oldest_view`."""
         head = self._head
         return View(
             self.parameters,
             self._generation,
             self.segments,
             head.chunks,
-            head.rows,
+            head.rows_born_by(lsn),
             lsn,
-            len(self.live),
+            self.rows_total,
             self._next_row,
         )
 
@@ -501,6 +508,7 @@ class VectorIndex:
             remaining.insert(position, new)
         self._head.drop_through(through)
         self._generation += 1
+        self.oldest_view = lsn
         self._set_segments(remaining)
         return list(replaces)
 
@@ -592,7 +600,7 @@ class VectorIndex:
             alive = np.flatnonzero(deaths == ALIVE)
             index.live.update(zip(segment.keys_at(alive), segment.row_ids[alive].tolist(), strict=True))
         index._set_segments(installed)
-        index._append(state.row_ids, state.keys, state.vectors, state.attributes)
+        index._append(0, state.row_ids, state.keys, state.vectors, state.attributes)
         index._next_row = state.next_row
         return index
 

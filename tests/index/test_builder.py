@@ -303,7 +303,7 @@ async def test_a_log_that_fails_ends_the_builder(engine: Engine, index: VectorIn
 async def test_rows_wait_once_too_many_have_no_graph(engine: Engine, index: VectorIndex) -> None:
     builder = Builder(engine.store, engine.install)
     assert builder.delay(index, 71) == 0.0
-    assert builder.delay(index, 70, 3) == pytest.approx(3 / builder.rate, abs=1e-3)
+    assert builder.delay(index, 70, 3000) == pytest.approx(3000 / builder.rate, abs=1e-3)
 
 
 async def test_an_optimization_makes_one_segment_for_all_who_wait(

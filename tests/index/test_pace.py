@@ -13,14 +13,26 @@ async def test_rows_beyond_the_limit_come_as_fast_as_they_are_sealed(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     pace = Pace()
-    assert pace.delay(69, 70, 1) == 0.0
-    pause = 1.0 / pace.rate
-    assert [pace.delay(70, 70, 1) for _ in range(3)] == pytest.approx([pause, 2 * pause, 3 * pause])
-    await trio.sleep(1.0)
-    assert pace.delay(70, 70, 5) == pytest.approx(5 * pause)
-    await trio.sleep(1.0)
+    assert pace.delay(69, 70, 1000) == 0.0
+    second = round(pace.rate)
+    assert [pace.delay(70, 70, second) for _ in range(3)] == pytest.approx([1.0, 2.0, 3.0])
+    await trio.sleep(3.0)
+    assert pace.delay(70, 70, 5 * second) == pytest.approx(5.0)
+    await trio.sleep(5.0)
     # Half as many again: half as fast.
-    assert pace.delay(70, 47, 1) == pytest.approx(pause / (1.0 - 23 / 47))
+    assert pace.delay(70, 47, second) == pytest.approx(1.0 / (1.0 - 23 / 47))
+
+
+async def test_short_waits_are_saved_up(autojump_clock: trio.testing.MockClock) -> None:
+    pace = Pace()
+    delays = []
+    began = trio.current_time()
+    for _ in range(1000):
+        delay = pace.delay(70, 70, 1)
+        delays.append(delay)
+        await trio.sleep(delay)
+    assert min(delay for delay in delays if delay) >= 0.02
+    assert trio.current_time() - began == pytest.approx(1000 / pace.rate, abs=0.03)
 
 
 def test_merges_that_rows_waited_for_count() -> None:

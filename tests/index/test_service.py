@@ -42,9 +42,8 @@ class TestService:
         await nursery.start(service.run)
         return service
 
-    async def test_answers_are_those_of_a_search_alone(
-        self, service: SearchService, nearest: Nearest
-    ) -> None:
+    async def test_answers_are_those_of_a_search_alone(self, nursery: trio.Nursery, nearest: Nearest) -> None:
+        service = SearchService(2, 8)
         random = np.random.default_rng(1)
         rows = random.normal(size=(200, 4)).astype(np.float32)
         queries = random.normal(size=(50, 4)).astype(np.float32)
@@ -63,6 +62,7 @@ class TestService:
         for number in range(len(queries)):
             submit(number, 1 + number % 3)
         assert service.waiting == len(queries)
+        await nursery.start(service.run)
         await finished.wait()
         for number, query in enumerate(queries):
             outcome = outcomes[number]

@@ -218,7 +218,7 @@ class IndexMachine(RuleBasedStateMachine):
     @invariant()
     def the_index_holds_what_the_dict_does(self) -> None:
         index = self.index
-        assert len(index) == len(self.rows) == index.view(self.lsn).live
+        assert len(index) == len(self.rows)
         assert index.rows_total == index.rows_unindexed + sum(segment.rows for segment in index.segments)
         assert index.rows_dead == index.rows_total - len(index) >= 0
         assert index.needs_maintenance == (index.plan() is not None)
@@ -454,3 +454,30 @@ def test_overwriting_everything_leaves_few_dead_rows(clustered: Clustered, build
                 maintained(index, build, lsn)
     assert all(installed.dead <= 0.2 * installed.rows for installed in index.segments)
     assert index.rows_total <= 1.25 * len(index) + 2 * 32
+
+
+def test_a_view_of_the_past_shows_what_there_was(clustered: Clustered, nearest: Nearest) -> None:
+    rows = clustered(60, 4)
+    index = VectorIndex(1, default_parameters(4, "cosine"), seal_rows=16)
+    alive: list[dict[bytes, Floats]] = [{}, {}]
+    for lsn in range(2, 62):
+        row = rows[lsn - 2]
+        key = b"%d" % (lsn % 17)
+        now = dict(alive[-1])
+        if lsn % 5 == 0 and key in now:
+            index.delete(lsn, [key])
+            del now[key]
+        else:
+            index.add(lsn, [key], row[None])
+            now[key] = row
+        alive.append(now)
+    for lsn in (1, 2, 3, 20, 40, 60, 61):
+        (result,) = search_batch([index.view(lsn)], rows[:1], SearchOptions(100), 0)
+        assert sorted(result.keys) == sorted(alive[lsn])
+
+
+def test_the_past_before_a_segment_cannot_be_viewed(clustered: Clustered, build: Build) -> None:
+    index = index_of(clustered(70, 4), seal_rows=64)
+    assert index.oldest_view == index.id
+    build(index).install(9, index)
+    assert index.oldest_view == 9
