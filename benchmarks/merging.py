@@ -3,7 +3,7 @@
     python -m benchmarks.merging
 
 Nothing is built: building n rows takes the time that it took for 384 dimensions on one core. Clients add at
-the speed given, and at the builder's pace beyond 100,000 rows without a graph.
+the speed given, and at the builder's pace beyond 16,384 rows without a graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engram.index.pace import Pace
 SEAL_ROWS = 8192
 LARGEST_SEAL = 4 * SEAL_ROWS
 CHUNK_ROWS = 4096
-LIMIT = 100_000
+LIMIT = 16_384
 TICK = 0.1
 
 # Rows of a build, and rows a second.

@@ -23,7 +23,7 @@ _NOT_FULL = 0.8
 _BUILD_OVERHEAD = 4000
 # While rows wait to be sealed, nothing is merged before there are so many small segments, of at most
 # so many times the rows of the largest that is sealed at once; and then not into the largest ones.
-_MANY_SMALL = 8
+_MANY_SMALL = 4
 _SMALL = 2
 
 Sizes = Sequence[tuple[int, int]]

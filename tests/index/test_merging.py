@@ -89,10 +89,10 @@ def test_a_segment_whose_rows_are_all_dead_goes_before_anything_else() -> None:
 
 
 def test_a_few_small_segments_wait_while_rows_wait() -> None:
-    sizes = [(SEAL, 0)] * 7
+    sizes = [(SEAL, 0)] * 3
     assert next_merge(sizes, SEAL, waiting=True) is None
     assert next_merge([*sizes, (SEAL, 0)], SEAL, waiting=True) == slice(0, 4)
-    assert next_merge(sizes, SEAL, waiting=False) == slice(0, 7)
+    assert next_merge(sizes, SEAL, waiting=False) == slice(0, 3)
 
 
 def test_a_segment_beyond_the_largest_is_rebuilt_only_for_its_dead_rows() -> None:
