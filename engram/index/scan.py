@@ -112,7 +112,8 @@ class Scan:
         for found in self._found:
             near = found.ranks <= self._limits[found.which] + found.errors
             if near.any():
-                kept.append(attrs.evolve(found, which=found.which[near], positions=found.positions[near]))
+                which, positions = found.which[near], found.positions[near]
+                kept.append(Found(found.source, which, positions, found.ranks[near], found.errors[near]))
         return kept
 
     def _ranks(self, block: Block, queries: Queries) -> tuple[Floats, Floats]:
