@@ -7,7 +7,7 @@ only a graph can miss a neighbour.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -20,6 +20,7 @@ from engram.index.head import ALIVE, Chunk, Lsns
 from engram.index.matching import chunk_mask, segment_mask
 from engram.index.planner import Walk, plan_walk, scans_all
 from engram.index.scan import Block, Numbers, Scan, Source
+from engram.index.segment import Segment
 from engram.index.vector_index import InstalledSegment, View
 
 # Queries times k of one pass: bounds its memory.
@@ -28,6 +29,16 @@ _PASS_RESULTS = 1 << 16
 _SCAN_ROWS = 8192
 # Numbers of candidates' vectors that are gathered at once.
 _GATHER_NUMBERS = 1 << 17
+
+# Share(call, count, worker) calls call(number, worker) once for each number below count, in whatever search
+# threads are free, each with its own worker number, and returns when all have returned.
+Share = Callable[[Callable[[int, int], None], int, int], None]
+
+
+def call_in_turn(call: Callable[[int, int], None], count: int, worker: int) -> None:
+    """Shares with nobody."""
+    for number in range(count):
+        call(number, worker)
 
 
 @attrs.frozen
@@ -130,12 +141,17 @@ def _put(items: list[bytes], places: list[int], found: list[bytes]) -> None:
 
 
 def search_batch(
-    views: Sequence[View], queries: Floats, options: SearchOptions, worker: int
+    views: Sequence[View],
+    queries: Floats,
+    options: SearchOptions,
+    worker: int,
+    share: Share = call_in_turn,
 ) -> list[SearchResult]:
     """The k nearest live rows of each query, shape (n, dimension), as its view shows them.
 
     There is a view for each query, all of one index and one generation. With a filter there are k results
-    wherever k rows match. No two calls with the same `worker` may run at once.
+    wherever k rows match. No two calls with the same `worker` may run at once. The segments' graphs are
+    walked through `share`.
 
     Raises:
         ValueError: k is not positive.
@@ -147,37 +163,63 @@ def search_batch(
     results: list[SearchResult] = []
     for start in range(0, len(views), step):
         part = slice(start, start + step)
-        results += _Pass(views[part], queries[part], k, options, worker).run()
+        results += _Pass(views[part], queries[part], k, options).run(worker, share)
     return results
+
+
+@attrs.frozen(eq=False)
+class _Near:
+    """Rows at `positions` (n, m) for the queries `which`: those `shown`, all when None.
+
+    The distances of the others are infinite.
+    """
+
+    which: Numbers
+    positions: Numbers
+    distances: Floats
+    upper_ranks: Floats
+    shown: Mask | None
+
+
+@attrs.frozen(eq=False)
+class _Walked:
+    """What walks of one graph found, and the queries, if any, for which that is not enough."""
+
+    found: list[_Near]
+    short: Numbers | None
 
 
 class _Pass:
     """One search of a batch of queries."""
 
-    def __init__(
-        self, views: Sequence[View], vectors: Floats, k: int, options: SearchOptions, worker: int
-    ) -> None:
+    def __init__(self, views: Sequence[View], vectors: Floats, k: int, options: SearchOptions) -> None:
         self._views = views
         self._k = k
         self._options = options
-        self._worker = worker
         self._queries = Queries.of(views[0].parameters.metric, vectors)
         self._lsns: Lsns = np.array([view.lsn for view in views], np.int64)
         visible = np.array([view.head_rows for view in views], np.int64)
         self._scan = Scan(self._queries, k, self._lsns, visible)
         self._candidates = _Candidates()
 
-    def run(self) -> list[SearchResult]:
-        # What the graphs find lets the scans pass over most rows.
-        scanned = []
+    def run(self, worker: int, share: Share) -> list[SearchResult]:
+        planned: list[tuple[InstalledSegment, Mask | None, Walk]] = []
+        scanned: list[tuple[InstalledSegment, Mask | None, Numbers | None]] = []
         for installed in self._views[0].segments:
             mask = None
             if self._options.filter is not None:
                 mask = segment_mask(installed.segment, self._options.filter)
             walk = self._plan(installed, mask)
-            short = None if walk is None else self._walk(installed, mask, walk)
-            if walk is None or short is not None:
-                scanned.append((installed, mask, short))
+            if walk is None:
+                scanned.append((installed, mask, None))
+            else:
+                planned.append((installed, mask, walk))
+        # What the graphs find lets the scans pass over most rows.
+        for (installed, mask, _), walked in zip(planned, self._walk_all(planned, worker, share), strict=True):
+            for near in walked.found:
+                self._take(installed.segment, near)
+            if walked.short is not None:
+                scanned.append((installed, mask, walked.short))
         for installed, mask, short in scanned:
             self._scan_segment(installed, mask, short)
         self._scan_head()
@@ -186,6 +228,17 @@ class _Pass:
             distances = self._queries.distances(found.which, source.vectors[rows], source.norms_at(rows))
             self._candidates.add(source, found.which, rows, distances)
         return self._candidates.best(len(self._views), self._options, self._k)
+
+    def _walk_all(
+        self, planned: Sequence[tuple[InstalledSegment, Mask | None, Walk]], worker: int, share: Share
+    ) -> list[_Walked]:
+        walked: dict[int, _Walked] = {}
+
+        def call(number: int, worker: int) -> None:
+            walked[number] = self._walk(*planned[number], worker)
+
+        share(call, len(planned), worker)
+        return [walked[number] for number in range(len(planned))]
 
     def _plan(self, installed: InstalledSegment, mask: Mask | None) -> Walk | None:
         options, segment = self._options, installed.segment
@@ -197,11 +250,10 @@ class _Pass:
             expansion = segment.expansion_for(target)
         return plan_walk(installed.rows, _qualifying(installed, mask), self._k, expansion)
 
-    def _walk(self, installed: InstalledSegment, mask: Mask | None, walk: Walk) -> Numbers | None:
-        """Takes what a walk of the graph finds; returns the queries for which that is not enough."""
-        segment = installed.segment
-        graph = segment.graphs[self._worker]
+    def _walk(self, installed: InstalledSegment, mask: Mask | None, walk: Walk, worker: int) -> _Walked:
+        graph = installed.segment.graphs[worker]
         queries, which = self._queries, np.arange(len(self._lsns))
+        found: list[_Near] = []
         while True:
             positions = graph.search(queries.vectors, queries.norms, walk.count, walk.expansion)
             shown = positions >= 0
@@ -209,17 +261,20 @@ class _Pass:
                 shown &= installed.deaths[positions] > self._lsns[which, None]
             if mask is not None:
                 shown &= mask[positions]
+            distances = _distances(installed.segment, queries, positions)
             if shown.all():
-                self._take(installed, queries, which, positions, None)
-                return None
+                found.append(_Near(which, positions, distances, queries.upper_ranks(distances), None))
+                return _Walked(found, None)
             short = self._short(installed, mask, which, shown.sum(axis=1))
-            self._take(installed, queries, which, positions, shown & ~short[:, None])
+            shown &= ~short[:, None]
+            distances[~shown] = np.inf
+            found.append(_Near(which, positions, distances, queries.upper_ranks(distances), shown))
             if not short.any():
-                return None
+                return _Walked(found, None)
             wider = walk.wider(installed.rows, _qualifying(installed, mask))
             queries, which = queries.select(np.flatnonzero(short)), which[short]
             if wider is None:
-                return which
+                return _Walked(found, which)
             walk = wider
 
     def _short(self, installed: InstalledSegment, mask: Mask | None, which: Numbers, found: Numbers) -> Mask:
@@ -230,31 +285,13 @@ class _Pass:
             short[number] = found[number] < np.count_nonzero(alive if mask is None else alive & mask)
         return short
 
-    def _take(
-        self,
-        installed: InstalledSegment,
-        queries: Queries,
-        which: Numbers,
-        positions: Numbers,
-        shown: Mask | None,
-    ) -> None:
-        """Takes rows at `positions` (n, m) for the queries `which`: those `shown`, all when None."""
-        segment = installed.segment
-        distances = np.empty(positions.shape, np.float32)
-        step = max(1, _GATHER_NUMBERS // (positions.shape[1] * segment.vectors.shape[1]))
-        for start in range(0, len(which), step):
-            near = positions[start : start + step]
-            distances[start : start + step] = queries.distances_of_each(
-                segment.vectors[near], segment.norms[near], start
-            )
+    def _take(self, segment: Segment, near: _Near) -> None:
         kept: Any = slice(None)
-        if shown is not None:
-            distances[~shown] = np.inf
-            (kept,) = shown.ravel().nonzero()
-        self._scan.offer(queries.upper_ranks(distances), which)
-        self._candidates.add(
-            segment, which.repeat(positions.shape[1])[kept], positions.ravel()[kept], distances.ravel()[kept]
-        )
+        if near.shown is not None:
+            (kept,) = near.shown.ravel().nonzero()
+        self._scan.offer(near.upper_ranks, near.which)
+        which = near.which.repeat(near.positions.shape[1])[kept]
+        self._candidates.add(segment, which, near.positions.ravel()[kept], near.distances.ravel()[kept])
 
     def _scan_segment(self, installed: InstalledSegment, mask: Mask | None, which: Numbers | None) -> None:
         segment, rows = installed.segment, installed.rows
@@ -295,6 +332,18 @@ class _Pass:
                 blocks, rows = [], 0
         if blocks:
             self._scan.add(blocks)
+
+
+def _distances(segment: Segment, queries: Queries, positions: Numbers) -> Floats:
+    """The exact distances of each query to the rows at its `positions`, both (n, m)."""
+    distances = np.empty(positions.shape, np.float32)
+    step = max(1, _GATHER_NUMBERS // (positions.shape[1] * segment.vectors.shape[1]))
+    for start in range(0, len(positions), step):
+        near = positions[start : start + step]
+        distances[start : start + step] = queries.distances_of_each(
+            segment.vectors[near], segment.norms[near], start
+        )
+    return distances
 
 
 def _segment_block(

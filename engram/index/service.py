@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, TypeVar
 
 import attrs
@@ -15,7 +15,7 @@ import trio
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from engram.index.distances import Floats
-from engram.index.search import SearchOptions, SearchResult, search_batch
+from engram.index.search import SearchOptions, SearchResult, Share, call_in_turn, search_batch
 from engram.index.vector_index import View
 
 Done = Callable[[list[SearchResult] | Exception], None]
@@ -66,7 +66,42 @@ class _Work:
     wanted: Callable[[], bool]
 
 
-_Job = list[_Search] | _Work
+class _Shared:
+    """Calls that several threads make together: each takes the next until none is left."""
+
+    def __init__(self, call: Callable[[int, int], None], count: int) -> None:
+        self._call = call
+        self._lock = Lock()
+        self._untaken = count
+        self._unfinished = count
+        self._finished = Event()
+        self._error: BaseException | None = None
+
+    def help(self, worker: int) -> None:
+        while True:
+            with self._lock:
+                if not self._untaken:
+                    return
+                self._untaken -= 1
+                number = self._untaken
+            try:
+                self._call(number, worker)
+            except BaseException as error:
+                self._error = error
+            with self._lock:
+                self._unfinished -= 1
+                if not self._unfinished:
+                    self._finished.set()
+
+    def finish(self, worker: int) -> None:
+        """Makes what calls are left, and waits for those of others."""
+        self.help(worker)
+        self._finished.wait()
+        if self._error is not None:
+            raise self._error
+
+
+_Job = list[_Search] | _Work | _Shared
 
 
 class SearchService:
@@ -74,8 +109,8 @@ class SearchService:
 
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
-    a turn of the loop in between. The counters are `searches` (queries) and `batches` run, and what is
-    `waiting`.
+    a turn of the loop in between; threads that are idle help one that walks several graphs. The counters are
+    `searches` (queries) and `batches` run, and what is `waiting`.
     """
 
     def __init__(self, workers: int, max_batch: int) -> None:
@@ -84,13 +119,18 @@ class SearchService:
         # Guards the queues, `waiting` and the number of idle threads; held for a few steps only.
         self._lock = Lock()
         # In the order in which they are next; work is on its own, indices have their id as the key.
-        self._queues: dict[object, deque[_Search] | _Work] = {}
+        self._queues: dict[object, deque[_Search] | _Work | _Shared] = {}
         self._idle = 0
         # True for each thread that should look at the queues, False for one that should end.
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self.searches = 0
         self.batches = 0
         self.waiting = 0
+
+    @property
+    def idle(self) -> int:
+        """How many threads have nothing to do."""
+        return self._idle
 
     def submit(
         self,
@@ -109,7 +149,7 @@ class SearchService:
         parts = _Search(view, queries, options, done, wanted).parts(self._max_batch)
         with self._lock:
             queue = self._queues.setdefault(index_id, deque())
-            assert not isinstance(queue, _Work)
+            assert isinstance(queue, deque)
             queue.extend(parts)
             self.waiting += len(queries)
             self._call()
@@ -166,12 +206,26 @@ class SearchService:
                 self._idle += 1
                 return False
             job = self._take()
-        if isinstance(job, _Work):
+        if isinstance(job, _Shared):
+            job.help(worker)
+        elif isinstance(job, _Work):
             if job.wanted():
                 token.run_sync_soon(job.done, _attempt(job.function))
         elif job:
-            token.run_sync_soon(self._finish, job, _run_batch(job, worker))
+            token.run_sync_soon(self._finish, job, _run_batch(job, worker, self._share))
         return True
+
+    def _share(self, call: Callable[[int, int], None], count: int, worker: int) -> None:
+        """Calls `call(number, worker)` for each number below `count`, together with threads that are idle."""
+        if count < 2:
+            call_in_turn(call, count, worker)
+            return
+        shared = _Shared(call, count)
+        with self._lock:
+            for _ in range(min(self._idle, count - 1)):
+                self._queues[object()] = shared
+                self._call()
+        shared.finish(worker)
 
     def _finish(self, batch: Sequence[_Search], outcomes: Sequence[list[SearchResult] | Exception]) -> None:
         self.batches += 1
@@ -182,6 +236,8 @@ class SearchService:
     def _take(self) -> _Job:
         key = next(iter(self._queues))
         queue = self._queues.pop(key)
+        if isinstance(queue, _Shared):
+            return queue
         if isinstance(queue, _Work):
             self.waiting -= 1
             return queue
@@ -206,28 +262,30 @@ def _attempt(function: Callable[[], T]) -> T | Exception:
         return error
 
 
-def _run_batch(batch: Sequence[_Search], worker: int) -> list[list[SearchResult] | Exception]:
+def _run_batch(batch: Sequence[_Search], worker: int, share: Share) -> list[list[SearchResult] | Exception]:
     """The outcome of each search; those of one generation and with equal options are run together."""
     groups: dict[tuple[int, SearchOptions], list[int]] = {}
     for number, search in enumerate(batch):
         groups.setdefault((search.view.generation, search.options), []).append(number)
     outcomes: list[list[SearchResult] | Exception] = [[]] * len(batch)
     for members in groups.values():
-        found = _run_group([batch[number] for number in members], worker)
+        found = _run_group([batch[number] for number in members], worker, share)
         for number, outcome in zip(members, found, strict=True):
             outcomes[number] = outcome
     return outcomes
 
 
-def _run_group(searches: Sequence[_Search], worker: int) -> Sequence[list[SearchResult] | Exception]:
+def _run_group(
+    searches: Sequence[_Search], worker: int, share: Share
+) -> Sequence[list[SearchResult] | Exception]:
     try:
         queries = np.concatenate([search.queries for search in searches])
         views = [search.view for search in searches for _ in search.queries]
-        results = search_batch(views, queries, searches[0].options, worker)
+        results = search_batch(views, queries, searches[0].options, worker, share)
     except Exception as error:
         if len(searches) == 1:
             return [error]
         # Whichever of them it was, the others have an answer.
-        return [outcome for search in searches for outcome in _run_group([search], worker)]
+        return [outcome for search in searches for outcome in _run_group([search], worker, share)]
     ends = np.cumsum([len(search.queries) for search in searches]).tolist()
     return [results[end - len(search.queries) : end] for search, end in zip(searches, ends, strict=True)]

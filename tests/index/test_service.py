@@ -12,7 +12,7 @@ import trio.testing
 
 from engram.index import service as service_module
 from engram.index.parameters import default_parameters
-from engram.index.search import SearchOptions, SearchResult
+from engram.index.search import SearchOptions, SearchResult, Share
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex, View
 
@@ -77,7 +77,7 @@ class TestService:
         batches: list[list[float]] = []
 
         def record(
-            views: list[View], queries: Floats, options: SearchOptions, worker: int
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
         ) -> list[SearchResult]:
             batches.append(queries[:, 0].tolist())
             return [SearchResult([], []) for _ in views]
@@ -95,6 +95,55 @@ class TestService:
             await trio.lowlevel.checkpoint()
         assert batches == [[1, 3, 6, 7], [2, 5], [4], [8, 9]]
         assert answered == [1, 3, 6, 7, 2, 5, 4, 8, 9]
+
+    async def test_idle_threads_help_the_busy_one(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        together = threading.Barrier(3)
+        calls: list[tuple[int, int]] = []
+
+        def walk(number: int, worker: int) -> None:
+            if number >= 2:
+                together.wait(30)
+            calls.append((number, worker))
+            if number == 0:
+                raise ValueError("number 0")
+
+        def search(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
+        ) -> list[SearchResult]:
+            share(walk, options.k, worker)
+            return [SearchResult([], [])]
+
+        monkeypatch.setattr(service_module, "search_batch", search)
+        service = SearchService(3, 4)
+        await nursery.start(service.run)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        for k in (5, 0, 1):
+            outcomes: list[list[SearchResult] | Exception] = []
+            finished = trio.Event()
+
+            def done(
+                outcome: list[SearchResult] | Exception,
+                outcomes: list[list[SearchResult] | Exception] = outcomes,
+                finished: trio.Event = finished,
+            ) -> None:
+                outcomes.append(outcome)
+                finished.set()
+
+            # Until all of its threads are idle one of them may have to do everything.
+            while service.idle < 3:
+                await trio.lowlevel.checkpoint()
+            service.submit(1, view, np.zeros((1, 2), np.float32), SearchOptions(k), done)
+            await finished.wait()
+            if k == 0:
+                assert outcomes == [[SearchResult([], [])]]
+            else:
+                assert [str(outcome) for outcome in outcomes] == ["number 0"]
+            assert sorted(number for number, _ in calls) == list(range(k))
+            if k == 5:
+                assert {worker for number, worker in calls if number >= 2} == {0, 1, 2}
+            calls.clear()
 
     async def test_a_search_that_raises_is_answered_alone(self, service: SearchService) -> None:
         index = filled("l2", np.eye(4, dtype=np.float32))
@@ -125,7 +174,7 @@ class TestService:
         release = threading.Event()
 
         def slow(
-            views: list[View], queries: Floats, options: SearchOptions, worker: int
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
         ) -> list[SearchResult]:
             trio.from_thread.run_sync(started.set)
             release.wait()
@@ -170,7 +219,9 @@ class TestService:
     async def test_a_search_of_many_queries_is_answered_once(
         self, service: SearchService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(views: list[View], queries: Floats, options: SearchOptions, worker: int) -> None:
+        def fail(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
+        ) -> None:
             raise ValueError(f"{len(queries)} queries")
 
         monkeypatch.setattr(service_module, "search_batch", fail)
