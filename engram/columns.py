@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 class ColumnFolder:
     """An opened folder: its columns are read-only, large ones maps of the files.
 
-    `size` is that of its files, in bytes.
+    `size` is that of its files, in bytes; `checksums` are those its table holds, by file name.
     """
 
     path: Path
@@ -45,6 +45,15 @@ class ColumnFolder:
     metadata: dict[str, Any]
     columns: dict[str, Array]
     size: int
+    checksums: Mapping[str, int]
+
+    def verify(self, file_name: str) -> None:
+        """Reads a file of the folder and compares its checksum (blocking).
+
+        Raises:
+            DamagedDataError: it is missing or is not what was written.
+        """
+        _verify(self.path / file_name, self.checksums[file_name])
 
 
 def pack_bytes(name: str, items: Iterable[bytes]) -> dict[str, Array]:
@@ -92,10 +101,11 @@ def write_columns(
     return crc32c(text)
 
 
-def open_columns(path: Path, checksum: int, *, verify: bool = True) -> ColumnFolder:
+def open_columns(path: Path, checksum: int, *, deferred: Container[str] = ()) -> ColumnFolder:
     """Opens a folder written by `write_columns`.
 
-    With `verify` every file is read and its checksum compared; without, only table and sizes are.
+    Every file is read and its checksum compared; of those named in `deferred` only the size is, and the rest
+    is left to `ColumnFolder.verify`.
 
     Raises:
         DamagedDataError: a file is missing or is not what was written.
@@ -113,14 +123,23 @@ def open_columns(path: Path, checksum: int, *, verify: bool = True) -> ColumnFol
             file_path = path / file_name
             if file_path.stat().st_size != size:
                 raise DamagedDataError(file_path, f"expected {size} bytes")
-            if verify and _size_and_checksum(file_path)[1] != expected:
-                raise DamagedDataError(file_path, "checksum mismatch")
+            if file_name not in deferred:
+                _verify(file_path, expected)
             if file_name.endswith(".npy"):
                 columns[file_name.removesuffix(".npy")] = _map_array(file_path)
     except FileNotFoundError as error:
         raise DamagedDataError(Path(error.filename), "missing") from error
     size = len(text) + sum(size for size, _ in table["files"].values())
-    return ColumnFolder(path, checksum, table["metadata"], columns, size)
+    checksums = {file_name: expected for file_name, (_, expected) in table["files"].items()}
+    return ColumnFolder(path, checksum, table["metadata"], columns, size, checksums)
+
+
+def _verify(path: Path, checksum: int) -> None:
+    try:
+        if _size_and_checksum(path)[1] != checksum:
+            raise DamagedDataError(path, "checksum mismatch")
+    except FileNotFoundError as error:
+        raise DamagedDataError(path, "missing") from error
 
 
 def _map_array(path: Path) -> Array:

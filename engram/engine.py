@@ -212,15 +212,17 @@ class Engine:
             DamagedDataError: a segment that the snapshot names is missing or is not what was written.
         """
         columns = folder.columns
-        values: dict[bytes, bytes | VectorIndex] = dict(
-            zip(unpack_bytes("string-keys", columns), unpack_bytes("string-values", columns), strict=True)
-        )
         states = IndexState.unpack(folder.metadata["indices"], columns)
-        for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
-            index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
-            values[key] = index
-            self.indices[index.id] = index
-            self._uncounted.add(index.id)
+        segments = {saved.id: saved.checksum for state in states for saved in state.segments}
+        with self._segments.reopening(segments):
+            values: dict[bytes, bytes | VectorIndex] = dict(
+                zip(unpack_bytes("string-keys", columns), unpack_bytes("string-values", columns), strict=True)
+            )
+            for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
+                index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
+                values[key] = index
+                self.indices[index.id] = index
+                self._uncounted.add(index.id)
         expiries = zip(unpack_bytes("expiry-keys", columns), columns["expiry-times"].tolist(), strict=True)
         self.keyspace.load(values, dict(expiries))
         self.lsn = folder.metadata["lsn"]

@@ -27,13 +27,15 @@ from engram.connection import Connection
 from engram.database import RECORD_OVERHEAD, Database
 from engram.engine import Engine
 from engram.errors import OperatorError
-from engram.files import DiskFiles
+from engram.files import DiskFiles, Files
 from engram.index.builder import Builder, BuilderSettings
 from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
+from engram.index.verification import Verification
 from engram.operations import InstallSegment
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
+from engram.progress import Progress
 from engram.protocol import replies
 from engram.transport import SocketTransport
 
@@ -56,6 +58,7 @@ TRIM_THRESHOLD = 8 << 20
 _RESERVED_DESCRIPTORS = 128
 
 _IDLE_EXPIRY_INTERVAL = 0.1
+_PROGRESS_INTERVAL = 1.0
 _FREE_SLICE = 4096
 
 
@@ -180,19 +183,18 @@ async def _serve(
     task_status: trio.TaskStatus[Started],
 ) -> None:
     files = DiskFiles()
-    store = SegmentStore(folder / "segments", files, search_threads(config))
+    progress = Progress()
+    store = SegmentStore(folder / "segments", files, search_threads(config), progress)
     engine = Engine(store, seal_rows=config.seal_rows)
     recovery: Recovery | None = None
     persistence: Persistence | None = None
     if config.dir:
-        try:
-            recovery = await trio.to_thread.run_sync(recover, folder, files, engine.restore, engine.apply)
-        except OSError as error:
-            raise OperatorError(
-                f"{error.filename or folder}: cannot be read back: {error.strerror}"
-            ) from error
+        recovery = await _recover(folder, files, engine, progress, shutdown)
         persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
     database = Database(engine, persistence)
+    verification = Verification(
+        store, [installed.segment for index in engine.indices.values() for installed in index.segments]
+    )
 
     async def install(index: VectorIndex, operation: InstallSegment) -> None:
         if persistence is not None:
@@ -217,6 +219,7 @@ async def _serve(
             await work_nursery.start(builder.run)
             for index in engine.indices.values():
                 builder.consider(index)
+            work_nursery.start_soon(verification.run)
             work_nursery.start_soon(_expire, database)
             work_nursery.start_soon(_free, engine, store, persistence)
             server = Server(
@@ -225,6 +228,7 @@ async def _serve(
                 storage=persistence,
                 searches=searches,
                 builder=builder,
+                verification=verification,
                 run_id=secrets.token_hex(20),
                 started=time.time(),
                 port=listeners[0].getsockname()[1],
@@ -248,6 +252,46 @@ async def _serve(
         # Nothing writes any more: the log is drained and synced, and its task ends.
         if persistence is not None:
             persistence.close()
+
+
+async def _recover(
+    folder: Path, files: Files, engine: Engine, progress: Progress, shutdown: trio.Event
+) -> Recovery:
+    async def interrupt() -> None:
+        await shutdown.wait()
+        progress.interrupted = True
+
+    def read_back() -> Recovery:
+        # Nothing of what is made now is garbage, and there is much of it.
+        gc.disable()
+        try:
+            return recover(folder, files, engine.restore, engine.apply, progress=progress)
+        finally:
+            gc.enable()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(interrupt)
+        nursery.start_soon(_report_progress, progress)
+        try:
+            recovery = await trio.to_thread.run_sync(read_back)
+        except OSError as error:
+            raise OperatorError(
+                f"{error.filename or folder}: cannot be read back: {error.strerror}"
+            ) from error
+        except MemoryError as error:
+            raise OperatorError(
+                f"{folder}: out of memory while {progress.doing}: it needs more than this machine, or the"
+                " limit on this process, allows"
+            ) from error
+        nursery.cancel_scope.cancel()
+    return recovery
+
+
+async def _report_progress(progress: Progress) -> None:
+    while True:
+        await trio.sleep(_PROGRESS_INTERVAL)
+        if progress.doing:
+            logger.warning("%s: %d of %d MiB", progress.doing, progress.done >> 20, progress.total >> 20)
 
 
 async def _serve_clients(

@@ -26,6 +26,7 @@ from engram.index.search import SearchOptions
 from engram.index.segment import SegmentStore
 from engram.index.service import Done, SearchService
 from engram.index.vector_index import VectorIndex, View
+from engram.index.verification import Verification
 from engram.operations import InstallSegment, Operation
 from engram.transport import StreamTransport
 
@@ -290,6 +291,7 @@ def open_house(tmp_path: Path) -> OpenHouse:
                 storage=storage,
                 searches=searches,
                 builder=Builder(store, install),
+                verification=Verification(store, []),
                 run_id="0" * 40,
                 started=START / 1000,
                 port=6380,

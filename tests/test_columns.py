@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ from engram.columns import TABLE, Array, open_columns, pack_bytes, unpack_bytes,
 from engram.errors import DamagedDataError
 from engram.files import DiskFiles
 
+
+class Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+EVERYTHING = Everything()
 METADATA = {"dimension": 3, "metric": "l2", "nested": [1, None, "x"]}
 
 
@@ -107,32 +115,44 @@ def test_any_flipped_bit_in_any_file_is_noticed(folder: Path, checksum: int) -> 
     open_columns(folder, checksum)
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_missing_or_shortened_file_is_noticed(folder: Path, checksum: int, verify: bool) -> None:
+@pytest.mark.parametrize("deferred", [(), EVERYTHING])
+def test_a_missing_or_shortened_file_is_noticed(
+    folder: Path, checksum: int, deferred: Container[str]
+) -> None:
     for path in folder.iterdir():
         content = path.read_bytes()
         path.write_bytes(content[:-1])
         with pytest.raises(DamagedDataError, match=path.name):
-            open_columns(folder, checksum, verify=verify)
+            open_columns(folder, checksum, deferred=deferred)
         path.unlink()
         with pytest.raises(DamagedDataError, match=f"{path.name}: missing"):
-            open_columns(folder, checksum, verify=verify)
+            open_columns(folder, checksum, deferred=deferred)
         path.write_bytes(content)
 
 
-def test_without_verifying_only_the_table_vouches(folder: Path, checksum: int) -> None:
+def test_what_is_deferred_is_verified_later(folder: Path, checksum: int) -> None:
     graph = folder / "graph.usearch"
     graph.write_bytes(b"A graph")
-    assert open_columns(folder, checksum, verify=False).metadata == METADATA
+    opened = open_columns(folder, checksum, deferred=EVERYTHING)
+    assert opened.metadata == METADATA
+    opened.verify("row-ids.npy")
+    with pytest.raises(DamagedDataError, match=r"graph\.usearch: checksum mismatch"):
+        opened.verify(graph.name)
+    graph.unlink()
+    with pytest.raises(DamagedDataError, match=r"graph\.usearch: missing"):
+        opened.verify(graph.name)
+
+
+def test_the_checksum_vouches_for_the_table(folder: Path, checksum: int) -> None:
     with pytest.raises(DamagedDataError, match=r"columns\.json: checksum mismatch"):
-        open_columns(folder, checksum + 1, verify=False)
+        open_columns(folder, checksum + 1, deferred=EVERYTHING)
 
 
 def test_a_column_that_is_none_is_damage_not_a_crash(folder: Path, checksum: int) -> None:
     path = folder / "row-ids.npy"
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(DamagedDataError, match=r"row-ids\.npy: not a column"):
-        open_columns(folder, checksum, verify=False)
+        open_columns(folder, checksum, deferred=EVERYTHING)
 
 
 def test_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

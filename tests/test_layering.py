@@ -11,7 +11,7 @@ import pytest
 
 ENGRAM = Path(__file__).parents[1] / "engram"
 
-GROUND = frozenset({"operations", "errors", "files", "columns"})
+GROUND = frozenset({"operations", "errors", "files", "columns", "progress"})
 STATE = GROUND | {"keyspace", "index"}
 
 # A room is a module or a package directly under `engram`, and may import itself, the names defined in
@@ -21,6 +21,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "files": frozenset(),
     "operations": frozenset(),
     "columns": frozenset({"errors", "files"}),
+    "progress": frozenset({"errors"}),
     "config": frozenset({"errors"}),
     "protocol": frozenset({"errors"}),
     "keyspace": GROUND,

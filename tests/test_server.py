@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from engram.errors import DirectoryInUseError, LogFailureError, OperatorError
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
 from engram.persistence import Persistence
+from engram.progress import Progress
 from engram.server import SWITCH_INTERVAL, Started, _free, serve
 from tests.conftest import PATIENCE, Client, vector
 
@@ -250,6 +252,44 @@ async def test_a_log_that_fails_ends_the_server_and_acknowledges_nothing(
     assert caught.group_contains(LogFailureError, match="Input/output error")
     assert clients[0].received == b""
     assert bytes(clients[1].received) in (b"", b"$1\r\nv\r\n")
+
+
+async def test_memory_that_does_not_suffice_to_recover_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, progress: Progress) -> None:
+        progress.begin("reading snapshot-7", 10)
+        raise MemoryError
+
+    monkeypatch.setattr("engram.server.recover", fail)
+    with pytest.raises(OperatorError, match=r"data: out of memory while reading snapshot-7"):
+        await serve(Config(dir=str(tmp_path / "data"), port=0))
+
+
+async def test_a_long_recovery_reports_and_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutdown = trio.Event()
+    reported = threading.Event()
+
+    class Reported(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            reported.set()
+
+    def work(*_: object, progress: Progress) -> None:
+        progress.begin("reading the log", 5 << 20)
+        progress.advance(2 << 20)
+        assert reported.wait(PATIENCE)
+        trio.from_thread.run_sync(shutdown.set)
+        while True:
+            progress.advance(0)
+
+    monkeypatch.setattr("engram.server.recover", work)
+    monkeypatch.setattr("engram.server._PROGRESS_INTERVAL", 0.01)
+    monkeypatch.setattr(logger := logging.getLogger("engram"), "handlers", [*logger.handlers, Reported()])
+    with pytest.raises(OperatorError, match=r"^ended while reading the log$"):
+        await serve(Config(dir=str(tmp_path / "data"), port=0), shutdown=shutdown)
+    assert caplog.records[0].getMessage() == "reading the log: 2 of 5 MiB"
 
 
 async def test_a_cancelled_server_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,8 @@ def _vectors(server: Server) -> Fields:
         "vectors_builds_failed": builder.failures,
         "vectors_build_rows_per_second": round(builder.rate),
         "vectors_last_build_error": builder.last_error or "",
+        "vectors_segments_unverified": server.verification.waiting,
+        "vectors_damaged": "; ".join(server.verification.damaged),
     }
 
 

@@ -13,6 +13,7 @@ from engram.database import Database
 from engram.departures import Departures
 from engram.index.builder import Builder
 from engram.index.service import SearchService
+from engram.index.verification import Verification
 from engram.protocol.replies import RESP2, Encoder
 
 
@@ -127,6 +128,7 @@ class Server:
     storage: Storage | None
     searches: SearchService
     builder: Builder
+    verification: Verification
     run_id: str
     started: float
     port: int

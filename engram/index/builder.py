@@ -202,7 +202,7 @@ class Builder:
         began = trio.current_time()
         name = secrets.token_hex(8)
         try:
-            rows = await self._in_thread(lambda: self._store.write_rows(name, live_rows(plan)))
+            rows = await self._in_thread(lambda: self._write_rows(name, plan))
             checksum = 0
             if rows:
                 checksum = await self._run_process(index, name)
@@ -221,6 +221,12 @@ class Builder:
             if all(installed.id != name for installed in index.segments):
                 with trio.CancelScope(shield=True):
                     await self._in_thread(lambda: self._store.remove(name))
+
+    def _write_rows(self, name: str, plan: Plan) -> int:
+        for source in plan.sources:
+            # New checksums must not vouch for damage.
+            self._store.verify(source.segment)
+        return self._store.write_rows(name, live_rows(plan))
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(function, limiter=self._limiter)

@@ -18,17 +18,20 @@ graph is being built, a folder `<id>.building` holds the rows.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
-from engram.columns import Array, open_columns
+from engram.columns import Array, ColumnFolder, open_columns
 from engram.errors import DamagedDataError
 from engram.files import Files
 from engram.index.attributes import AttributeColumns, unpack_attributes
@@ -38,8 +41,10 @@ from engram.index.masks import MaskCache
 from engram.index.parameters import Parameters
 from engram.index.recall import Curve, expansion_for
 from engram.index.texts import Positions, Texts
+from engram.progress import Progress
 
 GRAPH = "graph.usearch"
+VECTORS = "vectors.npy"
 
 # What is written before the graph is built.
 ROW_FILES = (
@@ -48,7 +53,7 @@ ROW_FILES = (
     "keys-ends.npy",
     "attributes-bytes.npy",
     "attributes-ends.npy",
-    "vectors.npy",
+    VECTORS,
 )
 
 _COPIED_ROWS = 2048
@@ -90,7 +95,16 @@ class Segment:
     attributes: Texts
     attribute_columns: AttributeColumns
     size: int
+    _folder: ColumnFolder
     masks: MaskCache = attrs.field(factory=MaskCache, init=False)
+
+    def verify_vectors(self) -> None:
+        """Compares the checksum of the vectors (blocking: it reads them all).
+
+        Raises:
+            DamagedDataError: they are not what was written.
+        """
+        self._folder.verify(VECTORS)
 
     def expansion_for(self, recall: float) -> int:
         """The least ef that reaches a recall in (0, 1], 0 when none does: then the segment is scanned."""
@@ -135,14 +149,18 @@ class SegmentStore:
     """The folder of segments.
 
     `views` is the number of search workers; with 0 no graph is opened, and segments cannot be searched.
+    `progress` is told of segments that are opened again.
     """
 
-    def __init__(self, folder: Path, files: Files, views: int) -> None:
+    def __init__(self, folder: Path, files: Files, views: int, progress: Progress | None = None) -> None:
         self.folder = folder
         self.files = files
         self._views = views
+        self._progress = progress or Progress()
         self._adopted: dict[str, Segment] = {}
-        self._open: WeakValueDictionary[str, Segment] = WeakValueDictionary()
+        self._opened: WeakValueDictionary[str, Segment] = WeakValueDictionary()
+        self._reopening: dict[str, Future[Segment]] = {}
+        self._unverified: WeakSet[Segment] = WeakSet()
 
     def open(self, segment_id: str, checksum: int) -> Segment:
         """Opens a segment (blocking); every file is read and its checksum compared.
@@ -152,10 +170,18 @@ class SegmentStore:
         Raises:
             DamagedDataError: a file is missing or is not what was written.
         """
+        return self._open(segment_id, checksum, ())
+
+    def _open(self, segment_id: str, checksum: int, deferred: Container[str]) -> Segment:
         path = self.folder / segment_id
-        opened = open_columns(path, checksum)
+        opened = open_columns(path, checksum, deferred=deferred)
         metadata: dict[str, Any] = opened.metadata
         columns = opened.columns
+        vectors = columns["vectors"]
+        shape = (len(columns["row-ids"]), metadata["parameters"]["dimension"])
+        if vectors.dtype != np.float32 or vectors.shape != shape or not vectors.flags.c_contiguous:
+            # Their checksum may not have been compared.
+            raise DamagedDataError(path / VECTORS, f"does not hold {shape[0]} rows of {shape[1]} float32")
         attributes = Texts(columns["attributes-bytes"], columns["attributes-ends"])
         parameters = Parameters(**metadata["parameters"])
         quantizer = Quantizer(
@@ -172,16 +198,52 @@ class SegmentStore:
             parameters,
             tuple((expansion, recall) for expansion, recall in metadata["curve"]),
             columns["row-ids"],
-            columns["vectors"],
+            vectors,
             columns["norms"],
             graphs,
             Texts(columns["keys-bytes"], columns["keys-ends"]),
             attributes,
             unpack_attributes(columns, metadata["attributes"], attributes),
             opened.size,
+            opened,
         )
-        self._open[segment_id] = segment
+        self._opened[segment_id] = segment
         return segment
+
+    def _reopen(self, segment_id: str, checksum: int) -> Segment:
+        """As `open`, but the vectors, most of what there is, are left to `verify`."""
+        # Without views the graph is not used.
+        segment = self._open(segment_id, checksum, (VECTORS,) if self._views else (VECTORS, GRAPH))
+        self._unverified.add(segment)
+        return segment
+
+    def verify(self, segment: Segment) -> None:
+        """Compares the checksum of the vectors, unless it has been (blocking).
+
+        Raises:
+            DamagedDataError: they are not what was written.
+        """
+        if segment in self._unverified:
+            segment.verify_vectors()
+            self._unverified.discard(segment)
+
+    @contextmanager
+    def reopening(self, segments: Mapping[str, int]) -> Iterator[None]:
+        """Opens segments, given by id and checksum, in threads meanwhile; `take` waits for them."""
+        if not segments:
+            yield
+            return
+        self._progress.begin("opening segments", sum(map(self.size, segments)))
+        pool = ThreadPoolExecutor(min(len(segments), os.cpu_count() or 1))
+        try:
+            self._reopening = {
+                segment_id: pool.submit(self._reopen, segment_id, checksum)
+                for segment_id, checksum in segments.items()
+            }
+            yield
+        finally:
+            self._reopening = {}
+            pool.shutdown(cancel_futures=True)
 
     def building(self, segment_id: str) -> Path:
         """The folder of a segment that is not finished."""
@@ -209,7 +271,7 @@ class SegmentStore:
         }
         for name, column in columns.items():
             self._write_array(path / f"{name}.npy", column.dtype, column.shape, [_bytes(column)])
-        self._write_array(path / "vectors.npy", np.dtype(np.float32), (rows, dimension), _vector_bytes(parts))
+        self._write_array(path / VECTORS, np.dtype(np.float32), (rows, dimension), _vector_bytes(parts))
         return rows
 
     def _write_array(
@@ -229,9 +291,24 @@ class SegmentStore:
         self._adopted[segment.id] = segment
 
     def take(self, segment_id: str, checksum: int) -> Segment:
-        """The adopted segment of that id, else a newly opened one (which blocks)."""
+        """The adopted segment of that id, else one that is opened again (which blocks).
+
+        The checksum of its vectors is then still to be compared, by `verify`: reading them all would take
+        most of the time of a start.
+
+        Raises:
+            DamagedDataError: a file is missing or is not what was written.
+            InterruptedWorkError: the progress was interrupted.
+        """
         adopted = self._adopted.pop(segment_id, None)
-        return adopted if adopted is not None else self.open(segment_id, checksum)
+        if adopted is not None:
+            return adopted
+        reopening = self._reopening.pop(segment_id, None)
+        if reopening is None:
+            return self._reopen(segment_id, checksum)
+        segment = reopening.result()
+        self._progress.advance(segment.size)
+        return segment
 
     def discard(self, segment_id: str) -> None:
         """Forgets an adopted segment that was not taken."""
@@ -243,7 +320,7 @@ class SegmentStore:
         When its files are removed before, the last to let go of it waits until the system has given back
         what it kept of them in memory: 60 ms for 400 MB.
         """
-        return segment_id in self._open
+        return segment_id in self._opened
 
     def size(self, segment_id: str) -> int:
         """Bytes of a finished segment's files (blocking); 0 without any."""

@@ -36,6 +36,7 @@ from engram.operations import InstallSegment, Operation, decode
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, read_manifest, write_manifest
+from engram.progress import Progress
 
 
 @attrs.frozen(kw_only=True)
@@ -74,34 +75,42 @@ def recover(
     apply: Callable[[int, Operation], None],
     *,
     last_file: int | None = None,
+    read_only: bool = False,
+    progress: Progress | None = None,
 ) -> Recovery:
     """Reads the state back (blocking): `restore` gets the snapshot when there is one, then `apply` each
     operation after it, in order.
 
     The server calls it once, under the directory's lock, without `last_file`: it makes the manifest and
     the first file of a new directory, cuts a torn tail, and removes what nothing names. With `last_file`,
-    the number of a closed file of a log in use, it only reads, and only up to the end of that file.
+    the number of a closed file of a log in use, it only reads, and only up to the end of that file. With
+    `read_only` it reads all of a log that is not in use; a torn tail is counted and left where it is.
 
     Raises:
         DamagedDataError: something that was durable is missing or is not what was written.
+        InterruptedWorkError: `progress` was interrupted; nothing has been cut or removed.
         OSError: a file cannot be read, cut or synced.
     """
     layout = Layout(directory)
+    progress = progress or Progress()
     manifest = read_manifest(layout.manifest)
     if manifest is None:
-        if last_file is not None or not _is_new(layout):
+        if read_only or last_file is not None or not _is_new(layout):
             raise DamagedDataError(layout.manifest, "missing, but there are other files of engram's")
         manifest = _initialize(layout, files)
-    elif last_file is None:
+    elif last_file is None and not read_only:
         # A name seen may not be durable yet; nothing may be built on it before.
         files.sync_folder(directory)
     if manifest.snapshot:
+        progress.begin(f"reading {manifest.snapshot}", manifest.size)
         restore(open_columns(directory / manifest.snapshot, manifest.checksum))
-    replay = _LogReplay(layout, manifest, apply)
+    replay = _LogReplay(layout, manifest, apply, progress)
     if last_file is not None:
         replay.run(last_file)
         return replay.result()
     replay.run(None)
+    if read_only:
+        return replay.result()
     cut_files = _finish_last_file(layout, files, replay)
     recovery = replay.result(cut_files)
     _remove_unnamed(layout, files, recovery)
@@ -128,10 +137,17 @@ def _initialize(layout: Layout, files: Files) -> Manifest:
 class _LogReplay:
     """Applies the files of the log in order, and stands at the end of the last one when done."""
 
-    def __init__(self, layout: Layout, manifest: Manifest, apply: Callable[[int, Operation], None]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        manifest: Manifest,
+        apply: Callable[[int, Operation], None],
+        progress: Progress,
+    ) -> None:
         self._layout = layout
         self._manifest = manifest
         self._apply = apply
+        self._progress = progress
         self._segments: list[tuple[int, str]] = []
         self._lsn = manifest.lsn
         self._durable_lsn = manifest.lsn
@@ -148,8 +164,11 @@ class _LogReplay:
         """Up to the end of the last file there is, or of `last_file`, which has a successor."""
         first = self._manifest.first_log_file
         stop = max([first, *self._layout.log_numbers()]) if last_file is None else last_file
-        for number in range(first, stop + 1):
-            data = self._read(self._layout.log(number))
+        numbers = range(first, stop + 1)
+        paths = [self._layout.log(number) for number in numbers]
+        self._progress.begin("reading the log", sum(path.stat().st_size for path in paths if path.exists()))
+        for number, path in zip(numbers, paths, strict=True):
+            data = self._read(path)
             self._replay_file(number, data, is_last=last_file is None and number == stop)
         if last_file is not None:
             # Its successor has its header before anyone reads, and tells whether this end is the end.
@@ -205,8 +224,12 @@ class _LogReplay:
         path = self._layout.log(number)
         header = self._check_header(number, data)
         scanner = log_format.RecordScanner(data, header)
+        end = 0
         for record in scanner:
             self._replay_record(path, record)
+            self._progress.advance(record.offset - end)
+            end = record.offset
+        self._progress.advance(len(data) - end)
         self.number = number
         self.offset = scanner.offset
         self._link = scanner.chain

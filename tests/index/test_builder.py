@@ -321,6 +321,26 @@ async def test_an_optimization_makes_one_segment_for_all_who_wait(
     assert (len(engine.operations), builder.running, builder.waiting) == (1, 0, 0)
 
 
+async def test_damaged_vectors_are_not_copied_into_another_segment(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    builder = Builder(engine.store, engine.install)
+    await nursery.start(builder.run)
+    await builder.optimize(index)
+    (installed,) = index.segments
+    # As after a restart.
+    engine.store.discard(installed.id)
+    reopened = engine.store.take(installed.id, installed.segment.checksum)
+    index.install(engine.lsn + 1, reopened, -1, [installed.id])
+    path = reopened.path / "vectors.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    index.delete(engine.lsn + 2, [b"1"])
+    with pytest.raises(BuildError, match=r"vectors\.npy: checksum mismatch"):
+        await builder.optimize(index)
+    assert [kept.id for kept in index.segments] == [installed.id]
+
+
 async def test_an_optimization_takes_the_rows_that_came_during_another_build(
     engine: Engine, index: VectorIndex, clustered: Clustered, nursery: trio.Nursery
 ) -> None:

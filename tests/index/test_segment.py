@@ -16,6 +16,7 @@ from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import VectorIndex
+from engram.progress import InterruptedWorkError, Progress
 
 Floats = npt.NDArray[np.float32]
 
@@ -99,6 +100,72 @@ class TestDamage:
         (segment.path / name).unlink()
         with pytest.raises(DamagedDataError, match=name):
             store.open(segment.id, segment.checksum)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+class TestReopening:
+    """A segment that was on disk when the process began: its vectors are verified later, the rest at once."""
+
+    @pytest.fixture
+    def later(self, store: SegmentStore) -> SegmentStore:
+        return SegmentStore(store.folder, DiskFiles(), 1)
+
+    def test_vectors_are_verified_when_asked(self, segment: Segment, later: SegmentStore) -> None:
+        reopened = later.take(segment.id, segment.checksum)
+        flip(segment.path / "vectors.npy", -1)
+        for _ in range(2):
+            with pytest.raises(DamagedDataError, match=r"vectors\.npy: checksum mismatch"):
+                later.verify(reopened)
+        flip(segment.path / "vectors.npy", -1)
+        later.verify(reopened)
+        flip(segment.path / "vectors.npy", -1)
+        later.verify(reopened)
+
+    def test_what_was_built_here_is_not_read_again(self, segment: Segment, store: SegmentStore) -> None:
+        flip(segment.path / "vectors.npy", -1)
+        store.verify(segment)
+
+    @pytest.mark.parametrize(("old", "new"), [(b"<f4", b"<i4"), (b"128, 8", b"64, 16"), (b"False", b"True ")])
+    def test_vectors_of_another_shape_are_refused_at_once(
+        self, segment: Segment, later: SegmentStore, old: bytes, new: bytes
+    ) -> None:
+        path = segment.path / "vectors.npy"
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(DamagedDataError, match=r"vectors\.npy: does not hold 128 rows of 8 float32"):
+            later.take(segment.id, segment.checksum)
+
+    @pytest.mark.parametrize("name", ["graph.usearch", "norms.npy", "keys-bytes.npy"])
+    def test_other_damage_is_found_by_the_thread_and_told_by_take(
+        self, segment: Segment, later: SegmentStore, name: str
+    ) -> None:
+        flip(segment.path / name, -1)
+        with (
+            later.reopening({segment.id: segment.checksum}),
+            pytest.raises(DamagedDataError, match=rf"{name}: checksum mismatch"),
+        ):
+            later.take(segment.id, segment.checksum)
+
+    def test_many_are_opened_together_and_counted(self, segment: Segment) -> None:
+        progress = Progress()
+        later = SegmentStore(segment.path.parent, DiskFiles(), 1, progress)
+        with later.reopening({segment.id: segment.checksum}):
+            assert later.take(segment.id, segment.checksum).row_ids.tolist() == segment.row_ids.tolist()
+        assert (progress.doing, progress.done, progress.total) == ("opening segments", *[segment.size] * 2)
+
+    def test_an_interruption_ends_the_opening(self, segment: Segment) -> None:
+        progress = Progress()
+        later = SegmentStore(segment.path.parent, DiskFiles(), 1, progress)
+        with later.reopening({segment.id: segment.checksum}):
+            progress.interrupted = True
+            with pytest.raises(InterruptedWorkError, match=r"^ended while opening segments$"):
+                later.take(segment.id, segment.checksum)
 
 
 def test_each_worker_has_a_view_of_its_own(segment: Segment, store: SegmentStore) -> None:

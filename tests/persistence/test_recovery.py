@@ -9,10 +9,12 @@ import pytest
 from engram.columns import write_columns
 from engram.errors import DamagedDataError
 from engram.files import DiskFiles
-from engram.operations import InstallSegment, encode
+from engram.operations import InstallSegment, Operation, encode
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, encode_manifest, read_manifest, write_manifest
+from engram.persistence.recovery import recover
+from engram.progress import InterruptedWorkError, Progress
 from tests.persistence.conftest import HookedFiles, LogMaker, numbered, operation, read_back
 
 
@@ -382,6 +384,31 @@ def test_a_reader_removes_nothing(two_files: Path) -> None:
     read_back(two_files, last_file=2)
     assert (Layout(two_files).segments / "fresh").exists()
     assert (two_files / "prepared-9.log").exists()
+
+
+def test_progress_counts_the_bytes_of_the_log(two_files: Path) -> None:
+    progress = Progress()
+    recover(two_files, DiskFiles(), lambda _: None, lambda *_: None, progress=progress)
+    layout = Layout(two_files)
+    # Files 1 and 2 are as they were; of the third the rest has been cut.
+    sizes = [layout.log(number).stat().st_size for number in (1, 2)]
+    assert (progress.doing, progress.done) == ("reading the log", sum(sizes) + 4096)
+    assert progress.total == progress.done
+
+
+def test_an_interrupted_recovery_changes_nothing(two_files: Path, files: HookedFiles) -> None:
+    progress = Progress()
+    applied: list[int] = []
+
+    def apply(lsn: int, operation: Operation) -> None:
+        applied.append(lsn)
+        progress.interrupted = lsn == 5
+
+    files.calls.clear()
+    with pytest.raises(InterruptedWorkError, match=r"^ended while reading the log$"):
+        recover(two_files, files, lambda _: None, apply, progress=progress)
+    assert applied == [1, 2, 3, 4, 5]
+    assert [call[0] for call in files.calls] == ["sync_folder"]
 
 
 def test_names_are_durable_before_anything_is_removed(two_files: Path, files: HookedFiles) -> None:
