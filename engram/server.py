@@ -57,6 +57,8 @@ TRIM_THRESHOLD = 8 << 20
 # Descriptors kept for the log, segments and child processes, whatever number of clients comes.
 _RESERVED_DESCRIPTORS = 128
 
+# There are no threads that only help where there are as many that search as this.
+_MOST_HELPED = 4
 _IDLE_EXPIRY_INTERVAL = 0.1
 _PROGRESS_INTERVAL = 1.0
 _FREE_SLICE = 4096
@@ -167,10 +169,12 @@ def _raise_descriptor_limit() -> int:
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
-def search_threads(config: Config) -> int:
-    """How many threads search."""
-    # More of them wait for each other, since a small search is mostly Python.
-    return config.search_threads or max(1, len(os.sched_getaffinity(0)) // 2)
+def search_threads(config: Config) -> tuple[int, int]:
+    """How many threads search, and how many help them to walk several graphs at once."""
+    cores = len(os.sched_getaffinity(0))
+    # More that search would wait for each other, since a small search is mostly Python; a walk is not.
+    threads = config.search_threads or max(1, cores // 2)
+    return threads, max(0, min(cores, _MOST_HELPED) - threads)
 
 
 async def _serve(
@@ -184,7 +188,8 @@ async def _serve(
 ) -> None:
     files = DiskFiles()
     progress = Progress()
-    store = SegmentStore(folder / "segments", files, search_threads(config), progress)
+    threads, helpers = search_threads(config)
+    store = SegmentStore(folder / "segments", files, threads + helpers, progress)
     engine = Engine(store, seal_rows=config.seal_rows)
     recovery: Recovery | None = None
     persistence: Persistence | None = None
@@ -203,7 +208,7 @@ async def _serve(
             database.commit(operation)
             database.changed(index)
 
-    searches = SearchService(search_threads(config), config.search_batch)
+    searches = SearchService(threads, config.search_batch, helpers)
     builder = Builder(store, install, settings=BuilderSettings(builds_at_once=config.builds_at_once))
     database.changed = builder.consider
 

@@ -15,21 +15,21 @@ from pathlib import Path
 from engram.columns import write_columns
 from engram.engine import Engine
 from engram.errors import OperatorError
-from engram.files import DiskFiles
+from engram.files import DiskFiles, Files
 from engram.index.segment import SegmentStore
 from engram.persistence.layout import Layout
 from engram.persistence.recovery import recover
 from engram.persistence.snapshot import SnapshotResult
 
 
-def write_snapshot(directory: Path, last_file: int) -> SnapshotResult:
+def write_snapshot(directory: Path, last_file: int, files: Files | None = None) -> SnapshotResult:
     """Writes the snapshot as of the end of a closed file of the log (blocking).
 
     Raises:
         DamagedDataError: what is on disk is not what was written.
         OSError: the snapshot cannot be written.
     """
-    files = DiskFiles()
+    files = files or DiskFiles()
     layout = Layout(directory)
     engine = Engine(SegmentStore(layout.segments, files, 0), seal_rows=1 << 62)
     recover(directory, files, engine.restore, engine.apply, last_file=last_file)

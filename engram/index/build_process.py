@@ -17,7 +17,7 @@ import numpy as np
 
 from engram.columns import write_columns
 from engram.errors import EngramError
-from engram.files import DiskFiles
+from engram.files import DiskFiles, Files
 from engram.index.attributes import decode_columns, pack_attributes
 from engram.index.distances import row_norms
 from engram.index.graph import GraphBuilder, Quantizer
@@ -51,14 +51,14 @@ class BuildResult(msgspec.Struct, frozen=True):
     checksum: int
 
 
-def build_segment(job: BuildJob) -> BuildResult:
+def build_segment(job: BuildJob, files: Files | None = None) -> BuildResult:
     """Adds a graph to the rows, makes all durable, and gives the folder its name (blocking).
 
     Raises:
         DamagedDataError: what was written does not read back.
         OSError: it cannot be written.
     """
-    files = DiskFiles()
+    files = files or DiskFiles()
     store = SegmentStore(Path(job.store), files, 1)
     building = store.building(job.segment)
     parameters = Parameters(

@@ -105,22 +105,25 @@ _Job = list[_Search] | _Work | _Shared
 
 
 class SearchService:
-    """Runs searches, and other work that only reads, in `workers` threads.
+    """Runs searches, and other work that only reads, in `threads` threads at a time.
 
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
-    a turn of the loop in between; threads that are idle help one that walks several graphs. The counters are
-    `searches` (queries) and `batches` run, and what is `waiting`.
+    a turn of the loop in between. Threads that are idle, and `helpers` more that do nothing else, help one
+    that walks several graphs. The counters are `searches` (queries) and `batches` run, and what is `waiting`.
     """
 
-    def __init__(self, workers: int, max_batch: int) -> None:
-        self._workers = workers
+    def __init__(self, threads: int, max_batch: int, helpers: int = 0) -> None:
+        self._threads = threads
+        self._workers = threads + helpers
         self._max_batch = max_batch
-        # Guards the queues, `waiting` and the number of idle threads; held for a few steps only.
+        # Guards the queues, `waiting` and the numbers of threads; held for a few steps only.
         self._lock = Lock()
         # In the order in which they are next; work is on its own, indices have their id as the key.
-        self._queues: dict[object, deque[_Search] | _Work | _Shared] = {}
+        self._queues: dict[object, deque[_Search] | _Work] = {}
+        self._shared: deque[_Shared] = deque()
         self._idle = 0
+        self._busy = 0
         # True for each thread that should look at the queues, False for one that should end.
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self.searches = 0
@@ -152,7 +155,7 @@ class SearchService:
             assert isinstance(queue, deque)
             queue.extend(parts)
             self.waiting += len(queries)
-            self._call()
+            self._call_for_queue()
 
     def submit_work(
         self,
@@ -164,6 +167,11 @@ class SearchService:
         with self._lock:
             self._queues[object()] = _Work(function, done, wanted)
             self.waiting += 1
+            self._call_for_queue()
+
+    def _call_for_queue(self) -> None:
+        # A busy thread looks at the queues before it idles.
+        if self._busy < self._threads:
             self._call()
 
     def _call(self) -> None:
@@ -188,6 +196,7 @@ class SearchService:
             finally:
                 with self._lock:
                     self._queues.clear()
+                    self._shared.clear()
                     self.waiting = 0
                 for _ in range(self._workers):
                     self._calls.put(False)
@@ -202,17 +211,24 @@ class SearchService:
         What this holds, views of indices that may be dropped, is let go of before a thread idles.
         """
         with self._lock:
-            if not self._queues:
+            if self._shared:
+                job: _Job = self._shared.popleft()
+            elif self._queues and self._busy < self._threads:
+                self._busy += 1
+                job = self._take()
+            else:
                 self._idle += 1
                 return False
-            job = self._take()
         if isinstance(job, _Shared):
             job.help(worker)
-        elif isinstance(job, _Work):
+            return True
+        if isinstance(job, _Work):
             if job.wanted():
                 token.run_sync_soon(job.done, _attempt(job.function))
         elif job:
             token.run_sync_soon(self._finish, job, _run_batch(job, worker, self._share))
+        with self._lock:
+            self._busy -= 1
         return True
 
     def _share(self, call: Callable[[int, int], None], count: int, worker: int) -> None:
@@ -223,7 +239,7 @@ class SearchService:
         shared = _Shared(call, count)
         with self._lock:
             for _ in range(min(self._idle, count - 1)):
-                self._queues[object()] = shared
+                self._shared.append(shared)
                 self._call()
         shared.finish(worker)
 
@@ -233,11 +249,9 @@ class SearchService:
         for search, outcome in zip(batch, outcomes, strict=True):
             search.done(outcome)
 
-    def _take(self) -> _Job:
+    def _take(self) -> list[_Search] | _Work:
         key = next(iter(self._queues))
         queue = self._queues.pop(key)
-        if isinstance(queue, _Shared):
-            return queue
         if isinstance(queue, _Work):
             self.waiting -= 1
             return queue
@@ -251,7 +265,7 @@ class SearchService:
                 batch.append(search)
         if queue:
             self._queues[key] = queue
-            self._call()
+            self._call_for_queue()
         return batch
 
 

@@ -96,8 +96,9 @@ class TestService:
         assert batches == [[1, 3, 6, 7], [2, 5], [4], [8, 9]]
         assert answered == [1, 3, 6, 7, 2, 5, 4, 8, 9]
 
+    @pytest.mark.parametrize("threads", [3, 1])
     async def test_idle_threads_help_the_busy_one(
-        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+        self, threads: int, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         together = threading.Barrier(3)
         calls: list[tuple[int, int]] = []
@@ -116,7 +117,7 @@ class TestService:
             return [SearchResult([], [])]
 
         monkeypatch.setattr(service_module, "search_batch", search)
-        service = SearchService(3, 4)
+        service = SearchService(threads, 4, 3 - threads)
         await nursery.start(service.run)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         for k in (5, 0, 1):
@@ -144,6 +145,36 @@ class TestService:
             if k == 5:
                 assert {worker for number, worker in calls if number >= 2} == {0, 1, 2}
             calls.clear()
+
+    async def test_helpers_run_no_searches(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running: list[int] = []
+        release = threading.Event()
+
+        def search(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
+        ) -> list[SearchResult]:
+            running.append(worker)
+            assert len(running) <= 2
+            release.wait(30)
+            running.remove(worker)
+            return [SearchResult([], []) for _ in views]
+
+        monkeypatch.setattr(service_module, "search_batch", search)
+        service = SearchService(2, 1, helpers=3)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        outcomes: list[list[SearchResult] | Exception] = []
+        for number in range(20):
+            query = np.zeros((1, 2), np.float32)
+            service.submit(number % 3, view, query, SearchOptions(1), outcomes.append)
+        await nursery.start(service.run)
+        while len(running) < 2:
+            await trio.lowlevel.checkpoint()
+        release.set()
+        while len(outcomes) < 20:
+            await trio.lowlevel.checkpoint()
+        assert outcomes == [[SearchResult([], [])]] * 20
 
     async def test_a_search_that_raises_is_answered_alone(self, service: SearchService) -> None:
         index = filled("l2", np.eye(4, dtype=np.float32))
