@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -61,6 +62,9 @@ _RESERVED_DESCRIPTORS = 128
 _MOST_HELPED = 4
 _IDLE_EXPIRY_INTERVAL = 0.1
 _PROGRESS_INTERVAL = 1.0
+_TEMPORARY_PREFIX = "engram-"
+# A file in a folder that no server needs once it has ended.
+_TEMPORARY_MARK = "TEMPORARY"
 _FREE_SLICE = 4096
 
 
@@ -128,15 +132,36 @@ def first_error(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
 def _data_folder(config: Config) -> Iterator[Path]:
     """The data directory, locked; without one a temporary folder that goes with the process."""
     if not config.dir:
-        with tempfile.TemporaryDirectory(prefix="engram-", ignore_cleanup_errors=True) as temporary:
-            (Path(temporary) / "segments").mkdir()
+        _remove_abandoned_folders()
+        with (
+            tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, ignore_cleanup_errors=True) as temporary,
+            _locked(Path(temporary)),
+        ):
+            # Whoever sees the mark without a lock may remove the folder.
+            (Path(temporary) / _TEMPORARY_MARK).touch()
             yield Path(temporary)
         return
-    lock = lock_directory(Path(config.dir))
-    try:
+    with _locked(Path(config.dir)):
         yield Path(config.dir)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = lock_directory(folder)
+    try:
+        yield
     finally:
         os.close(lock)
+
+
+def _remove_abandoned_folders() -> None:
+    """Removes temporary folders of servers that were killed: those with the mark that nobody has locked."""
+    for mark in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}*/{_TEMPORARY_MARK}"):
+        try:
+            with _locked(mark.parent):
+                shutil.rmtree(mark.parent)
+        except (OperatorError, OSError) as error:
+            logger.debug("%s stays: %s", mark.parent, error)
 
 
 def _listen(config: Config) -> list[socket.socket]:

@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from engram.engine import Engine
 from engram.errors import DirectoryInUseError, LogFailureError, OperatorError
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
-from engram.persistence import Persistence
+from engram.persistence import Persistence, lock_directory
 from engram.progress import Progress
 from engram.server import SWITCH_INTERVAL, Started, _free, serve
 from tests.conftest import PATIENCE, Client, vector
@@ -169,6 +170,24 @@ async def test_nothing_is_left_without_a_directory(tmp_path: Path, monkeypatch: 
         assert len(os.listdir(tmp_path)) == 1
         assert await client.call("VSAVE") == b"-ERR persistence not enabled; start with a data dir\r\n"
     assert os.listdir(tmp_path) == []
+
+
+async def test_what_a_killed_server_left_without_a_directory_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with running(Config()) as server:
+        [name] = os.listdir(tmp_path)
+        used = tmp_path / name
+        abandoned, other = tmp_path / "engram-abandoned", tmp_path / "engram-data"
+        shutil.copytree(used, abandoned)
+        os.close(lock_directory(other))
+        async with running(Config()) as second:
+            assert await (await second.connect()).call("PING") == PONG
+            assert not abandoned.exists()
+            assert used.exists()
+        assert await (await server.connect()).call("PING") == PONG
+    assert os.listdir(tmp_path) == [other.name]
 
 
 async def test_what_was_acknowledged_is_there_again(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 LOCK                   flock; held for the life of the server
 MANIFEST               what is current (manifest.py)
-wal-<number>.log       the files of the log (format.py); numbers follow each other
+wal-<number>.log       the files of the log (log_format.py); numbers follow each other
 prepared-<n>.log       space allocated for a coming file of the log; holds nothing yet
 snapshot-<lsn>/        the state as of that LSN, a folder of columns
 segments/<id>/         one segment of an index, a folder of columns
