@@ -125,6 +125,12 @@ class Config:
         "growth of the log, at least, that starts a snapshot by itself",
         mutable=True,
     )
+    snapshot_log_percentage: int = _setting(
+        100,
+        _integer(0, 1_000_000),
+        "growth of the log, in percent of the last snapshot, that starts the next; 0: none is made by itself",
+        mutable=True,
+    )
     proto_max_bulk_len: int = _setting(512 << 20, _size(1 << 20), "longest argument of a request")
     client_query_buffer_limit: int = _setting(1 << 30, _size(1 << 20), "longest request of a client")
     client_output_buffer_limit: int = _setting(

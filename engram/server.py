@@ -366,6 +366,7 @@ def _configure_log(settings: PersistenceSettings, config: Config) -> None:
     settings.appendfsync = config.appendfsync
     settings.queue_bytes = config.log_queue_size
     settings.snapshot_log_size = config.snapshot_log_size
+    settings.snapshot_log_percentage = config.snapshot_log_percentage
 
 
 def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -52,14 +53,16 @@ class PersistenceSettings:
             once a second; "no": synced only when a file of the log is closed.
         log_file_size: bytes of a file of the log; a larger record gets a file of its own.
         queue_bytes: bytes admitted but not yet written.
-        snapshot_log_size: a snapshot is made by itself when the log since the last one has more bytes than
-            this and than that snapshot, or when it would let many segments be deleted; 0 for never.
+        snapshot_log_size, snapshot_log_percentage: a snapshot is made by itself when the log since the last
+            one has more bytes than the first and than the second says of that snapshot, or when it would let
+            many segments be deleted; never when either is 0.
     """
 
     appendfsync: AppendFsync = "always"
     log_file_size: int = 64 << 20
     queue_bytes: int = 64 << 20
     snapshot_log_size: int = 256 << 20
+    snapshot_log_percentage: int = 100
 
 
 def _file_size_for(size: int) -> int:
@@ -376,7 +379,9 @@ class Persistence:
         for spare in unused:
             if spare.descriptor is not None:
                 self._files.close(spare.descriptor)
-                self._files.remove(spare.path)
+                with suppress(OSError):
+                    # It holds nothing: recovery removes it.
+                    self._files.remove(spare.path)
 
     async def _write_log(self) -> None:
         self._last_sync_time = trio.current_time()
@@ -518,9 +523,10 @@ class Persistence:
         self._consider_snapshot()
 
     def _consider_snapshot(self) -> None:
-        limit = self.settings.snapshot_log_size
-        grown = self._log_bytes > max(limit, self._manifest.size)
-        if not limit or not (grown or sum(size for _, size in self._released) > self._most_released):
+        least, percentage = self.settings.snapshot_log_size, self.settings.snapshot_log_percentage
+        grown = self._log_bytes > max(least, self._manifest.size * percentage // 100)
+        released = sum(size for _, size in self._released) > self._most_released
+        if not (least and percentage and (grown or released)):
             return
         idle = self._snapshot_run is None and self._nursery is not None and not self._closing
         if idle and trio.current_time() >= self._next_snapshot_time:
@@ -579,7 +585,11 @@ class Persistence:
             self._cleanup_error = ""
 
     def _undo_snapshot(self, path: Path, error: Exception) -> None:
-        manifest = read_manifest(self._layout.manifest)
+        try:
+            manifest = read_manifest(self._layout.manifest)
+        except (DamagedDataError, OSError) as unread:
+            # It may name the folder that is to be removed.
+            raise LogFailureError(f"{self._layout.manifest}: cannot be read back: {unread}") from error
         if manifest is not None and manifest.snapshot == path.name:
             # Renamed but not synced: after a crash it is this one or the one before.
             raise LogFailureError(f"{self._layout.manifest}: cannot be synced: {error}") from error

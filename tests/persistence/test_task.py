@@ -756,6 +756,24 @@ async def test_a_grown_log_makes_a_snapshot_by_itself(directory: Path, files: Ho
         assert running.persistence.status.changes_since_save == 0
 
 
+@pytest.mark.parametrize(("percentage", "started_one"), [(0, False), (50, True), (60, False), (100, False)])
+async def test_the_larger_a_snapshot_the_later_the_next(
+    directory: Path, files: HookedFiles, percentage: int, started_one: bool
+) -> None:
+    settings = PersistenceSettings(log_file_size=1 << 16, snapshot_log_size=100)
+    async with started(directory, files, settings) as running:
+        running.append(size=2000)
+        await running.durable(1)
+        while running.persistence.status.snapshot_running:
+            await trio.lowlevel.checkpoint()
+        # It said that it has 1000 bytes.
+        assert running.persistence.status.changes_since_save == 0
+        settings.snapshot_log_percentage = percentage
+        running.append(size=500)
+        await running.durable(2)
+        assert running.persistence.status.snapshot_running == started_one
+
+
 @pytest.mark.parametrize(("size", "used", "started_one"), [(64, 0, False), (65, 0, True), (99, 200, False)])
 async def test_segments_out_of_use_make_a_snapshot_by_itself(
     directory: Path, files: HookedFiles, size: int, used: int, started_one: bool
