@@ -66,6 +66,7 @@ _TEMPORARY_PREFIX = "engram-"
 # A file in a folder that no server needs once it has ended.
 _TEMPORARY_MARK = "TEMPORARY"
 _FREE_SLICE = 4096
+_MEMORY_RESERVE = 16 << 20
 
 
 @attrs.frozen
@@ -292,10 +293,15 @@ async def _recover(
         progress.interrupted = True
 
     def read_back() -> Recovery:
+        # To say that there is no memory takes some.
+        reserve = bytes(_MEMORY_RESERVE)
         # Nothing of what is made now is garbage, and there is much of it.
         gc.disable()
         try:
             return recover(folder, files, engine.restore, engine.apply, progress=progress)
+        except MemoryError:
+            del reserve
+            raise
         finally:
             gc.enable()
 

@@ -240,6 +240,8 @@ class Builder:
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,
+            # usearch makes its file for all to read.
+            umask=0o077,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         assert process.stdin is not None
@@ -273,8 +275,8 @@ async def _send(stream: trio.abc.SendStream, data: bytes) -> None:
     try:
         await stream.send_all(data)
     except trio.BrokenResourceError:
-        # It ended without reading: its exit code tells.
-        return
+        # Its exit code tells. If it has not ended, it does once nothing more can come.
+        await stream.aclose()
 
 
 def live_rows(plan: Plan) -> list[tuple[RowSource, Positions]]:

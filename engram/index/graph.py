@@ -7,6 +7,7 @@ that, and searching a file whose checksum has been compared.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import attrs
@@ -124,13 +125,16 @@ class Graph:
         """Maps a graph file, whose checksum must have been compared (blocking, and holds the GIL).
 
         Raises:
-            FileNotFoundError: there is no such file.
-            RuntimeError: the file is no graph.
+            OSError: there is no such file, or it cannot be mapped.
         """
         # usearch closes descriptor 0 when the file is missing.
         path.stat()
         index = _empty_index(parameters)
-        index.view(path)
+        try:
+            index.view(path)
+        except RuntimeError as error:
+            # The file is what was written: it is the system that does not map it.
+            raise OSError(errno.ENOMEM, str(error), str(path)) from error
         return cls(index, quantizer)
 
     def __len__(self) -> int:

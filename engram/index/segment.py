@@ -21,7 +21,7 @@ import io
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -236,10 +236,10 @@ class SegmentStore:
         self._progress.begin("opening segments", sum(map(self.size, segments)))
         pool = ThreadPoolExecutor(min(len(segments), os.cpu_count() or 1))
         try:
-            self._reopening = {
-                segment_id: pool.submit(self._reopen, segment_id, checksum)
-                for segment_id, checksum in segments.items()
-            }
+            # Without memory for a thread, `take` opens them.
+            with suppress(RuntimeError):
+                for segment_id, checksum in segments.items():
+                    self._reopening[segment_id] = pool.submit(self._reopen, segment_id, checksum)
             yield
         finally:
             self._reopening = {}

@@ -33,6 +33,8 @@ class Verification:
         while self._segments:
             try:
                 await trio.to_thread.run_sync(self._store.verify, self._segments[0], limiter=limiter)
+            except MemoryError:
+                logger.warning("no memory to verify segment %s", self._segments[0].id)
             except (DamagedDataError, OSError) as error:
                 logger.error("vectors are damaged: %s; see `engram check`", error)
                 self.damaged.append(str(error))
