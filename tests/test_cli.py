@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import pty
 import re
+import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -255,3 +261,287 @@ def test_too_few_descriptors_are_one_line() -> None:
     assert ended.stderr == (
         "engram: the limit of open files is too low: 128 are needed beside the clients; see ulimit -n\n"
     )
+
+
+# Subcommands
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with a snapshot, a segment, and a log behind them."""
+    data = tmp_path_factory.mktemp("written") / "data"
+    with server("--port", "0", "--dir", str(data)) as running:
+        adds = [f"VADD vectors row-{number} {number:08d}" for number in range(40)]
+        replies = running.call("SET before 1", "VNEW vectors 2", *adds, "VOPTIMIZE vectors", "VSAVE")
+        assert b"-" not in replies
+        assert running.call("SET k v") == b"+OK\r\n"
+        assert running.end(signal.SIGTERM) == (0, "")
+    return data
+
+
+@pytest.fixture
+def data(written: Path, tmp_path: Path) -> Path:
+    """A copy of `written`."""
+    return Path(shutil.copytree(written, tmp_path / "data"))
+
+
+def contents(directory: Path) -> dict[Path, tuple[int, bytes]]:
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def matching(directory: Path, pattern: str) -> list[Path]:
+    return list(directory.glob(pattern))
+
+
+def damage_log(data: Path) -> Path:
+    path = max(matching(data, "wal-*.log"))
+    content = bytearray(path.read_bytes())
+    content[64 + 32 + 3] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+async def test_check_reports_and_changes_nothing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(data)
+    assert await command_line(["check", str(data)]) == 0
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    lines = output.splitlines()
+    assert lines[-1] == f"{data}: nothing that was durable is damaged"
+    assert all(" ok " in line for line in lines[:-1])
+    assert sum(line.startswith("segments/") and " 40 rows, " in line for line in lines) == 1
+    assert await command_line(["check", str(data), "--repair"]) == 0
+    assert capsys.readouterr().out.endswith("is damaged; there is nothing to repair\n")
+    assert contents(data) == before
+
+
+async def test_check_says_what_is_wrong_and_repairs_it_when_told(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = damage_log(data)
+    before = contents(data)
+    assert await command_line(["check", str(data)]) == 1
+    output, errors = capsys.readouterr()
+    assert f"{path.name}        damaged  at offset 64: record payload checksum mismatch" in output
+    assert re.fullmatch(
+        rf"engram: {path} at offset 64: record payload checksum mismatch at LSN (\d+), but LSN \1 was"
+        rf" durable\nengram: `engram check {data} --repair` would cut the log at {path} at offset 64; lost"
+        r" would be what LSN \1 and all after it did, up to LSN \1 at least\n",
+        errors,
+    )
+    assert contents(data) == before
+
+    assert await command_line(["check", str(data), "--repair"]) == 0
+    output, errors = capsys.readouterr()
+    assert errors.count("\n") == 1
+    [kept] = matching(data, "*.broken-*")
+    assert re.search(
+        rf"\ncut {path} at offset 64\nlost what LSN \d+ and .*\nkept {kept}\n{data}: nothing that .*\n$",
+        output,
+    )
+    with server("--port", "0", "--dir", str(data)) as running:
+        assert running.call("GET before", "GET k") == b"$1\r\n1\r\n$-1\r\n"
+        assert running.end(signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.parametrize("pattern", ["MANIFEST", "snapshot-*/columns.json", "segments/*/graph.usearch"])
+async def test_repair_changes_nothing_that_a_cut_does_not_repair(
+    pattern: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_log(data)
+    [path] = matching(data, pattern)
+    path.write_bytes(b"damaged")
+    before = contents(data)
+    assert await command_line(["check", str(data)]) == 1
+    assert "cutting the log would not repair that: restore a copy" in capsys.readouterr().err
+    assert await command_line(["check", str(data), "--repair"]) == 1
+    errors = capsys.readouterr().err
+    assert f"engram: {path}: " in errors
+    assert errors.endswith("would not repair that; nothing was changed: restore a copy of the directory\n")
+    assert contents(data) == before
+
+
+async def test_a_directory_in_use_is_neither_checked_nor_dumped(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (data / "LOCK").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for arguments in (["check"], ["check", "--repair"], ["dump"]):
+            assert await command_line([*arguments, str(data)]) == 1
+            assert capsys.readouterr() == ("", f"engram: {data}: another server is using this directory\n")
+
+
+@pytest.mark.parametrize("name", ["check", "dump"])
+async def test_what_is_no_data_directory_is_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await command_line([name, str(tmp_path)]) == 1
+    assert capsys.readouterr() == ("", f"engram: {tmp_path}: not a data directory of engram's\n")
+    assert matching(tmp_path, "*") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["check"], ["check", "a", "b"], ["check", "--nosuch"], ["dump"], ["load"], ["load", "f", "--port", "x"]],
+)
+async def test_a_subcommand_misused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert await command_line(arguments) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith(f"usage: engram {arguments[0]} ")
+
+
+@pytest.mark.parametrize("name", ["check", "dump", "load"])
+async def test_every_subcommand_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await command_line([name, "--help"]) == 0
+    output, errors = capsys.readouterr()
+    assert output.startswith(f"usage: engram {name} ")
+    assert errors == ""
+    assert f"       engram {name} " in usage()
+
+
+def test_a_config_file_may_have_the_name_of_a_subcommand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "check").write_text("nosuch 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("./check").stderr == "engram: check, line 1: unknown setting 'nosuch'\n"
+
+
+def test_a_start_that_is_refused_for_damage_names_check(data: Path) -> None:
+    path = damage_log(data)
+    ended = run("--port", "0", "--dir", str(data))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"engram: {path} at offset 64: .*; run `engram check {data}` to see what can be done\n", ended.stderr
+    )
+    for entry in ENTRIES.values():
+        assert run("check", str(data), entry=entry).returncode == 1
+
+
+def test_a_dump_is_loaded_into_another_server(data: Path, tmp_path: Path) -> None:
+    before = contents(data)
+    dumped = run("dump", str(data))
+    assert (dumped.returncode, dumped.stderr) == (0, "")
+    assert contents(data) == before
+    lines = [json.loads(line) for line in dumped.stdout.splitlines()]
+    assert len(lines) == 1 + 3 + 40
+    path, other = tmp_path / "dump.jsonl", tmp_path / "other"
+    assert run("dump", str(data), "--compact", "--output", str(path)).stdout == ""
+
+    with server("--port", "0", "--dir", str(other)) as running:
+        to_server = ("--port", str(running.ports[0]))
+        loaded = run("load", str(path), *to_server)
+        assert (loaded.returncode, loaded.stderr) == (0, "")
+        assert re.fullmatch(r"loaded 3 keys and 40 vectors in \d+\.\d s\n", loaded.stdout)
+        again = run("load", str(path), *to_server)
+        assert (again.returncode, again.stdout) == (1, "")
+        assert again.stderr == "engram: line 2: the key is there already; --replace overwrites it\n"
+        with path.open() as file:
+            piped = subprocess.run(
+                [*MODULE, "load", "-", "--replace", *to_server], stdin=file, capture_output=True, check=True
+            )
+        assert piped.stderr == b""
+        assert running.end(signal.SIGTERM) == (0, "")
+    dumped_again = [json.loads(line) for line in run("dump", str(other)).stdout.splitlines()]
+
+    def in_order(found: list[dict[str, object]]) -> list[str]:
+        return sorted(json.dumps(line) for line in found[1:])
+
+    assert in_order(dumped_again) == in_order(lines)
+
+
+def test_a_terminal_shows_how_far_loading_is(data: Path, tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+    assert run("dump", str(data), "--output", str(dump)).returncode == 0
+    near, far = pty.openpty()
+    termios.tcsetwinsize(far, (24, 80))
+    try:
+        with server("--port", "0") as running:
+            subprocess.run(
+                [*MODULE, "load", str(dump), "--port", str(running.ports[0])],
+                stdout=subprocess.DEVNULL,
+                stderr=far,
+                check=True,
+                timeout=4 * PATIENCE,
+            )
+        shown = b""
+        while b"43.0/43.0" not in shown:
+            assert select.select([near], [], [], PATIENCE)[0], shown
+            shown += os.read(near, 65536)
+    finally:
+        os.close(near)
+        os.close(far)
+    assert b"100%" in shown
+
+
+def test_a_dump_of_damaged_vectors_writes_nothing(data: Path, tmp_path: Path) -> None:
+    [path] = data.glob("segments/*/vectors.npy")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    ended = run("dump", str(data), "--output", str(tmp_path / "dump"))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == f"engram: {path}: checksum mismatch\n"
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_a_reader_that_leaves_ends_a_dump_quietly(data: Path) -> None:
+    for name in ("dump", "check"):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as output:
+            ended = subprocess.run(
+                [*MODULE, name, str(data)], stdout=output, stderr=subprocess.PIPE, timeout=4 * PATIENCE
+            )
+        assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_a_dump_that_cannot_be_written_is_one_line(data: Path, tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "none" / "dump"):
+        ended = run("dump", str(data), "--output", str(output))
+        assert ended.returncode == 1
+        assert re.fullmatch(rf"engram: {output}: cannot be written: .*\n", ended.stderr)
+    assert list(tmp_path.iterdir()) == [data]
+
+
+async def test_load_without_a_file_or_a_server_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "dump"
+    assert await command_line(["load", str(path)]) == 1
+    assert capsys.readouterr().err == f"engram: {path}: cannot be read: No such file or directory\n"
+    path.touch()
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    for argument in (str(port), "65536"):
+        assert await command_line(["load", str(path), "--port", argument]) == 1
+        assert capsys.readouterr().err.startswith(f"engram: cannot connect to 127.0.0.1 port {argument}: ")
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_load_ends_quietly_while_it_waits_for_input(is_interrupted: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = subprocess.Popen(
+            [*MODULE, "load", "-", "--port", str(listener.getsockname()[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        with process:
+            listener.settimeout(4 * PATIENCE)
+            client = listener.accept()[0]
+            assert process.stdin is not None
+            process.stdin.write(b'{"engram-dump":1}\n')
+            process.stdin.flush()
+            with client:
+                if is_interrupted:
+                    process.send_signal(signal.SIGINT)
+                    process.wait(4 * PATIENCE)
+            assert process.wait(4 * PATIENCE) == (130 if is_interrupted else 1)
+            assert process.stderr is not None
+            errors = process.stderr.read()
+    assert errors == b"" if is_interrupted else errors.startswith(b"engram: ")
+    assert errors.count(b"\n") == (not is_interrupted)

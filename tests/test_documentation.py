@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import pytest
 from engram.commands.registry import COMMANDS
 from engram.commands.syntax import Argument
 from engram.config import SETTINGS
+from engram.index import segment
+from engram.persistence import layout, log_format, log_writer, snapshot
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
@@ -62,7 +65,9 @@ def tokens(arguments: Iterable[Argument]) -> set[str]:
 
 def script_options() -> set[str]:
     """The options of the scripts that pages tell how to run."""
-    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py"), *ROOT.glob("tests/crash/*.py")]
+    scripts = [ROOT / "engram" / "cli.py"]
+    for pattern in ("benchmarks/*.py", "examples/*.py", "tests/crash/*.py"):
+        scripts += ROOT.glob(pattern)
     return {
         option
         for script in scripts
@@ -176,3 +181,15 @@ def test_how_to_search_runs(tmp_path: Path) -> None:
     session = "\n".join(fences(ROOT / "docs" / "how-to" / "search.md", "python"))
     with running(tmp_path / "data", 0) as port:
         run_session(session.replace("port=6380", f"port={port}"), {})["client"].close()
+
+
+@pytest.mark.parametrize(
+    "module", [layout, log_format, log_writer, snapshot, segment], ids=lambda module: str(module.__name__)
+)
+def test_the_page_of_files_shows_the_tables_of_the_modules_that_write_them(module: ModuleType) -> None:
+    shown = "\n".join(fences(ROOT / "docs" / "files.md", ""))
+    assert module.__doc__ is not None
+    table = [line.strip() for line in module.__doc__.splitlines() if re.search(r"\S  +\S|^ +\d\. ", line)]
+    assert len(table) > 4
+    missing = [line for line in table if line not in shown]
+    assert not missing

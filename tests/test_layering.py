@@ -37,7 +37,9 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "snapshotter": STATE | {"engine", "persistence"},
     "server": STATE
     | {"commands", "config", "connection", "database", "engine", "persistence", "protocol", "transport"},
-    "cli": frozenset({"config", "errors", "server"}),
+    "dump": STATE | {"engine", "persistence"},
+    "load": frozenset({"dump", "errors"}),
+    "cli": frozenset({"config", "dump", "errors", "files", "load", "persistence", "server"}),
     "__main__": frozenset({"cli"}),
     "__init__": frozenset({"config", "server"}),
 }
