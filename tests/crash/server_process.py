@@ -24,6 +24,8 @@ HOST = "127.0.0.1"
 DEADLINE_SECONDS = 60.0
 
 _POLL_SECONDS = 0.01
+# Where the modules of tests are found, whatever folder this one was started in.
+_ROOT = str(Path(__file__).parents[2])
 
 
 class StartError(Exception):
@@ -115,21 +117,37 @@ class ServerProcess:
         self._error_file.close()
 
 
-def launch_server(*arguments: str, prefix: Sequence[str] = ()) -> ServerProcess:
-    """Starts a server on a free port and does not wait; `prefix` is a command to run it under."""
-    command = [*prefix, sys.executable, "-m", "engram", "--port", "0", *arguments]
+def launch_server(
+    *arguments: str, prefix: Sequence[str] = (), module: Sequence[str] = ("engram",)
+) -> ServerProcess:
+    """Starts a server on a free port and does not wait.
+
+    `prefix` is a command to run it under, `module` the module that runs it and that module's own arguments.
+    """
+    command = [*prefix, sys.executable, "-m", *module, "--port", "0", *arguments]
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+        },
+    )
     return ServerProcess(process, errors)
 
 
-def start_server(*arguments: str, prefix: Sequence[str] = ()) -> ServerProcess:
+def start_server(
+    *arguments: str, prefix: Sequence[str] = (), module: Sequence[str] = ("engram",)
+) -> ServerProcess:
     """As `launch_server`, and waits until it listens.
 
     Raises:
         StartError: it ended before it listened.
     """
-    server = launch_server(*arguments, prefix=prefix)
+    server = launch_server(*arguments, prefix=prefix, module=module)
     try:
         server.wait_until_listening()
     except BaseException:

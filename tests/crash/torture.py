@@ -1,7 +1,8 @@
 """Kills a server that is being written to, again and again, and checks what it acknowledged.
 
-    python -m tests.crash.torture --kills 100
+    python -m tests.crash.torture --kills 300
 
+It is killed at the points that `tests.crash.killing` names, also while it starts, and at random moments.
 Each writer owns its keys and sends its requests over one connection, so what a restarted server may hold
 of a writer is known exactly: the state after some prefix of its requests, at least as long as what was
 acknowledged, at most as long as what was sent. Anything else (an acknowledged write that is gone, an INCR
@@ -12,15 +13,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from redis import Connection, Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
+from tests.crash.killing import CHILD_ONLY, FAULTS, MODULE, RECOVERY_POINTS, RUNNING_POINTS
 from tests.crash.server_process import (
     DEADLINE_SECONDS,
     HOST,
@@ -54,21 +59,38 @@ WRITERS = 4
 DIMENSION = 64
 SHARED_INDEX = b"shared"
 # How many names of each kind a writer uses.
-NAMES = {b"string": 2000, b"counter": 20, b"growing": 20, b"row": 3000}
+NAMES = {b"string": 1000, b"counter": 20, b"growing": 20, b"row": 1000}
 LARGEST_BATCH = 32
+LARGEST_BATCH_OF_ROWS = 8
 # Makes a search for a row that is there as good as exact.
 SEARCH_EF = 1000
 # Rows that are looked up with their own vectors after a restart, beside those just written.
 CHECKED_ROWS = 300
 DISTANCE_TOLERANCE = 1e-4
 
+# Kills at moments that have no name, and starts that are killed so.
+RANDOM = "random moment"
+RANDOM_START = "random moment of a start"
+# So many kills are at random moments for one at each running point.
+RANDOM_IN_CYCLE = 3
+# A point that is not reached in this time is missed.
+POINT_SECONDS = 45.0
+# A point is reached for this time, at most; a random number up to it is drawn.
+LATEST_TIME = {"log-write": 150, "log-sync": 150, "snapshot-write": 30, "segment-write": 10}
+LATEST_TIME_OF_OTHERS = 2
+# The batch of the log from which on a planted fault loses some.
+FIRST_LOST = 30
+# How often a start is tried that should reach a point.
+ATTEMPTS = 4
+
 _POLL_SECONDS = 0.001
 _MOMENT_SECONDS = 15.0
 _LATEST_DELAY_SECONDS = 0.02
+_LATEST_SAVE_SECONDS = 0.5
 _PIPELINE = 500
 
 Vector = npt.NDArray[np.float32]
-Reply = int | bytes | list[bytes]
+Reply = int | bytes | None | list[bytes | None]
 
 
 @attrs.frozen
@@ -80,9 +102,17 @@ class String:
 
 
 @attrs.frozen(eq=False)
+class Row:
+    """A vector and its attributes, a JSON text or empty."""
+
+    vector: Vector
+    attributes: bytes = b""
+
+
+@attrs.frozen(eq=False)
 class Index:
     metric: str
-    members: dict[bytes, Vector] = attrs.field(factory=dict)
+    members: dict[bytes, Row] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -99,11 +129,12 @@ class Model:
 
 @attrs.frozen(eq=False)
 class Step:
-    """A request, its reply, and what it does to a model."""
+    """A request, its reply, what it does to a model, and the rows it writes: indices and members."""
 
     request: tuple[bytes, ...]
     reply: Reply
     apply: Callable[[Model], None]
+    rows: tuple[tuple[bytes, bytes], ...] = ()
 
     def __str__(self) -> str:
         return " ".join(repr(word[:40]) for word in self.request)
@@ -136,8 +167,12 @@ class Script:
             self._append: 15,
             self._delete: 6,
             self._expire: 5,
-            self._add: 30,
+            self._add: 20,
+            self._add_many: 4,
+            self._set_attributes: 5,
+            self._get_attributes: 2,
             self._remove: 5,
+            self._remove_matching: 0.3,
             self._find: 4,
             self._drop: 0.02,
         }
@@ -215,15 +250,85 @@ class Script:
     def _drop(self, model: Model) -> Step:
         return Step((b"DEL", self.index), 1, lambda model: _drop(model.indices, self.index))
 
+    def _vector(self) -> Vector:
+        return self.vectors.standard_normal(DIMENSION, np.float32)
+
+    def _attributes(self) -> bytes:
+        """A JSON text, or now and then none."""
+        if self.random.random() < 0.2:
+            return b""
+        fields = {"number": self.random.randrange(100), "tag": f"tag {self.random.randrange(5)}"}
+        return json.dumps(fields).encode()
+
     def _add(self, model: Model) -> Step:
         index, member = self.random.choice((SHARED_INDEX, self.index)), self._name(b"row")
-        vector = self.vectors.standard_normal(DIMENSION, np.float32)
+        vector = self._vector()
+        old = model.indices[index].members.get(member)
+        row = Row(vector, old.attributes if old is not None else b"")
+        request = (b"VADD", index, member, vector.tobytes())
+        return Step(request, int(old is None), _put_rows(index, {member: row}), ((index, member),))
+
+    def _add_many(self, model: Model) -> Step:
+        index = self.random.choice((SHARED_INDEX, self.index))
+        old = model.indices[index].members
+        with_attributes = self.random.random() < 0.7
+        rows: dict[bytes, Row] = {}
+        words: list[bytes] = []
+        for _ in range(self.random.randint(2, LARGEST_BATCH_OF_ROWS)):
+            member, vector = self._name(b"row"), self._vector()
+            words += (member, vector.tobytes())
+            if with_attributes:
+                attributes = self._attributes()
+                words.append(attributes)
+            else:
+                attributes = old[member].attributes if member in old else b""
+            # Of a member given twice the last counts.
+            rows[member] = Row(vector, attributes)
+        request = (b"VMADD", index, *words, *((b"ATTRS",) if with_attributes else ()))
+        new = len(rows.keys() - old.keys())
+        return Step(request, new, _put_rows(index, rows), tuple((index, member) for member in rows))
+
+    def _set_attributes(self, model: Model) -> Step | None:
+        found = self._row(model)
+        if found is None:
+            return None
+        index, member = found
+        row = Row(model.indices[index].members[member].vector, self._attributes())
+        request = (b"VSETATTR", index, member, row.attributes)
+        return Step(request, 1, _put_rows(index, {member: row}), (found,))
+
+    def _get_attributes(self, model: Model) -> Step | None:
+        found = self._row(model)
+        if found is None:
+            return None
+        index, member = found
+        attributes = model.indices[index].members[member].attributes
+        return Step((b"VGETATTR", index, member), attributes or None, _change_nothing)
+
+    def _remove_matching(self, model: Model) -> Step:
+        number, tag = self.random.randrange(100), f"tag {self.random.randrange(5)}"
+        if self.random.random() < 0.5:
+            condition = f".number == {number}"
+
+            def matches(fields: dict[str, Any]) -> bool:
+                return bool(fields["number"] == number)
+        else:
+            condition = f".tag == '{tag}' and .number < {number // 4}"
+
+            def matches(fields: dict[str, Any]) -> bool:
+                return bool(fields["tag"] == tag and fields["number"] < number // 4)
+
+        members = [
+            member
+            for member, row in model.indices[self.index].members.items()
+            if row.attributes and matches(json.loads(row.attributes))
+        ]
 
         def apply(model: Model) -> None:
-            model.indices[index].members[member] = vector
+            for member in members:
+                del model.indices[self.index].members[member]
 
-        is_new = member not in model.indices[index].members
-        return Step((b"VADD", index, member, vector.tobytes()), int(is_new), apply)
+        return Step((b"VDELBY", self.index, b"FILTER", condition.encode()), len(members), apply)
 
     def _remove(self, model: Model) -> Step | None:
         row = self._row(model)
@@ -239,9 +344,16 @@ class Script:
 
 def find(index: bytes, member: bytes, model: Model) -> Step:
     """The search for a row with its own vector."""
-    vector = model.indices[index].members[member]
-    request = (b"VSEARCH", index, vector.tobytes(), b"1", b"EF", b"%d" % SEARCH_EF)
-    return Step(request, [member, b"0"], _change_nothing)
+    row = model.indices[index].members[member]
+    request = (b"VSEARCH", index, row.vector.tobytes(), b"1", b"EF", b"%d" % SEARCH_EF, b"WITHATTRS")
+    return Step(request, [member, b"0", row.attributes or None], _change_nothing)
+
+
+def _put_rows(index: bytes, rows: dict[bytes, Row]) -> Callable[[Model], None]:
+    def apply(model: Model) -> None:
+        model.indices[index].members.update(rows)
+
+    return apply
 
 
 def _put(key: bytes, string: String) -> Callable[[Model], None]:
@@ -266,14 +378,14 @@ class Held:
     began: float
     ended: float
     strings: dict[bytes, String]
-    # The distance of each member to the probe.
-    indices: dict[bytes, dict[bytes, float]]
+    # The distance of each member to the probe, and its attributes.
+    indices: dict[bytes, dict[bytes, tuple[float, bytes]]]
 
     def of(self, prefix: bytes) -> Held:
         """What of it is one writer's."""
         strings = {key: string for key, string in self.strings.items() if key.startswith(prefix)}
         indices = {
-            key: {member: far for member, far in members.items() if member.startswith(prefix)}
+            key: {member: row for member, row in members.items() if member.startswith(prefix)}
             for key, members in self.indices.items()
             if key == SHARED_INDEX or key.startswith(prefix)
         }
@@ -298,9 +410,12 @@ def read_back(client: Redis, probe: Vector) -> Held:
     indices = {}
     for key in index_keys:
         count = int(client.execute_command("VINFO", key)[5])
-        found = client.execute_command("VSEARCH", key, probe.tobytes(), count)
-        indices[key] = dict(zip(found[::2], map(float, found[1::2]), strict=True))
-        assert len(indices[key]) == count == len(found) // 2, f"{key!r} has {count} rows, {len(found)} words"
+        found = client.execute_command("VSEARCH", key, probe.tobytes(), count, "WITHATTRS")
+        indices[key] = {
+            member: (float(far), attributes or b"")
+            for member, far, attributes in zip(found[::3], found[1::3], found[2::3], strict=True)
+        }
+        assert len(indices[key]) == count == len(found) // 3, f"{key!r} has {count} rows, {len(found)} words"
     return Held(began, time.time() * 1000, strings, indices)
 
 
@@ -341,12 +456,15 @@ def difference(model: Model, held: Held, probe: Vector) -> str:
             return f"{stray!r} is {'there' if stray in members else 'gone'} in {key!r} ({len(strays)} such)"
         if not members:
             continue
-        expected_distances = distances(index.metric, probe, np.stack(list(index.members.values())))
-        for (member, far), expected_far in zip(
-            ((member, members[member]) for member in index.members), expected_distances, strict=True
+        rows = np.stack([row.vector for row in index.members.values()])
+        for (member, row), expected_far in zip(
+            index.members.items(), distances(index.metric, probe, rows), strict=True
         ):
+            far, attributes = members[member]
             if abs(far - expected_far) > DISTANCE_TOLERANCE * max(1, expected_far):
                 return f"{member!r} in {key!r} is {far} away instead of {expected_far}"
+            if attributes != row.attributes:
+                return f"{member!r} in {key!r} has attributes {attributes!r} instead of {row.attributes!r}"
     return ""
 
 
@@ -408,8 +526,7 @@ class Writer:
     def _acknowledge(self, step: Step) -> None:
         step.apply(self.acknowledged)
         self.in_flight.popleft()
-        if step.request[0] == b"VADD":
-            self.recent.add((step.request[1], step.request[2]))
+        self.recent.update(step.rows)
 
     def reconcile(self, held: Held, probe: Vector) -> int:
         """Finds how many of the steps in flight the server kept, and takes them for acknowledged.
@@ -448,22 +565,64 @@ class Writer:
 Moment = Callable[[], bool]
 
 
+@attrs.frozen
+class Round:
+    """A kill of a server that is written to, and then of as many that start; each at a point or at random."""
+
+    point: str = RANDOM
+    starts: tuple[str, ...] = ()
+
+
+def schedule(kills: int, points: Sequence[str], chance: random.Random) -> list[Round]:
+    """So many rounds, in cycles of which each has every point once; without `points` random moments, too."""
+    chosen = points or (*RUNNING_POINTS, *RECOVERY_POINTS)
+    rounds: list[Round] = []
+    while len(rounds) < kills:
+        starts: dict[str, list[str]] = {point: [] for point in chosen if point not in RECOVERY_POINTS}
+        for point in chosen:
+            if point in RECOVERY_POINTS:
+                starts.setdefault(RECOVERY_POINTS[point], []).append(point)
+        cycle = [Round(point, _in_order(its_starts, chance)) for point, its_starts in starts.items()]
+        cycle += [Round()] * (0 if points else RANDOM_IN_CYCLE)
+        chance.shuffle(cycle)
+        rounds += cycle
+    return rounds[:kills]
+
+
+def _in_order(starts: list[str], chance: random.Random) -> tuple[str, ...]:
+    """In any order, but last those after which there may be nothing left to do."""
+    shuffled = chance.sample(starts, len(starts))
+    return tuple(sorted(shuffled, key=lambda point: point.startswith("after")))
+
+
 @attrs.define
 class Torture:
-    """A data directory, its writers, and the server that comes and goes."""
+    """A data directory, its writers, and the server that comes and goes, for as many rounds as there are.
+
+    `kills` counts what was killed at each point, `missed` the points that were not reached. Without `saves`
+    no client asks for snapshots.
+    """
 
     directory: Path
     seed: int
+    rounds: deque[Round]
+    settings: tuple[str, ...] = SETTINGS
+    saves: bool = True
     writers: list[Writer] = attrs.field(init=False)
     server: ServerProcess | None = None
+    kills: Counter[str] = attrs.field(factory=Counter)
+    missed: Counter[str] = attrs.field(factory=Counter)
     torn_tails: int = 0
-    interrupted_starts: int = 0
     save_failure: BaseException | None = None
     _start_seconds: float = 1.0
+    _counter: Path = attrs.field(init=False)
+    _number: int = 0
+    _attempts: Counter[str] = attrs.field(factory=Counter)
     _random: random.Random = attrs.field(init=False)
     _probe: Vector = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self._counter = self.directory.absolute().with_name(f"{self.directory.name}.counter")
         self._random = random.Random(self.seed)
         self._probe = np.random.default_rng(self.seed).standard_normal(DIMENSION, np.float32)
         self.writers = [
@@ -487,25 +646,25 @@ class Torture:
             writer.acknowledged.indices[SHARED_INDEX] = Index("l2")
 
     def kill_once(self) -> str:
-        """Writes, kills the server at some moment, starts it again and checks it; returns a line on it.
+        """Does the next round: writes, kills the server, starts it again and checks it; returns a line on it.
 
         Raises:
             AssertionError: an answer was wrong, or what is there afterwards is.
         """
         assert self.server is not None
-        name, moment = self._choose_moment()
+        this = self.rounds.popleft()
         before = self.acknowledgements
-        children = self._write_and_kill(self.server, moment)
+        children = self._write_and_kill(self.server, this.point)
         acknowledged = self.acknowledgements - before
         in_flight = sum(len(writer.in_flight) for writer in self.writers)
-        self._end(self.server)
-        self._interrupt_starts()
+        self._end(self.server, this.point)
+        self._kill_starts(this)
         server = self._start()
         kept, held = self._check(server, CHECKED_ROWS)
         wait_until(lambda: not any(map(is_running, children)), "the children of the killed server to end")
         rows = sum(map(len, held.indices.values()))
         return (
-            f"{name:<9} {acknowledged:>6} acknowledged, {kept:>3} of {in_flight:>3} in flight kept;"
+            f"{this.point:<28} {acknowledged:>6} acknowledged, {kept:>3} of {in_flight:>3} in flight kept;"
             f" {len(held.strings)} strings and {rows} rows are right; started in {self._start_seconds:.2f} s"
         )
 
@@ -525,34 +684,81 @@ class Torture:
     def close(self) -> None:
         if self.server is not None:
             self.server.close()
+        self._counter.unlink(missing_ok=True)
 
     def _start(self) -> ServerProcess:
+        """Starts a server that will be killed at the point of the next round."""
+        self._counter.unlink(missing_ok=True)
         began = time.monotonic()
-        self.server = start_server("--dir", str(self.directory), *SETTINGS)
+        point = self.rounds[0].point if self.rounds else RANDOM
+        self.server = start_server("--dir", str(self.directory), *self.settings, module=self._module(point))
         self._start_seconds = time.monotonic() - began
         return self.server
 
-    def _end(self, server: ServerProcess) -> None:
-        """Reads what an ended server had to say: a cut tail, and nothing else."""
+    def _module(self, point: str) -> tuple[str, ...]:
+        """The module that runs a server, and what it is to be told."""
+        if point == RANDOM:
+            return ("engram",)
+        _, _, event = point.removeprefix(CHILD_ONLY).partition("-")
+        if point in FAULTS:
+            self._number = FIRST_LOST
+        elif point in RECOVERY_POINTS:
+            self._number = 1
+        else:
+            self._number = self._random.randint(1, LATEST_TIME.get(event, LATEST_TIME_OF_OTHERS))
+        return (MODULE, point, str(self._number), "--counter", str(self._counter), "--")
+
+    def _times_reached(self) -> int:
+        return self._counter.stat().st_size if self._counter.exists() else 0
+
+    def _end(self, server: ServerProcess, point: str = RANDOM) -> None:
+        """Reads what an ended server had to say: a cut tail, how far it has come, a child that was killed."""
         for line in server.errors.splitlines():
-            cut = re.fullmatch(r"engram: the log ended in \d+ bytes that .* kept in (.*)", line)
-            assert cut is not None, f"on standard error: {server.errors}"
-            assert Path(cut[1]).stat().st_size > 0
-            self.torn_tails += 1
+            if cut := re.fullmatch(r"engram: the last \d+ bytes of the log are .* kept in (.*)", line):
+                assert Path(cut[1]).stat().st_size > 0
+                self.torn_tails += 1
+                continue
+            expected = [r"\S+ \S+ WARNING (reading|opening) .*: \d+ of \d+ MiB"]
+            if point.startswith(CHILD_ONLY):
+                expected.append(r"\S+ \S+ WARNING building a segment .* ended with code -9: ")
+            assert any(re.fullmatch(each, line) for each in expected), f"on standard error: {server.errors}"
         server.close()
 
-    def _interrupt_starts(self) -> None:
-        """Now and then, kills a server that is starting, too."""
-        while self._random.random() < 0.25:
-            server = launch_server("--dir", str(self.directory), *SETTINGS)
+    def _kill_starts(self, this: Round) -> None:
+        """Kills servers that start: at the points of the round, or at random moments now and then."""
+        for point in this.starts:
+            self._counter.write_bytes(b"")
+            server = launch_server("--dir", str(self.directory), *self.settings, module=self._module(point))
+            with suppress(StartError):
+                server.wait_until_listening()
+            if server.port:
+                self._miss(point, this.point)
+                server.kill()
+            else:
+                exit_code = server.wait()
+                assert exit_code == -signal.SIGKILL, f"ended with {exit_code}: {server.errors}"
+                assert self._times_reached() == 1
+                self.kills[point] += 1
+            self._end(server)
+        while this.point == RANDOM and self._random.random() < 0.5:
+            server = launch_server("--dir", str(self.directory), *self.settings)
             # Not to wait for anything: any moment of the start will do.
             time.sleep(self._random.uniform(0.5, 1) * self._start_seconds)
             server.kill()
             self._end(server)
-            self.interrupted_starts += 1
+            self.kills[RANDOM_START] += 1
 
-    def _choose_moment(self) -> tuple[str, Moment]:
-        """When to kill: a description, and what tells that it has come."""
+    def _miss(self, point: str, before: str) -> None:
+        """A start had nothing to do there; it depends on what the kill before it has left."""
+        self._attempts[point] += 1
+        if self._attempts[point] % ATTEMPTS:
+            # Not next: the server that comes next has been promised another round.
+            self.rounds.append(Round(before, (point,)))
+        else:
+            self.missed[point] += 1
+
+    def _choose_moment(self) -> Moment:
+        """What tells that a random moment has come: something appears, or so much has been written."""
         patterns = {
             "log file": "wal-*.log",
             "building": "segments/*.building",
@@ -563,57 +769,121 @@ class Torture:
         name = self._random.choice(["writes", "manifest", *patterns])
         if name == "writes":
             count = self.acknowledgements + self._random.randint(1, 4000)
-            return name, lambda: self.acknowledgements >= count
+            return lambda: self.acknowledgements >= count
         if name == "manifest":
-            manifest = self.directory / "MANIFEST"
-            old = manifest.stat().st_ino
-            return name, lambda: manifest.stat().st_ino != old
+            return self._manifest_changes()
         pattern = patterns[name]
         seen = set(self.directory.glob(pattern))
-        return name, lambda: not seen.issuperset(self.directory.glob(pattern))
+        return lambda: not seen.issuperset(self.directory.glob(pattern))
+
+    def _manifest_changes(self) -> Moment:
+        manifest = self.directory / "MANIFEST"
+        old = manifest.stat().st_ino
+        return lambda: manifest.stat().st_ino != old
 
     @property
     def acknowledgements(self) -> int:
         return sum(writer.acknowledgements for writer in self.writers)
 
-    def _write_and_kill(self, server: ServerProcess, moment: Moment) -> list[int]:
-        """Lets the writers write until a little after `moment`, and kills the server.
+    def _write_and_kill(self, server: ServerProcess, point: str) -> list[int]:
+        """Lets the writers write until the server is killed at the point, or a little after a random moment.
 
         Returns the process ids of the children that the server had.
         """
+        self.save_failure = None
+        before = self.acknowledgements
         threads = [threading.Thread(target=writer.run, args=(server.port,)) for writer in self.writers]
-        threads.append(threading.Thread(target=self._save, args=(server,)))
+        if self.saves:
+            threads.append(threading.Thread(target=self._save, args=(server,)))
         for thread in threads:
             thread.start()
         try:
-            deadline = time.monotonic() + _MOMENT_SECONDS
-            while not moment() and time.monotonic() < deadline and server.process.poll() is None:
-                time.sleep(_POLL_SECONDS)
-            time.sleep(self._random.uniform(0, _LATEST_DELAY_SECONDS))
+            self._wait(server, lambda: self.acknowledgements > before + 100, _MOMENT_SECONDS)
+            if point == RANDOM:
+                self._wait(server, self._choose_moment(), _MOMENT_SECONDS)
+            else:
+                self._wait_for_point(server, point)
+            if point in (RANDOM, *FAULTS) or point.startswith(CHILD_ONLY):
+                time.sleep(self._random.uniform(0, _LATEST_DELAY_SECONDS))
             died = server.process.poll()
-            children = list(server.children())
+            children = list(server.children()) + _running_with(str(self._counter), besides=server.pid)
         finally:
             server.kill()
             for thread in threads:
                 thread.join()
-        assert died is None, f"the server ended with {died}: {server.errors}"
-        for failure in (self.save_failure, *(writer.failure for writer in self.writers)):
+        at_point = point != RANDOM and self._times_reached() >= self._number
+        if died is None:
+            self.kills[RANDOM] += 1
+        else:
+            assert died == -signal.SIGKILL, f"the server ended with {died}: {server.errors}"
+            assert at_point, "the server was killed by something else"
+            self.kills[point] += 1
+        self._raise_failures(point)
+        return children
+
+    def _raise_failures(self, point: str) -> None:
+        failures = [writer.failure for writer in self.writers]
+        if not (point.startswith(CHILD_ONLY) and "ended with code -9" in str(self.save_failure)):
+            failures.append(self.save_failure)
+        for failure in failures:
             if failure is not None:
                 raise failure
-        return children
+
+    def _wait(self, server: ServerProcess, moment: Moment, seconds: float) -> bool:
+        """Whether the moment came before the server ended, a writer failed, and the time was over."""
+        deadline = time.monotonic() + seconds
+        while not (came := moment()):
+            failed = any(writer.failure for writer in self.writers)
+            if failed or server.process.poll() is not None or time.monotonic() > deadline:
+                return moment()
+            time.sleep(_POLL_SECONDS)
+        return came
+
+    def _wait_for_point(self, server: ServerProcess, point: str) -> None:
+        """Waits until the server has been killed at a point; at one of a child, until it has gone on without.
+
+        A point that is not reached is missed, and the server is still there.
+        """
+        self._counter.write_bytes(b"")
+        if point in FAULTS or point.startswith(CHILD_ONLY):
+            reached = self._wait(server, lambda: self._times_reached() >= self._number, POINT_SECONDS)
+        else:
+            reached = self._wait(server, lambda: server.process.poll() is not None, POINT_SECONDS)
+        if not reached and server.process.poll() is None:
+            self.missed[point] += 1
+        elif point in FAULTS:
+            count = self.acknowledgements + 20
+            self._wait(server, lambda: self.acknowledgements > count, _MOMENT_SECONDS)
+        elif point.startswith(CHILD_ONLY):
+            self.kills[point] += 1
+            self._see_it_done_again(server, point)
+
+    def _see_it_done_again(self, server: ServerProcess, point: str) -> None:
+        """Waits for another child that does what the one that was killed did not."""
+        if "snapshot" in point:
+            done = self._wait(server, self._manifest_changes(), POINT_SECONDS)
+        else:
+            with server.client() as client:
+                builds = client.info("vectors")["vectors_builds"]
+                done = self._wait(
+                    server, lambda: client.info("vectors")["vectors_builds"] > builds, POINT_SECONDS
+                )
+                assert client.info("vectors")["vectors_builds_failed"] == 1
+        assert done, f"nothing came after a child was killed at {point}"
 
     def _save(self, server: ServerProcess) -> None:
         """Makes snapshots now and then, until the connection breaks."""
         with server.client() as client:
-            try:
-                while True:
-                    time.sleep(self._random.uniform(0, 1))
+            while True:
+                # Not to wait for anything: a pause of any length will do.
+                time.sleep(self._random.uniform(0, _LATEST_SAVE_SECONDS))
+                try:
                     client.execute_command("VSAVE")
-            except RedisConnectionError:
-                return
-            except ResponseError as error:
-                if "already in progress" not in str(error):
-                    self.save_failure = error
+                except RedisConnectionError:
+                    return
+                except ResponseError as error:
+                    if "already in progress" not in str(error):
+                        self.save_failure = error
 
     def _check(self, server: ServerProcess, sample: int | None) -> tuple[int, Held]:
         """Compares what a restarted server holds with what was acknowledged and what was sent.
@@ -646,23 +916,48 @@ class Torture:
         return key == SHARED_INDEX or any(key.startswith(writer.script.prefix) for writer in self.writers)
 
 
+def _running_with(word: str, besides: int) -> list[int]:
+    """The ids of all other processes with that word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        pid = int(path.parent.name)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if pid != besides and word.encode() in path.read_bytes():
+                found.append(pid)
+    return found
+
+
+def report(torture: Torture) -> str:
+    """A table of what was killed where, and how often."""
+    points = (*RUNNING_POINTS, *RECOVERY_POINTS, RANDOM, RANDOM_START)
+    counted = [point for point in points if torture.kills[point] or torture.missed[point]]
+    lines = [f"| {point} | {torture.kills[point]} | {torture.missed[point]} |" for point in counted]
+    return "\n".join(("| point | kills | not reached |", "|---|---|---|", *lines))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.crash.torture", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=300, help="of servers that are written to")
+    parser.add_argument(
+        "--points", type=_points, default=(), help="NAME,...; default: all, and random moments"
+    )
     parser.add_argument(
         "--seed", type=int, default=None, help="of the writes and the moments; default: random"
     )
     parser.add_argument("--dir", type=Path, help="an empty or missing folder; default: a temporary one")
     arguments = parser.parse_args()
     seed = random.SystemRandom().getrandbits(32) if arguments.seed is None else arguments.seed
+    rounds = deque(schedule(arguments.kills, arguments.points, random.Random(seed)))
     with tempfile.TemporaryDirectory(prefix="engram-torture-") as scratch:
-        torture = Torture(arguments.dir or Path(scratch) / "data", seed)
-        print(f"seed {seed}, {WRITERS} writers, {arguments.kills} kills", flush=True)
+        torture = Torture(arguments.dir or Path(scratch) / "data", seed, rounds)
+        print(f"seed {seed}, {WRITERS} writers, {arguments.kills} kills while they write", flush=True)
         try:
             torture.begin()
-            for number in range(1, arguments.kills + 1):
+            number = 0
+            while torture.rounds:
+                number += 1
                 print(f"{number:>4}  {torture.kill_once()}", flush=True)
             torture.finish()
         except (AssertionError, RedisError, StartError) as error:
@@ -674,11 +969,22 @@ def main() -> int:
             return 1
         finally:
             torture.close()
+            print(report(torture))
+    if torture.missed:
+        print(f"FAILED with seed {seed}: points were not reached: {', '.join(torture.missed)}")
+        return 1
     print(
-        f"passed: {torture.acknowledgements} acknowledged requests, {arguments.kills} kills,"
-        f" {torture.interrupted_starts} interrupted starts, {torture.torn_tails} torn tails"
+        f"passed: {torture.acknowledgements} acknowledged requests, {torture.kills.total()} kills,"
+        f" {torture.torn_tails} torn tails"
     )
     return 0
+
+
+def _points(text: str) -> tuple[str, ...]:
+    points = tuple(text.split(","))
+    if unknown := [point for point in points if point not in RUNNING_POINTS and point not in RECOVERY_POINTS]:
+        raise argparse.ArgumentTypeError(f"there is no point {', '.join(unknown)}")
+    return points
 
 
 if __name__ == "__main__":
