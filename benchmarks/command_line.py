@@ -93,10 +93,12 @@ def running_engram(
 
 
 @contextmanager
-def running_redis(arguments: argparse.Namespace) -> Iterator[Peer]:
-    """Runs Redis 8, which keeps everything in memory, on the server's cores."""
+def running_redis(arguments: argparse.Namespace, folder: Path | None = None) -> Iterator[Peer]:
+    """Runs Redis 8, which keeps everything in memory, on the server's cores; snapshots go to `folder`."""
     port = free_port()
     command = f'{arguments.peer} --port {port} --save "" --appendonly no'
+    if folder is not None:
+        command += f" --dir {shlex.quote(str(folder))}"
     with running("Redis 8", command, port, arguments.server_cores) as peer:
         yield peer
 

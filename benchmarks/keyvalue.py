@@ -2,8 +2,9 @@
 
     python -m benchmarks.keyvalue
 
-Both keep everything in memory, or with `--durable` both sync their log before they answer. Each server has a
-core to itself, and redis-benchmark another, where there are three. The servers take turns, test by test.
+Both keep everything in memory; with `--appendfsync always` both sync their log before they answer, in the
+same file system. Each server has a core to itself, and redis-benchmark another, where there are three. The
+servers take turns, test by test.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ TESTS = ("ping_mbulk", "set", "get", "incr")
 PIPELINES = (1, 16)
 CLIENTS = 50
 
+# With a log, requests go to so many keys, drawn at random.
+KEYS = 100_000
+
 # No run of redis-benchmark lasts longer.
 LIMIT_SECONDS = 300.0
 
@@ -75,10 +79,14 @@ class Cores:
         return cls()
 
 
-def run_benchmark(peer: Peer, test: str, depth: int, requests: int, cores: Sequence[int]) -> Run:
-    """Raises ServerError when redis-benchmark fails."""
+def run_benchmark(peer: Peer, test: str, depth: int, requests: int, keys: int, cores: Sequence[int]) -> Run:
+    """Sends the requests to one key, or with `keys` to so many.
+
+    Raises:
+        ServerError: redis-benchmark failed.
+    """
     command = ["redis-benchmark", "-p", str(peer.port), "-t", test, "-c", str(CLIENTS), "-P", str(depth)]
-    command += ["-n", str(requests), "--csv"]
+    command += ["-n", str(requests), "--csv", *(["-r", str(keys)] if keys else [])]
     server_before, load_before = peer.cpu_seconds(), ended_children_cpu()
     with on_cores(cores):
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
@@ -107,15 +115,16 @@ def median(runs: Sequence[Run]) -> Run:
 def measure(engram: Peer, redis: Peer, arguments: argparse.Namespace, cores: Cores) -> list[list[str]]:
     """A row of the table for each test and depth of pipelining."""
     rows = []
+    keys = KEYS if arguments.appendfsync else 0
     for depth in PIPELINES:
         requests = arguments.requests * (1 if depth == 1 else depth // 2)
         runs: dict[tuple[str, Peer], list[Run]] = {}
         for _ in range(arguments.rounds):
-            for test in TESTS:
+            for test in arguments.tests:
                 for peer in (engram, redis):
-                    run = run_benchmark(peer, test, depth, requests, cores.load)
+                    run = run_benchmark(peer, test, depth, requests, keys, cores.load)
                     runs.setdefault((test, peer), []).append(run)
-        for test in TESTS:
+        for test in arguments.tests:
             ours, theirs = median(runs[test, engram]), median(runs[test, redis])
             row = [f"{test.upper().removesuffix('_MBULK')}, -P {depth}", f"{ours.rate:,.0f}"]
             row += [f"{theirs.rate:,.0f}", f"{ours.rate / theirs.rate:.2f}"]
@@ -129,12 +138,14 @@ def commands(arguments: argparse.Namespace, folder: str, ports: Sequence[int]) -
     """How engram and redis-server are run."""
     engram = f"{arguments.engram} --port {ports[0]}"
     redis = f'{arguments.peer} --port {ports[1]} --save ""'
-    if not arguments.durable:
+    if not arguments.appendfsync:
         return engram, f"{redis} --appendonly no"
     ours, theirs = (shlex.quote(f"{folder}/{name}") for name in ("engram", "redis"))
+    policy = f"--appendfsync {arguments.appendfsync}"
+    # Neither makes its log shorter meanwhile.
     return (
-        f"{engram} --dir {ours} --appendfsync always",
-        f"{redis} --dir {theirs} --appendonly yes --appendfsync always",
+        f"{engram} --dir {ours} {policy} --snapshot-log-size 1024gb",
+        f"{redis} --dir {theirs} --appendonly yes {policy} --auto-aof-rewrite-percentage 0",
     )
 
 
@@ -152,7 +163,12 @@ def parse_arguments() -> argparse.Namespace:
         default=100_000,
         help="requests of an unpipelined run; 8 times that when pipelined",
     )
-    parser.add_argument("--durable", action="store_true", help="both with a log and appendfsync always")
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS, help="of redis-benchmark")
+    parser.add_argument(
+        "--appendfsync",
+        choices=("always", "everysec", "no"),
+        help="both with a log, synced so; else with none",
+    )
     parser.add_argument("--scratch", type=Path, help="folder for the logs; the temporary one when not given")
     parser.add_argument("--no-pinning", action="store_true", help="leave the cores to the scheduler")
     return parser.parse_args()
@@ -180,7 +196,7 @@ def main() -> int:
         except (ServerError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
             return 1
-        kept = "each command synced to disk" if arguments.durable else "in memory"
+        kept = f"appendfsync {arguments.appendfsync}" if arguments.appendfsync else "in memory"
         print(f"{kept}, {CLIENTS} clients; {machine}\n")
     header = ["requests/s", "engram", "redis-server", "ratio", "engram us", "redis us"]
     print(markdown_table([*header, "load on engram", "load on redis"], rows))

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.dialects import INDEX, Dialect
 from benchmarks.embeddings import Attributes, Floats, RowFile, Truth, key_of
-from benchmarks.load import Client, LoadError, Measured, Work, exchange, run_together
+from benchmarks.load import Client, LoadError, Measured, Work, exchange, pack, run_together
 from benchmarks.peers import Peer, on_cores
 
 LOADERS = 2
@@ -90,11 +90,49 @@ def prepare(peer: Peer, dialect: Dialect) -> None:
             client.receive(1)
 
 
-def add_rows(peer: Peer, loading: Loading, cores: Sequence[int]) -> float:
-    """Makes the index and adds the rows from processes on these cores; returns the rate, rows a second."""
+def add_rows(peer: Peer, loading: Loading, cores: Sequence[int], limit: float = BUILD_SECONDS) -> float:
+    """Makes the index and adds the rows from processes on these cores; returns the rate, rows a second.
+
+    Raises:
+        LoadError: it took more than `limit` seconds, or failed.
+    """
     prepare(peer, loading.dialect)
     with on_cores(cores):
-        return rate(run_together(loading.works(peer.port), limit=BUILD_SECONDS))
+        return rate(run_together(loading.works(peer.port), limit=limit))
+
+
+def key_of_string(number: int) -> bytes:
+    """20 bytes."""
+    return b"string:%013d" % number
+
+
+def value_of_string(number: int, size: int) -> bytes:
+    return b"%0*d" % (size, number)
+
+
+def add_strings(
+    peer: Peer, count: int, size: int, cores: Sequence[int], limit: float = BUILD_SECONDS
+) -> float:
+    """Sets so many strings of `size` bytes from processes on these cores; returns the rate a second."""
+    works = [partial(_add_strings, peer.port, number, count, size) for number in range(LOADERS)]
+    with on_cores(cores):
+        return rate(run_together(works, limit=limit))
+
+
+def _add_strings(port: int, number: int, count: int, size: int, ready: Callable[[], object]) -> Measured:
+    added = 0
+    with closing(Client(port)) as client:
+        ready()
+        began = time.monotonic()
+        for start in range(number * PIPELINE, count, LOADERS * PIPELINE):
+            strings = range(start, min(start + PIPELINE, count))
+            requests = [
+                pack(b"SET", key_of_string(string), value_of_string(string, size)) for string in strings
+            ]
+            client.send(b"".join(requests))
+            client.receive(len(requests))
+            added += len(requests)
+        return Measured(began, time.monotonic(), added)
 
 
 def rate(measured: Iterable[Measured]) -> float:
@@ -250,6 +288,19 @@ def wait_for_graphs(peer: Peer, optimize: bool = False) -> float:
         if optimize:
             client.call(b"VOPTIMIZE", INDEX)
     return time.monotonic() - began
+
+
+def save(client: Client) -> None:
+    """VSAVE; when a snapshot is being made already, once that is done."""
+    while True:
+        try:
+            client.call(b"VSAVE")
+        except LoadError as error:
+            if "already in progress" not in str(error):
+                raise
+            time.sleep(_POLL_SECONDS)
+        else:
+            return
 
 
 def _sections(client: Client, interval: float) -> Iterator[dict[str, str]]:

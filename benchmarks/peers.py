@@ -51,6 +51,13 @@ class Peer:
             ticks += sum(map(int, fields[11:15]))
         return ticks / _TICKS_PER_SECOND
 
+    def resident(self) -> tuple[int, int]:
+        """Anonymous and mapped memory of the server itself, in bytes (RssAnon and RssFile of proc(5))."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        anonymous, mapped = (int(sizes[name].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
+        return anonymous, mapped
+
 
 @contextmanager
 def running(name: str, command: str, port: int, cores: Sequence[int] = ()) -> Iterator[Peer]:
@@ -61,6 +68,46 @@ def running(name: str, command: str, port: int, cores: Sequence[int] = ()) -> It
     Raises:
         ServerError: there is no such program, or it ended or stayed silent instead of listening.
     """
+    with started(name, command, port, cores) as server:
+        server.wait_until_listening()
+        yield server.peer
+
+
+@attrs.frozen
+class Started:
+    """A server that has just been started; `output` is what it has said so far."""
+
+    peer: Peer
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    def wait_until_listening(self) -> None:
+        """Raises ServerError when it ends, or does not listen, in time."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.peer.port), timeout=1).close()
+            except OSError:
+                time.sleep(0.02)
+            else:
+                return
+        raise self.failure("does not listen")
+
+    def failure(self, missing: str) -> ServerError:
+        """The error of a server that ended, or of one that runs and `missing` says what it does not do."""
+        code = self.process.poll()
+        state = missing if code is None else f"ended with code {code}"
+        tail = "\n".join(self.output.read_text(errors="replace").splitlines()[-10:])
+        return ServerError(f"{self.peer.name} {state} on port {self.peer.port}:\n{tail}")
+
+
+@contextmanager
+def started(name: str, command: str, port: int, cores: Sequence[int] = ()) -> Iterator[Started]:
+    """As `running`, but does not wait until the server listens.
+
+    Raises:
+        ServerError: there is no such program.
+    """
     arguments = shlex.split(command)
     if shutil.which(arguments[0]) is None:
         raise ServerError(f"{name}: there is no program '{arguments[0]}'")
@@ -70,8 +117,7 @@ def running(name: str, command: str, port: int, cores: Sequence[int] = ()) -> It
                 arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
         try:
-            _wait_until_listening(name, process, port, Path(f"/proc/self/fd/{output.fileno()}"))
-            yield Peer(name, port, process.pid)
+            yield Started(Peer(name, port, process.pid), process, Path(f"/proc/self/fd/{output.fileno()}"))
         finally:
             process.terminate()
             try:
@@ -92,20 +138,6 @@ def family(pid: int) -> list[int]:
                 # The thread, or the process, has ended.
                 continue
     return found
-
-
-def _wait_until_listening(name: str, process: subprocess.Popen[bytes], port: int, output: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.02)
-        else:
-            return
-    state = "does not listen" if process.poll() is None else f"ended with code {process.returncode}"
-    tail = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
-    raise ServerError(f"{name} {state} on port {port}:\n{tail}")
 
 
 @contextmanager
