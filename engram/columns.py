@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ VERSION = 1
 _READ_SIZE = 1 << 22
 # A map keeps a descriptor of its file for as long as it lives: columns up to this size are read instead.
 _SMALL_COLUMN = 256 << 10
+_NPY_START = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<|][bfiu][0-9]+)', 'fortran_order': False, 'shape': \((\d+,|\d+(?:, \d+)+)\), \} *\n"
+)
 
 Array = npt.NDArray[Any]
 
@@ -143,14 +149,31 @@ def _verify(path: Path, checksum: int) -> None:
 
 
 def _map_array(path: Path) -> Array:
-    small = path.stat().st_size <= _SMALL_COLUMN
-    try:
-        loaded: Array = np.load(path, mmap_mode=None if small else "r", allow_pickle=False)
-    except ValueError as error:
-        raise DamagedDataError(path, f"not a column: {error}") from error
+    # Not numpy's reader: it parses the header, which may be damaged, as Python, and CPython 3.11 sometimes fails
+    # in that when several threads do so at once.
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_NPY_START) + 2)
+        header = file.read(int.from_bytes(start[len(_NPY_START) :], "little"))
+        match = _NPY_HEADER.fullmatch(header)
+        if not start.startswith(_NPY_START) or match is None:
+            raise DamagedDataError(path, "not a column: its header is none")
+        try:
+            dtype = np.dtype(match[1].decode())
+        except TypeError as error:
+            raise DamagedDataError(path, f"not a column: {error}") from error
+        shape = tuple(map(int, match[2].rstrip(b",").split(b",")))
+        offset = len(start) + len(header)
+        if offset + math.prod(shape) * dtype.itemsize != size:
+            raise DamagedDataError(path, f"not a column: {size} bytes do not hold {shape} of {dtype}")
+        loaded: Array
+        if size <= _SMALL_COLUMN:
+            loaded = np.frombuffer(file.read(), dtype).reshape(shape)
+        else:
+            # A plain ndarray over the map: np.memmap's own indexing costs microseconds more.
+            loaded = np.memmap(file, dtype, "r", offset, shape).view(np.ndarray)
     loaded.flags.writeable = False
-    # A plain ndarray over the map: np.memmap's own indexing costs microseconds more.
-    return loaded.view(np.ndarray)
+    return loaded
 
 
 def _size_and_checksum(path: Path) -> tuple[int, int]:

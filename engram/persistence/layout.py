@@ -20,6 +20,7 @@ from pathlib import Path
 import attrs
 
 from engram.errors import DirectoryInUseError, OperatorError
+from engram.files import DiskFiles
 
 _LOG_NAME = re.compile(r"wal-(\d{10})\.log")
 _SNAPSHOT_NAME = re.compile(r"snapshot-\d+")
@@ -67,6 +68,15 @@ class Layout:
         return [path for path in self.segments.iterdir() if path.is_dir()]
 
 
+def _make_directory(path: Path) -> None:
+    """Makes a directory and those above it that are missing, each with its name synced."""
+    if path.exists():
+        return
+    _make_directory(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    DiskFiles().sync_folder(path.parent)
+
+
 def lock_directory(path: Path) -> int:
     """Makes the data directory when it is not there and locks it.
 
@@ -78,7 +88,7 @@ def lock_directory(path: Path) -> int:
     """
     layout = Layout(path)
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_directory(path)
         for name in _FOREIGN_NAMES:
             if (path / name).exists():
                 raise OperatorError(

@@ -275,7 +275,12 @@ def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple
         second = int(time.time())
         while (aside := path.with_name(f"{path.name}.broken-{second}")).exists():
             second += 1
-        files.write_file(aside, [replay.torn_tail])
+        try:
+            files.write_file(aside, [replay.torn_tail])
+        except OSError:
+            # Each try would leave another one.
+            files.remove(aside)
+            raise
         files.sync_folder(layout.directory)
         cut_files.append(aside)
     if replay.has_unrecorded:

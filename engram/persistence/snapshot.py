@@ -27,7 +27,7 @@ import attrs
 import trio
 
 from engram.columns import open_columns
-from engram.errors import EngramError
+from engram.errors import EngramError, LogFailureError
 from engram.files import Files
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, write_manifest
@@ -119,7 +119,8 @@ def install_snapshot(
     Raises:
         SnapshotError: the result is not a snapshot as of `lsn`, or names a segment that is not there.
         DamagedDataError: the folder is not what the child said it wrote.
-        OSError: a sync or the manifest's replacement failed.
+        LogFailureError: the folder cannot be synced.
+        OSError: the manifest's replacement failed.
     """
     path = layout.snapshot(lsn)
     if result.lsn != lsn or result.snapshot != path.name:
@@ -137,6 +138,10 @@ def install_snapshot(
         time=int(time.time()),
         segments=result.segments,
     )
-    files.sync_folder(layout.directory)
+    try:
+        files.sync_folder(layout.directory)
+    except OSError as error:
+        # Names of the log may be lost with it, and another sync may not say so.
+        raise LogFailureError(f"{layout.directory}: cannot be synced: {error.strerror}") from error
     write_manifest(files, layout.manifest, manifest)
     return manifest

@@ -387,17 +387,18 @@ class Persistence:
         self._last_sync_time = trio.current_time()
         while True:
             now = trio.current_time()
-            sync_age = now - self._last_sync_time
+            # As the deadline below is computed, or rounding could make this wait for nothing.
+            sync_due = now >= self._last_sync_time + _SYNC_INTERVAL
             unsynced = self._written_lsn > self._durable_lsn
             always = self.settings.appendfsync == "always" or self._closing
             everysec = self.settings.appendfsync == "everysec"
             unrecorded = self._recorded_lsn < self._durable_lsn == self._appended_lsn
             deadline = float("inf")
             if self._runs:
-                await self._commit(sync=always or (everysec and sync_age >= _SYNC_INTERVAL))
+                await self._commit(sync=always or (everysec and sync_due))
                 self._consider_snapshot()
                 continue
-            if unsynced and (always or (everysec and sync_age >= _SYNC_INTERVAL)):
+            if unsynced and (always or (everysec and sync_due)):
                 await self._commit(sync=True)
                 continue
             if unrecorded and (self._closing or now >= self._last_commit_time + _MARK_DELAY):

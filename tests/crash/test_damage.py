@@ -166,7 +166,6 @@ DURABLE = (
     "snapshot-*/string-values-bytes.npy",
     "segments/*/columns.json",
     "segments/*/graph.usearch",
-    "segments/*/vectors.npy",
     "segments/*/keys-bytes.npy",
 )
 
@@ -186,6 +185,15 @@ def test_a_flipped_byte_is_refused_by_name(pattern: str, directory: Path) -> Non
     path = first(directory, pattern)
     flip(path, path.stat().st_size // 2)
     assert f"{path}: " in refusal(directory)
+
+
+def test_flipped_bytes_of_vectors_are_found_after_the_start(directory: Path) -> None:
+    path = first(directory, "segments/*/vectors.npy")
+    flip(path, path.stat().st_size // 2)
+    with running_server("--dir", str(directory), *SETTINGS) as server, server.client() as client:
+        wait_until(lambda: client.info("vectors")["vectors_segments_unverified"] == 0, "the verification")
+        assert client.info("vectors")["vectors_damaged"] == f"{path}: checksum mismatch"
+        assert f"vectors are damaged: {path}: checksum mismatch" in server.errors
 
 
 @pytest.mark.parametrize("pattern", ["MANIFEST", "snapshot-*/columns.json", "segments/*/graph.usearch"])

@@ -1,390 +1,260 @@
-"""Power failing at any moment: from a recorded run, states that a disk may be left in, each recovered.
+"""Power failing at any moment, in short; `python -m tests.crash.power_failures` is the long form.
 
-What is recorded is writes to files and changes of names. Of what was not synced when the power fails, any
-write is on disk whole, in part (by sectors of 512 bytes), or not at all, and so is any change of a name.
-Recovery must find all that was acknowledged, nothing that was not sent, in order.
+That the states made there are worth something is shown by planted faults: a sync that is left out, or files
+that are removed too early, must be found out.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from random import Random
 
-import attrs
 import pytest
 
-from engram.columns import pack_bytes, unpack_bytes, write_columns
-from engram.files import DiskFiles
-from engram.operations import Operation, decode, encode
+from engram.errors import DamagedDataError
+from engram.index.segment import GRAPH
 from engram.persistence.layout import Layout
-from engram.persistence.recovery import remove_outdated
-from engram.persistence.snapshot import SnapshotResult, install_snapshot
-from tests.persistence.conftest import LogMaker, numbered, read_back
+from tests.crash.power_failures import (
+    FailedStateError,
+    Tally,
+    check,
+    explore_life,
+    replayed,
+    run_server,
+    start,
+)
+from tests.crash.recorded_disk import (
+    MANIFEST,
+    RECOVERY,
+    ROOT,
+    ROTATION,
+    SEGMENT_FOLDER,
+    SEGMENT_RECORD,
+    SNAPSHOT_FOLDER,
+    STEPS,
+    SYNC,
+    WRITE,
+    Acknowledged,
+    Disk,
+    Event,
+    Mark,
+    Names,
+    NewFolder,
+    RecordingFiles,
+    Resize,
+    SyncFile,
+    SyncFolder,
+    Tree,
+    Write,
+    write_tree,
+)
 
-SECTOR = 512
-
-
-@attrs.frozen
-class Write:
-    file: int
-    offset: int
-    data: bytes
-
-
-@attrs.frozen
-class Cut:
-    file: int
-    size: int
-
-
-@attrs.frozen
-class SyncFile:
-    file: int
-
-
-@attrs.frozen
-class Name:
-    """The path names this file from now on: a number, 0 for a folder, None for nothing.
-
-    In a rename, the file is no longer at `source`.
-    """
-
-    path: Path
-    file: int | None
-    source: Path | None = None
-
-
-@attrs.frozen
-class SyncFolder:
-    path: Path
+PAGE = 4096
 
 
-@attrs.frozen
-class Sent:
-    lsn: int
+def test_power_fails_at_any_moment() -> None:
+    tally = Tally()
+    for seed in (1, 2):
+        tally.add(explore_life(seed, 260))
+    assert tally.total >= 450
+    assert all(tally.states[step] for step in STEPS), tally.table()
 
 
-@attrs.frozen
-class Acknowledged:
-    lsn: int
+@pytest.mark.parametrize("seed", range(2))
+def test_power_fails_again_during_recovery(scratch: Path, seed: int) -> None:
+    random = Random(seed)
+    directory = scratch / "life"
+    directory.mkdir()
+    files = RecordingFiles(directory)
+    run_server(files, 40, random)
+    writes = [
+        point
+        for point, entry in enumerate(files.entries, 1)
+        if entry.step in (WRITE, SEGMENT_RECORD) and isinstance(entry.what, Write)
+    ]
+    for number in range(4):
+        before = files.entries[: random.choice(writes)]
+        first = scratch / f"first-{number}"
+        write_tree(replayed(before)[0].after_power_failure(random), first)
+        again = RecordingFiles(first)
+        for entry in before:
+            if isinstance(entry.what, Mark):
+                again.mark(entry.what)
+        base = len(again.entries)
+        lsn = start(first, again).recovery.lsn
+        # A client may have been shown it by now.
+        again.mark(Acknowledged(lsn))
+        for point in range(base, len(again.entries) + 1):
+            disk, history = replayed(again.entries[:point])
+            check(disk.after_power_failure(random), history, scratch / f"second-{number}-{point}")
 
 
-Event = Write | Cut | SyncFile | Name | SyncFolder | Sent | Acknowledged
-FOLDER = 0
+def start_again_after_kill(files: RecordingFiles, entries: int, step: str, scratch: Path) -> None:
+    """Kills a server after so many entries of a step, starts another, and has the power fail in its life."""
+    random = Random(entries)
+    files.kill_after(entries, step)
+    run_server(files, 90, random)
+    killed_at = len(files.entries)
+    run_server(files, 3, random)
+    for point in range(killed_at, len(files.entries) + 1, 2):
+        disk, history = replayed(files.entries[:point])
+        check(disk.after_power_failure(random), history, scratch / f"{entries}-{point}")
 
 
-class Killed(BaseException):
-    """The process ends here."""
+@pytest.mark.parametrize("step", [WRITE, SEGMENT_FOLDER, MANIFEST, ROTATION])
+@pytest.mark.parametrize("entries", [1, 5])
+def test_power_fails_after_a_killed_server_was_started_again(
+    directory: Path, scratch: Path, entries: int, step: str
+) -> None:
+    start_again_after_kill(RecordingFiles(directory), entries, step, scratch)
 
 
-class RecordingFiles(DiskFiles):
-    """Real files; what was done to them is in `events`. All that is there at the start is durable.
+# Planted faults: whether a sync is left out, by the call, the path, and the step it is part of.
+Skips = Callable[[str, Path, str], bool]
+FAULTS: dict[str, Skips] = {
+    "records": lambda call, path, step: call == "sync_data" and step == SYNC,
+    "records that name segments": lambda call, path, step: call == "sync_data" and step == SEGMENT_RECORD,
+    "headers of log files": lambda call, path, step: call == "sync_data" and step == ROTATION,
+    "names of log files": lambda call, path, step: call == "sync_folder" and step == ROTATION,
+    "the manifest's content": lambda call, path, step: call == "write_file" and step == MANIFEST,
+    "the manifest's name": lambda call, path, step: call == "sync_folder" and step == MANIFEST,
+    "columns of snapshots": lambda call, path, step: call == "write_file" and step == SNAPSHOT_FOLDER,
+    "names of columns": lambda call, path, step: call == "sync_folder" and path.name.startswith("snapshot-"),
+    "names of snapshots": lambda call, path, step: call == "sync_folder" and step == SNAPSHOT_FOLDER,
+    "columns of segments": lambda call, path, step: call == "write_file" and step == SEGMENT_FOLDER,
+    "graphs": lambda call, path, step: path.name == GRAPH,
+    "names of columns of segments": lambda call, path, step: path.name.endswith(".building"),
+    "names of segments": lambda call, path, step: path.name == "segments",
+}
+FAULTS_IN_RECOVERY: dict[str, tuple[str, Skips]] = {
+    "what was read": (WRITE, lambda call, path, step: call == "truncate"),
+    "names that were seen": (MANIFEST, lambda call, path, step: call == "sync_folder" and step == RECOVERY),
+}
 
-    With `limit` set, the process is killed when there are as many events.
-    """
 
-    def __init__(self, directory: Path) -> None:
-        self.limit: int | None = None
-        self.events: list[Event] = []
-        self._names: dict[Path, int] = {}
-        self._descriptors: dict[int, int] = {}
-        self._count = FOLDER
-        for path in sorted(directory.rglob("*")):
-            if path.is_dir():
-                self.events.append(Name(path, FOLDER))
-            else:
-                file = self._new(path)
-                self.events += [Write(file, 0, path.read_bytes()), SyncFile(file)]
-        for path in (directory, *directory.rglob("*")):
-            if path.is_dir():
-                self.events.append(SyncFolder(path))
+class SkippingFiles(RecordingFiles):
+    def __init__(self, directory: Path, fault: Skips) -> None:
+        self._fault = fault
+        super().__init__(directory)
 
-    def _new(self, path: Path) -> int:
-        self._count += 1
-        self._names[path] = self._count
-        self.events.append(Name(path, self._count))
-        return self._count
+    def skips(self, call: str, path: Path, step: str) -> bool:
+        return self._fault(call, path, step)
 
-    def _check_limit(self) -> None:
-        if self.limit is not None and len(self.events) >= self.limit:
-            raise Killed
 
-    def create(self, path: Path, size: int) -> int:
-        self._check_limit()
-        descriptor = super().create(path, size)
-        self._descriptors[descriptor] = self._new(path)
-        self.events.append(Write(self._names[path], 0, bytes(size)))
-        return descriptor
-
-    def open(self, path: Path) -> int:
-        self._check_limit()
-        descriptor = super().open(path)
-        self._descriptors[descriptor] = self._names[path]
-        return descriptor
-
-    def write_at(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
-        self._check_limit()
-        self.events.append(Write(self._descriptors[descriptor], offset, bytes(data)))
-        super().write_at(descriptor, data, offset)
-
-    def sync_data(self, descriptor: int) -> None:
-        self._check_limit()
-        super().sync_data(descriptor)
-        self.events.append(SyncFile(self._descriptors[descriptor]))
-
-    def truncate(self, path: Path, size: int) -> None:
-        self._check_limit()
-        self.events.append(Cut(self._names[path], size))
-        super().truncate(path, size)
-        self.events.append(SyncFile(self._names[path]))
+class HastyFiles(RecordingFiles):
+    """Removes what a new manifest will not name before it is there."""
 
     def write_file(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        if path.name == "MANIFEST.new" and not self.recovering:
+            layout = Layout(self.directory)
+            for number in layout.log_numbers()[:-2]:
+                self.remove(layout.log(number))
         super().write_file(path, chunks)
-        self.events.append(SyncFile(self._names[path]))
-
-    def sync_file(self, path: Path) -> None:
-        self._check_limit()
-        super().sync_file(path)
-        self.events.append(SyncFile(self._names[path]))
-
-    def sync_folder(self, path: Path) -> None:
-        self._check_limit()
-        super().sync_folder(path)
-        self.events.append(SyncFolder(path))
-
-    def make_folder(self, path: Path) -> None:
-        self._check_limit()
-        super().make_folder(path)
-        self.events.append(Name(path, FOLDER))
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._check_limit()
-        super().rename(source, target)
-        self._names[target] = self._names.pop(source)
-        self.events.append(Name(target, self._names[target], source))
-
-    def remove(self, path: Path) -> None:
-        self._check_limit()
-        super().remove(path)
-        if self._names.pop(path, None) is not None:
-            self.events.append(Name(path, None))
-
-    def remove_tree(self, path: Path) -> None:
-        self._check_limit()
-        super().remove_tree(path)
-        for name in [name for name in self._names if path in name.parents]:
-            del self._names[name]
-            self.events.append(Name(name, None))
-        self.events.append(Name(path, None))
 
 
-def after_power_failure(events: list[Event], random: Random, target: Path) -> None:
-    """Makes, in the folder `target`, a state that the disk may be in after these events."""
-    contents: dict[int, bytearray] = {}
-    unsynced: dict[int, list[Write | Cut]] = {}
-    names: dict[Path, int] = {}
-    changes: dict[Path, list[Name]] = {}
-    for event in events:
-        match event:
-            case Write(file) | Cut(file):
-                unsynced.setdefault(file, []).append(event)
-            case SyncFile(file):
-                content = contents.setdefault(file, bytearray())
-                for change in unsynced.pop(file, []):
-                    perform(change, content)
-            case Name(path):
-                changes.setdefault(path.parent, []).append(event)
-            case SyncFolder(path):
-                for change_of_name in changes.pop(path, []):
-                    rename(change_of_name, names)
-    mode = random.choice(["all", "none", "some", "some"])
-    for file, pending in unsynced.items():
-        content = contents.setdefault(file, bytearray())
-        for change in pending:
-            for piece in pieces(change):
-                if mode == "all" or (mode == "some" and random.random() < 0.7):
-                    perform(piece, content)
-    for listed in changes.values():
-        for change_of_name in listed:
-            if mode == "all" or (mode == "some" and random.random() < 0.7):
-                rename(change_of_name, names)
-    origin = min(path.parent for path in names) if names else target
-    target.mkdir()
-    for path, file in sorted(names.items()):
-        copy = target / path.relative_to(origin)
-        if file == FOLDER:
-            copy.mkdir()
-        elif copy.parent.is_dir():
-            copy.write_bytes(contents.get(file, b""))
+def found_out(make_files: Callable[[Path], RecordingFiles]) -> str:
+    """What is wrong with the first state that is not recovered as it must be."""
+    for seed in range(1, 5):
+        try:
+            explore_life(seed, 100, make_files)
+        except FailedStateError as error:
+            shutil.rmtree(error.directory.parent)
+            return str(error)
+    return ""
 
 
-def perform(change: Write | Cut, content: bytearray) -> None:
-    if isinstance(change, Cut):
-        del content[change.size :]
-    else:
-        end = change.offset + len(change.data)
-        content.extend(bytes(max(0, end - len(content))))
-        content[change.offset : end] = change.data
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_missing_sync_is_found_out(fault: str) -> None:
+    assert found_out(partial(SkippingFiles, fault=FAULTS[fault]))
 
 
-def rename(change: Name, names: dict[Path, int]) -> None:
-    if change.file is None:
-        names.pop(change.path, None)
-    else:
-        names[change.path] = change.file
-    if change.source is not None:
-        names.pop(change.source, None)
+@pytest.mark.parametrize("fault", FAULTS_IN_RECOVERY)
+def test_a_missing_sync_in_recovery_is_found_out(fault: str, scratch: Path) -> None:
+    step, skips = FAULTS_IN_RECOVERY[fault]
+
+    def try_all() -> None:
+        for entries in range(1, 40):
+            directory = scratch / f"life-{entries}"
+            directory.mkdir()
+            start_again_after_kill(SkippingFiles(directory, skips), entries, step, scratch)
+
+    with pytest.raises((AssertionError, DamagedDataError)):
+        try_all()
 
 
-def pieces(change: Write | Cut) -> list[Write | Cut]:
-    if isinstance(change, Cut):
-        return [change]
-    first = change.offset - change.offset % SECTOR
-    edges = range(first, change.offset + len(change.data), SECTOR)
-    cuts = [max(edge - change.offset, 0) for edge in edges] + [len(change.data)]
-    return [
-        Write(change.file, change.offset + start, change.data[start:end]) for start, end in pairwise(cuts)
-    ]
+def test_removing_files_too_early_is_found_out() -> None:
+    assert found_out(HastyFiles)
 
 
-def restored(directory: Path, files: DiskFiles | None = None) -> list[Operation]:
-    recovered = read_back(directory, files=files)
-    held = [
-        decode(each) for folder in recovered.snapshots for each in unpack_bytes("operations", folder.columns)
-    ]
-    return held + [each for _, each in recovered.operations]
+# What the model of the disk allows.
 
 
-class Life:
-    """A server's life in the calls that its persistence task makes."""
-
-    def __init__(self, directory: Path, files: RecordingFiles) -> None:
-        self._files = files
-        self._directory = directory
-        self._log = LogMaker(directory, files)
-        self._acknowledge()
-
-    def _acknowledge(self) -> None:
-        self._files.events.append(Acknowledged(self._log.lsn))
-
-    def write(self, count: int, *, sync: bool = True, new_file: bool = False) -> None:
-        first, last = self._log.lsn + 1, self._log.lsn + count
-        if new_file:
-            self._log.new_file()
-        self._files.events.append(Sent(last))
-        self._log.write([encode(each) for _, each in numbered(first, last)], sync=sync)
-        if sync:
-            self._acknowledge()
-
-    def mark(self) -> None:
-        self._log.write([], mark=True)
-
-    def snapshot(self) -> None:
-        self._log.new_file()
-        self._log.write([])
-        closed_file = Layout(self._directory).log_numbers()[-1] - 1
-        recovered = read_back(self._directory, last_file=closed_file)
-        held = [each for folder in recovered.snapshots for each in unpack_bytes("operations", folder.columns)]
-        held += [encode(each) for _, each in recovered.operations]
-        lsn = recovered.recovery.lsn
-        layout = Layout(self._directory)
-        self._files.make_folder(layout.snapshot(lsn))
-        columns = pack_bytes("operations", held)
-        checksum = write_columns(self._files, layout.snapshot(lsn), columns, {})
-        result = SnapshotResult(layout.snapshot(lsn).name, lsn, checksum, (), 0)
-        manifest = install_snapshot(layout, self._files, result, lsn, closed_file + 1)
-        remove_outdated(layout, self._files, manifest)
-
-    def end(self) -> None:
-        self._log.close()
+def trees(*events: Event, tries: int = 300) -> list[Tree]:
+    """The different states after these events on an empty disk."""
+    disk = Disk()
+    for event in (NewFolder(ROOT), *events):
+        disk.perform(event)
+    found: list[Tree] = []
+    for seed in range(tries):
+        tree = disk.after_power_failure(Random(seed))
+        if tree not in found:
+            found.append(tree)
+    return found
 
 
-def check(events: list[Event], random: Random, copy: Path) -> int:
-    """Recovers a state that these events may leave; returns how many operations are there."""
-    after_power_failure(events, random, copy)
-    sent = max((event.lsn for event in events if isinstance(event, Sent)), default=0)
-    acknowledged = max((event.lsn for event in events if isinstance(event, Acknowledged)), default=0)
-    (copy / "segments").mkdir(exist_ok=True)
-    found = restored(copy)
-    assert found == [each for _, each in numbered(1, len(found))]
-    assert acknowledged <= len(found) <= sent
-    assert restored(copy) == found
-    shutil.rmtree(copy)
-    return len(found)
+NEW = Names(ROOT, (("new", 1),))
+MOVED = Names(ROOT, (("new", None), ("name", 1)))
 
 
-def live(directory: Path, files: RecordingFiles) -> None:
-    life = Life(directory, files)
-    life.write(2)
-    life.write(30, sync=False)
-    life.write(3)
-    life.mark()
-    life.write(2, sync=False)
-    life.write(2, sync=False, new_file=True)
-    life.write(3)
-    life.snapshot()
-    life.write(2)
-    life.write(2, sync=False)
-    life.end()
-    life = Life(directory, files)
-    life.write(4, new_file=True)
-    life.snapshot()
-    life.write(20)
-    life.write(20, sync=False)
-    life.end()
+def test_what_was_synced_stays() -> None:
+    events: list[Event] = [NEW, Write(1, 0, b"a" * PAGE), SyncFile(1), MOVED, SyncFolder(ROOT)]
+    assert trees(*events) == [{"name": b"a" * PAGE}]
 
 
-def recorded_life(directory: Path) -> list[Event]:
-    files = RecordingFiles(directory)
-    live(directory, files)
-    return files.events
+def test_a_name_that_is_not_synced_may_go_and_content_not() -> None:
+    found = trees(NEW, Write(1, 0, b"a"), SyncFile(1))
+    assert len(found) == 2
+    assert {} in found
+    assert {"new": b"a"} in found
 
 
-@pytest.mark.parametrize("seed", range(7))
-def test_power_fails_at_any_moment(directory: Path, scratch: Path, seed: int) -> None:
-    events = recorded_life(directory)
-    assert len(events) > 100
-    for point in range(2, len(events) + 1):
-        check(events[:point], Random(f"{seed} {point}"), scratch / f"copy-{point}")
+def test_a_durable_name_may_be_of_a_file_without_content() -> None:
+    found = trees(NEW, SyncFolder(ROOT), Write(1, 0, b"a" * 1024))
+    assert {"new": b""} in found
+    assert {"new": b"a" * 1024} in found
+    assert {"new": b"a" * 512 + bytes(512)} in found
+    assert {"new": bytes(512) + b"a" * 512} in found
+    assert all(len(tree["new"] or b"") in (0, 1024) for tree in found)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_power_fails_again_during_recovery(directory: Path, scratch: Path, seed: int) -> None:
-    events = recorded_life(directory)
-    random = Random(seed)
-    for number in range(40):
-        first = scratch / f"first-{number}"
-        before = events[: random.randint(2, len(events))]
-        after_power_failure(before, random, first)
-        (first / "segments").mkdir(exist_ok=True)
-        files = RecordingFiles(first)
-        start = len(files.events)
-        found = len(restored(first, files))
-        marks = [event for event in before if isinstance(event, Sent | Acknowledged)]
-        for point in range(start, len(files.events) + 1):
-            check([*marks, *files.events[:point]], random, scratch / f"second-{number}-{point}")
-        # What a client may have been shown since is durable.
-        assert check([*marks, *files.events], random, scratch / f"second-{number}") == found
+def test_writes_into_allocated_space_are_there_or_zero() -> None:
+    allocated: list[Event] = [NEW, Resize(1, 2 * PAGE), SyncFile(1), SyncFolder(ROOT)]
+    found = trees(*allocated, Write(1, PAGE - 512, b"a" * 1024))
+    contents = {tree["new"] for tree in found}
+    assert contents == {
+        bytes(PAGE - 512) + first + second + bytes(PAGE - 512)
+        for first in (bytes(512), b"a" * 512)
+        for second in (bytes(512), b"a" * 512)
+    }
 
 
-def test_power_fails_after_a_killed_server_was_started_again(scratch: Path) -> None:
-    random = Random(1)
-    whole = scratch / "whole"
-    (whole / "segments").mkdir(parents=True)
-    for limit in range(2, len(recorded_life(whole))):
-        directory = scratch / f"life-{limit}"
-        (directory / "segments").mkdir(parents=True)
-        files = RecordingFiles(directory)
-        files.limit = limit
-        with pytest.raises(Killed):
-            live(directory, files)
-        files.limit = None
-        life = Life(directory, files)
-        for number in range(5):
-            check(files.events, random, scratch / f"shown-{limit}-{number}")
-        life.write(2)
-        life.end()
-        check(files.events, random, scratch / f"written-{limit}")
+def test_a_page_is_as_it_was_after_any_of_its_writes() -> None:
+    found = trees(NEW, Resize(1, 2), SyncFile(1), SyncFolder(ROOT), Write(1, 0, b"a"), Write(1, 1, b"b"))
+    assert sorted(tree["new"] or b"" for tree in found) == [b"\0\0", b"a\0", b"ab"]
+
+
+def test_a_rename_is_one_change() -> None:
+    found = trees(NEW, Write(1, 0, b"a"), SyncFile(1), SyncFolder(ROOT), MOVED)
+    assert len(found) == 2
+    assert {"new": b"a"} in found
+    assert {"name": b"a"} in found
+
+
+def test_a_folder_takes_its_content_along() -> None:
+    folder: list[Event] = [NewFolder(1), NEW, NewFolder(2), Names(1, (("inner", 2),)), SyncFolder(1)]
+    found = trees(*folder, MOVED)
+    assert all(list(tree) in ([], ["name", "name/inner"], ["new", "new/inner"]) for tree in found)
+    assert len(found) == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engram.errors import DirectoryInUseError, OperatorError
+from engram.files import DiskFiles
 from engram.persistence.layout import Layout, lock_directory
 
 
@@ -53,6 +54,20 @@ def test_files_of_another_format_are_refused_by_name(tmp_path: Path, name: str) 
     with pytest.raises(OperatorError, match=name):
         lock_directory(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_the_names_of_a_new_directory_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[Path, bool]] = []
+    path = tmp_path / "new" / "data"
+
+    def note(self: DiskFiles, folder: Path) -> None:
+        synced.append((folder, path.exists()))
+
+    monkeypatch.setattr(DiskFiles, "sync_folder", note)
+    for _ in range(2):
+        os.close(lock_directory(path))
+    assert synced == [(tmp_path, False), (tmp_path / "new", True)]
+    assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
