@@ -127,6 +127,7 @@ class Connection:
         self._server.statistics.commands_processed += len(requests)
         burst = self._burst
         burst_bytes = 0
+        shows_data = False
         spellings = SPELLINGS
         for request in requests:
             reply: Reply
@@ -146,8 +147,10 @@ class Connection:
                         if not journal.has_room(room):
                             burst_bytes = self._release(burst)
                             await journal.admit(room)
+                shows_data = shows_data or command.shows_data
                 reply = command.handler(session, request)
             except CommandError as error:
+                shows_data = True
                 reply = self._error(str(error))
             except Exception:
                 # It ends the client, who should still learn what was done before.
@@ -183,7 +186,8 @@ class Connection:
         if command is not None:
             session.last_command = command.name
         if burst:
-            outbox.send_soon(b"".join(burst), database.engine.lsn)
+            # A PING need not wait until what others wrote is durable.
+            outbox.send_soon(b"".join(burst), database.engine.lsn if shows_data else outbox.observed_lsn)
             burst.clear()
 
     def _release(self, burst: list[bytes]) -> int:

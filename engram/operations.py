@@ -11,6 +11,8 @@ tag. A tag is part of the log's format: never reuse one. New fields are added la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 Attributes = bytes | None
@@ -125,6 +127,7 @@ Operation = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
+_array_decoder: msgspec.msgpack.Decoder[list[Operation]] = msgspec.msgpack.Decoder(list[Operation])
 
 
 def encode(operation: Operation) -> bytes:
@@ -139,3 +142,24 @@ def decode(payload: bytes | memoryview) -> Operation:
         msgspec.DecodeError: the payload is not an operation (ValidationError is a subclass).
     """
     return _decoder.decode(payload)
+
+
+def join(encoded: Sequence[bytes]) -> bytes:
+    """The MessagePack array of encoded operations."""
+    count = len(encoded)
+    if count < 1 << 4:
+        header = bytes((0x90 | count,))
+    elif count < 1 << 16:
+        header = b"\xdc" + count.to_bytes(2, "big")
+    else:
+        header = b"\xdd" + count.to_bytes(4, "big")
+    return b"".join((header, *encoded))
+
+
+def decode_array(payload: bytes | memoryview) -> list[Operation]:
+    """The operations that were encoded and joined.
+
+    Raises:
+        msgspec.DecodeError: the payload is not an array of operations (ValidationError is a subclass).
+    """
+    return _array_decoder.decode(payload)

@@ -9,6 +9,7 @@ from contextlib import suppress
 import trio
 
 from engram.commands.session import Server, Slot
+from engram.database import Journal
 from engram.transport import Transport
 
 # Replies that may wait for the log or for a search before further requests are left unread.
@@ -85,12 +86,13 @@ class Outbox:
     def send(self, reply: bytes, lsn: int) -> None:
         """Sends an encoded reply, or several, that show the state at `lsn`: now, or in its turn."""
         self.observed_lsn = lsn
-        if not self._waiting and (self._journal is None or self._journal.released(lsn)):
-            self._send(reply)
-            return
+        if not self._waiting:
+            if self._journal is None or self._journal.released(lsn):
+                self._send(reply)
+                return
+            self._register(self._journal, lsn)
         self._waiting_bytes += len(reply)
         self._waiting.append((reply, lsn))
-        self.flush()
 
     def send_soon(self, reply: bytes, lsn: int) -> None:
         """As `send`, but perhaps only when the other clients that are ready have been served, too."""
@@ -133,9 +135,7 @@ class Outbox:
             else:
                 content, size = reply, len(reply)
             if journal is not None and not journal.released(lsn):
-                if not self._registered:
-                    self._registered = True
-                    journal.on_release(lsn, self._released)
+                self._register(journal, lsn)
                 break
             waiting.popleft()
             self._waiting_bytes -= size
@@ -157,6 +157,12 @@ class Outbox:
         self._unsent.clear()
         self._waiting_bytes = self._unsent_bytes = 0
         self._progress.unpark_all()
+
+    def _register(self, journal: Journal, lsn: int) -> None:
+        """Has `flush` called once a reply that shows the state at `lsn` may leave."""
+        if not self._registered:
+            self._registered = True
+            journal.on_release(lsn, self._released)
 
     def _released(self) -> None:
         self._registered = False

@@ -286,7 +286,6 @@ async def test_a_write_is_answered_once_it_is_durable(open_house: OpenHouse) -> 
         ("KEYS *", b"*1\r\n$1\r\nk\r\n"),
         ("SET k w NX", b"$-1\r\n"),
         ("INCR k", b"-ERR value is not an integer or out of range\r\n"),
-        ("PING", PONG),
         ("NOSUCH", b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n"),
     ],
 )
@@ -304,6 +303,23 @@ async def test_no_client_is_shown_what_is_not_durable(
         assert await reader.arrived() == reply
         assert await writer.arrived() == OK
         assert await reader.call("GET k") == b"$1\r\nv\r\n"
+
+
+async def test_a_reply_that_shows_no_data_waits_for_the_clients_own_only(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        writer, other = house.connect(), house.connect()
+        await writer.send("SET k v")
+        await wait_all_tasks_blocked()
+        assert await other.call("PING") == PONG
+        assert await other.call("ECHO x") == b"$1\r\nx\r\n"
+        await writer.send("PING")
+        assert await writer.arrived() == b""
+        await other.send("PING", "GET k")
+        assert await other.arrived() == b""
+        journal.release()
+        assert await writer.arrived() == OK + PONG
+        assert await other.arrived() == PONG + b"$1\r\nv\r\n"
 
 
 async def test_the_deletion_of_a_lapsed_key_is_durable_before_it_is_seen(open_house: OpenHouse) -> None:

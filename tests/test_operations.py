@@ -18,7 +18,9 @@ from engram.operations import (
     SetExpiry,
     SetString,
     decode,
+    decode_array,
     encode,
+    join,
 )
 
 key = st.binary(max_size=30)
@@ -47,6 +49,18 @@ def test_an_operation_survives(operation: Operation) -> None:
     assert decode(payload) == operation
     assert decode(memoryview(payload)) == operation
     assert type(decode(payload)) is type(operation)
+
+
+@given(st.lists(operations))
+def test_joined_operations_survive(several: list[Operation]) -> None:
+    assert decode_array(join(list(map(encode, several)))) == several
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 65_535, 65_536])
+def test_an_array_of_any_length_is_messagepack(count: int) -> None:
+    joined = join([encode(Flush())] * count)
+    assert joined == msgspec.msgpack.encode([Flush()] * count)
+    assert decode_array(joined) == [Flush()] * count
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class Command:
     minimum: int = attrs.field(init=False)
     maximum: int = attrs.field(init=False)
     writes: bool = attrs.field(init=False)
+    # Whether replies may tell of what clients have stored.
+    shows_data: bool = attrs.field(init=False)
     arguments: tuple[Argument, ...] = attrs.field(init=False)
 
     @key_flags.default
@@ -58,6 +60,7 @@ class Command:
         object.__setattr__(self, "minimum", abs(self.arity))
         object.__setattr__(self, "maximum", self.arity if self.arity > 0 else unbounded)
         object.__setattr__(self, "writes", "write" in self.flags)
+        object.__setattr__(self, "shows_data", self.group != "connection")
         object.__setattr__(self, "arguments", parse_usage(self.usage))
 
     @property

@@ -6,7 +6,7 @@ ahead). Integers are little-endian and unsigned.
     file header, 64 bytes
     offset  size  field
          0     8  magic "ENGRAMWL"
-         8     4  version, 1
+         8     4  version, 2
         12     4  link: the chain value at the end of the previous file, 0 in file 1
         16     8  number of the file; files are numbered from 1 without gaps
         24     8  LSN of the first operation this file can hold; all before it are durable
@@ -20,14 +20,15 @@ ahead). Integers are little-endian and unsigned.
                   (that of the previous record, or the file header's CRC-32C for the first record)
          4     4  CRC-32C of the payload
          8     4  length of the payload
-        12     1  type: 1 operation, 2 mark
+        12     1  type: 1 operations, 2 mark
         13     3  tag: the low 24 bits of the salt
-        16     8  LSN
+        16     8  LSN of its first operation
         24     8  highest LSN known durable when the record was written
-        32     n  payload: `operations.encode` of an operation; empty in a mark
+        32     n  payload: a MessagePack array of operations, with successive LSNs; empty in a mark
 
-The LSNs of operations follow each other. A mark repeats the LSN before it and only carries the durable
-one: an idle log gets a mark, so that what was acknowledged last is known to be durable, too.
+What is written together is one record: after a crash it is there whole, or it was never acknowledged. The
+LSNs of operations follow each other. A mark repeats the LSN before it and only carries the durable one: an
+idle log gets a mark, so that what was acknowledged last is known to be durable, too.
 
 The chain makes any record vouch for all before it, across files through the link. The tag makes records
 behind a damaged place findable (no client can know it, so none can plant one): what they say was durable
@@ -38,17 +39,19 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import attrs
 from crc32c import crc32c
 
 MAGIC = b"ENGRAMWL"
-VERSION = 1
+VERSION = 2
 FILE_HEADER_SIZE = 64
 RECORD_HEADER_SIZE = 32
-OPERATION = 1
+# Of the array of operations.
+ARRAY_HEADER_SIZE = 5
+OPERATIONS = 1
 MARK = 2
 
 _FILE_HEADER = struct.Struct("<8sIIQQQ20x")
@@ -105,17 +108,13 @@ def decode_file_header(data: bytes) -> FileHeader:
     return FileHeader(number, first_lsn, link, salt)
 
 
-def encode_records(
-    kind: int, first_lsn: int, payloads: Sequence[bytes], durable_lsn: int, tag: int, chain: int
-) -> tuple[list[bytes], int]:
-    """Records with successive LSNs from `first_lsn`; returns their pieces and the chain value at the end."""
-    pieces: list[bytes] = []
-    kind_and_tag = kind | tag << 8
-    for lsn, payload in enumerate(payloads, first_lsn):
-        body = _RECORD_BODY.pack(crc32c(payload), len(payload), kind_and_tag, lsn, durable_lsn)
-        chain = crc32c(body, chain)
-        pieces += (_CHECKSUM.pack(chain), body, payload)
-    return pieces, chain
+def encode_record(
+    kind: int, lsn: int, payload: bytes, durable_lsn: int, tag: int, chain: int
+) -> tuple[bytes, int]:
+    """A record; returns also the chain value at its end."""
+    body = _RECORD_BODY.pack(crc32c(payload), len(payload), kind | tag << 8, lsn, durable_lsn)
+    chain = crc32c(body, chain)
+    return b"".join((_CHECKSUM.pack(chain), body, payload)), chain
 
 
 class Record(NamedTuple):
@@ -177,7 +176,7 @@ def claimed_durable_lsn(data: bytes, offset: int, header: FileHeader) -> int:
     """
     view = memoryview(data)
     claimed = 0
-    for kind in (OPERATION, MARK):
+    for kind in (OPERATIONS, MARK):
         pattern = _KIND.pack(kind | header.tag << 8)
         at = data.find(pattern, offset + _KIND_OFFSET)
         while at >= 0:

@@ -23,6 +23,7 @@ import attrs
 
 from engram.errors import LogFailureError
 from engram.files import Files
+from engram.operations import join
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.recovery import Recovery
@@ -39,8 +40,8 @@ class PreparedFile:
 
 @attrs.define
 class Run:
-    """Records with successive LSNs that go into one file: into `next_file` when there is one, else into
-    the file in use. With `mark`, a mark follows them."""
+    """Encoded operations with successive LSNs that go into one record, in `next_file` when there is one, else
+    in the file in use. With `mark`, a mark follows."""
 
     first_lsn: int
     next_file: PreparedFile | None = None
@@ -107,19 +108,25 @@ class LogWriter:
 
     def _write(self, run: Run) -> None:
         durable_lsn = self._durable_lsn
-        pieces, chain = log_format.encode_records(
-            log_format.OPERATION, run.first_lsn, run.payloads, durable_lsn, self._tag, self._chain
-        )
-        lsn = self._lsn + len(run.payloads)
-        if run.mark:
-            mark, chain = log_format.encode_records(
-                log_format.MARK, lsn, [b""], durable_lsn, self._tag, chain
+        lsn, chain = self._lsn + len(run.payloads), self._chain
+        pieces: list[bytes] = []
+        if run.payloads:
+            record, chain = log_format.encode_record(
+                log_format.OPERATIONS,
+                run.first_lsn,
+                join(run.payloads),
+                durable_lsn,
+                self._tag,
+                chain,
             )
-            pieces += mark
+            pieces.append(record)
+        if run.mark:
+            record, chain = log_format.encode_record(log_format.MARK, lsn, b"", durable_lsn, self._tag, chain)
+            pieces.append(record)
         if not pieces:
             return
         assert self._descriptor is not None
-        data = b"".join(pieces)
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._dirty = True
         self._files.write_at(self._descriptor, data, self._offset)
         self._offset += len(data)

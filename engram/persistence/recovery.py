@@ -32,7 +32,7 @@ import msgspec
 from engram.columns import ColumnFolder, open_columns
 from engram.errors import DamagedDataError
 from engram.files import Files
-from engram.operations import InstallSegment, Operation, decode
+from engram.operations import InstallSegment, Operation, decode_array
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, read_manifest, write_manifest
@@ -248,24 +248,25 @@ class _LogReplay:
             self.torn_tail = data[scanner.offset : log_format.used_size(data)]
 
     def _replay_record(self, path: Path, record: log_format.Record) -> None:
-        is_operation = record.kind == log_format.OPERATION
-        if not is_operation and record.kind != log_format.MARK:
+        holds_operations = record.kind == log_format.OPERATIONS
+        if not holds_operations and record.kind != log_format.MARK:
             raise DamagedDataError(path, f"record type {record.kind} is not known", record.offset)
-        expected = self._lsn + is_operation
+        expected = self._lsn + holds_operations
         if record.lsn != expected or record.durable_lsn > self._lsn:
             raise DamagedDataError(path, f"LSN {record.lsn} instead of {expected}", record.offset)
         self._durable_lsn = max(self._durable_lsn, record.durable_lsn)
-        if not is_operation:
+        if not holds_operations:
             return
         try:
-            operation = decode(record.payload)
+            operations = decode_array(record.payload)
         except msgspec.DecodeError as error:
             raise DamagedDataError(path, f"operation not known: {error}", record.offset) from error
-        if isinstance(operation, InstallSegment) and operation.segment:
-            self._segments.append((record.lsn, operation.segment))
-        self._apply(record.lsn, operation)
-        self._lsn = record.lsn
-        self._records += 1
+        for lsn, operation in enumerate(operations, record.lsn):
+            if isinstance(operation, InstallSegment) and operation.segment:
+                self._segments.append((lsn, operation.segment))
+            self._apply(lsn, operation)
+            self._lsn = lsn
+        self._records += len(operations)
 
 
 def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple[Path, ...]:

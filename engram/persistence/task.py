@@ -24,6 +24,7 @@ from engram.files import Files
 from engram.operations import InstallSegment, Operation, encode
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
+from engram.persistence.log_thread import LogThread
 from engram.persistence.log_writer import LogWriter, PreparedFile, Run
 from engram.persistence.manifest import read_manifest
 from engram.persistence.recovery import Recovery, remove_outdated
@@ -31,9 +32,11 @@ from engram.persistence.snapshot import SnapshotError, install_snapshot, run_chi
 
 AppendFsync = Literal["always", "everysec", "no"]
 
+# What is written together is one record, however many operations it holds.
+_RECORD_OVERHEAD = log_format.RECORD_HEADER_SIZE + log_format.ARRAY_HEADER_SIZE
 # What an operation may take beyond its size as the caller knows it; and some for small operations that a
 # command finds it must log as well.
-_ALLOWANCE = log_format.RECORD_HEADER_SIZE + 1024
+_ALLOWANCE = _RECORD_OVERHEAD + 1024
 # A batch is recorded as durable by the next one, or by a mark when none comes for this long.
 _MARK_DELAY = 0.1
 _SYNC_INTERVAL = 1.0
@@ -135,7 +138,7 @@ class Persistence:
         self._files = files
         self._snapshot_command = snapshot_command
         self._writer = LogWriter(self._layout, files, recovery)
-        self._write_limiter = trio.CapacityLimiter(1)
+        self._thread = LogThread(self._writer)
         self._housekeeping_limiter = trio.CapacityLimiter(2)
 
         # The plan: where the next operation goes. The writer follows it batch by batch.
@@ -268,8 +271,11 @@ class Persistence:
         if lsn != self._appended_lsn + 1:
             raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
         payload = encode(operation)
-        size = len(payload) + log_format.RECORD_HEADER_SIZE
+        size = len(payload)
+        if not (self._runs and self._payloads):
+            size += _RECORD_OVERHEAD
         if size > self._space_left:
+            size = len(payload) + _RECORD_OVERHEAD
             self._plan_switch(size)
         elif not self._runs:
             self._plan_run()
@@ -349,6 +355,7 @@ class Persistence:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                await nursery.start(self._thread.run)
                 await nursery.start(self._prepare_files)
                 task_status.started()
                 try:
@@ -359,7 +366,7 @@ class Persistence:
         finally:
             self._nursery = None
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._close_files, limiter=self._write_limiter)
+                await trio.to_thread.run_sync(self._close_files, limiter=self._housekeeping_limiter)
         if self._failure is not None:
             raise self._failure
 
@@ -426,13 +433,10 @@ class Persistence:
             self._recorded_lsn = self._durable_lsn
 
     async def _commit(self, *, sync: bool) -> None:
+        # What is taken from the queue is written, whatever else ends.
         runs, self._runs = self._runs, []
         lsn, file_number, queued_bytes = self._appended_lsn, self._file_number, self._queued_bytes
-        # What is taken from the queue is written, whatever else ends.
-        with trio.CancelScope(shield=True):
-            commit = await trio.to_thread.run_sync(
-                partial(self._writer.commit, runs, sync=sync), limiter=self._write_limiter
-            )
+        commit = await self._thread.commit(runs, sync=sync)
         now = trio.current_time()
         self._last_commit_time = now
         if sync:

@@ -70,10 +70,10 @@ def garbage(header: log_format.FileHeader, lsn: int, chain: int) -> bytes:
 
 
 def half_a_record(header: log_format.FileHeader, lsn: int, chain: int) -> bytes:
-    pieces, _ = log_format.encode_records(
-        log_format.OPERATION, lsn, [b"never acknowledged" * 10], lsn - 1, header.tag, chain
+    record, _ = log_format.encode_record(
+        log_format.OPERATIONS, lsn, b"never acknowledged" * 10, lsn - 1, header.tag, chain
     )
-    return b"".join(pieces)[:100]
+    return record[:100]
 
 
 Tail = Callable[[log_format.FileHeader, int, int], bytes]

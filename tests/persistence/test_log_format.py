@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from engram.persistence import log_format
 from engram.persistence.log_format import (
     FILE_HEADER_SIZE,
     MARK,
-    OPERATION,
+    OPERATIONS,
     RECORD_HEADER_SIZE,
     FileHeader,
     FormatError,
@@ -21,21 +23,30 @@ PAYLOADS = [b"first", b"", b"x" * 300, b"last"]
 unsigned_64 = st.integers(0, 2**64 - 1)
 
 
+def encode_records(
+    payloads: Sequence[bytes], durable_lsn: int = 0, lsn: int = HEADER.first_lsn, chain: int = HEADER.chain
+) -> tuple[bytes, int]:
+    """A record for each payload, with successive LSNs."""
+    records = []
+    for number, payload in enumerate(payloads, lsn):
+        record, chain = log_format.encode_record(OPERATIONS, number, payload, durable_lsn, HEADER.tag, chain)
+        records.append(record)
+    return b"".join(records), chain
+
+
 def log_file(payloads: list[bytes], *, durable_lsn: int = 0, mark: bool = False, room: int = 100) -> bytes:
-    pieces, chain = log_format.encode_records(
-        OPERATION, HEADER.first_lsn, payloads, durable_lsn, HEADER.tag, HEADER.chain
-    )
+    records, chain = encode_records(payloads, durable_lsn)
     if mark:
         last_lsn = HEADER.first_lsn + len(payloads) - 1
-        pieces += log_format.encode_records(MARK, last_lsn, [b""], last_lsn, HEADER.tag, chain)[0]
-    return HEADER.encode() + b"".join(pieces) + bytes(room)
+        records += log_format.encode_record(MARK, last_lsn, b"", last_lsn, HEADER.tag, chain)[0]
+    return HEADER.encode() + records + bytes(room)
 
 
 def test_the_format_is_the_documented_one() -> None:
     data = log_file([b"ab"], durable_lsn=9)
     assert data[:56].hex() == (
         "454e4752414d574c"
-        "01000000"
+        "02000000"
         "efbeadde"
         "0300000000000000"
         "0b00000000000000"
@@ -66,9 +77,9 @@ def test_a_header_cut_short_or_of_another_version_is_refused(monkeypatch: pytest
     with pytest.raises(FormatError, match="too short"):
         log_format.decode_file_header(HEADER.encode()[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr(log_format, "VERSION", 2)
+        patch.setattr(log_format, "VERSION", 3)
         newer = HEADER.encode()
-    with pytest.raises(FormatError, match="version 2 is not known"):
+    with pytest.raises(FormatError, match="version 3 is not known"):
         log_format.decode_file_header(newer)
 
 
@@ -79,17 +90,17 @@ def test_records_survive(payloads: list[bytes], durable_lsn: int, room: int) -> 
     records = list(scanner)
     assert [bytes(record.payload) for record in records] == payloads
     assert [record.lsn for record in records] == list(range(11, 11 + len(payloads)))
-    assert {(record.kind, record.durable_lsn) for record in records} <= {(OPERATION, durable_lsn)}
+    assert {(record.kind, record.durable_lsn) for record in records} <= {(OPERATIONS, durable_lsn)}
     assert scanner.defect == ""
     assert scanner.offset == len(data) - room
 
 
 def test_the_chain_goes_on_from_batch_to_batch() -> None:
-    whole, end = log_format.encode_records(OPERATION, 11, PAYLOADS, 5, HEADER.tag, HEADER.chain)
-    first, chain = log_format.encode_records(OPERATION, 11, PAYLOADS[:2], 5, HEADER.tag, HEADER.chain)
-    second, chain = log_format.encode_records(OPERATION, 13, PAYLOADS[2:], 5, HEADER.tag, chain)
+    whole, end = encode_records(PAYLOADS)
+    first, chain = encode_records(PAYLOADS[:2])
+    second, chain = encode_records(PAYLOADS[2:], lsn=13, chain=chain)
     assert (first + second, chain) == (whole, end)
-    scanner = RecordScanner(HEADER.encode() + b"".join(whole), HEADER)
+    scanner = RecordScanner(HEADER.encode() + whole, HEADER)
     assert len(list(scanner)) == len(PAYLOADS)
     assert scanner.chain == end
 
@@ -145,6 +156,6 @@ def test_a_torn_batch_claims_nothing_about_itself() -> None:
 @given(st.binary(max_size=500))
 def test_a_stored_value_cannot_pose_as_a_record(value: bytes) -> None:
     foreign = FileHeader(3, 11, 0, HEADER.salt ^ 1)
-    planted, _ = log_format.encode_records(MARK, 1 << 40, [b""], 1 << 40, foreign.tag, foreign.chain)
-    data = HEADER.encode() + bytes(40) + value + b"".join(planted)
+    planted, _ = log_format.encode_record(MARK, 1 << 40, b"", 1 << 40, foreign.tag, foreign.chain)
+    data = HEADER.encode() + bytes(40) + value + planted
     assert log_format.claimed_durable_lsn(data, FILE_HEADER_SIZE, HEADER) == 0
