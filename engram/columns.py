@@ -149,8 +149,8 @@ def _verify(path: Path, checksum: int) -> None:
 
 
 def _map_array(path: Path) -> Array:
-    # Not numpy's reader: it parses the header, which may be damaged, as Python, and CPython 3.11 sometimes fails
-    # in that when several threads do so at once.
+    # Not numpy's reader: it parses the header, which may be damaged, as Python, and CPython 3.11 sometimes
+    # fails in that when several threads do so at once.
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(_NPY_START) + 2)

@@ -35,7 +35,7 @@ from crc32c import crc32c
 from engram.columns import TABLE, ColumnFolder, open_columns
 from engram.errors import DamagedDataError, DirectoryInUseError, OperatorError
 from engram.files import Files
-from engram.operations import InstallSegment, decode
+from engram.operations import InstallSegment, decode_array
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, read_manifest
@@ -152,7 +152,7 @@ class _LogFile:
     header: log_format.FileHeader | None = None
     last_lsn: int = 0
     durable_lsn: int = 0
-    records: int = 0
+    operations: int = 0
     end: int = 0
     chain: int = 0
     defect: str = ""
@@ -306,8 +306,8 @@ class Examination:
         details = ""
         if file.header is not None:
             held = "no operations"
-            if file.records:
-                held = f"LSN {file.header.first_lsn} to {file.last_lsn}, {file.records} operations"
+            if file.operations:
+                held = f"LSN {file.header.first_lsn} to {file.last_lsn}, {file.operations} operations"
             used = f"{file.end} of {file.size} bytes used"
             details = f"{held}, durable up to LSN {file.durable_lsn}, {used}"
         if file.damage is not None:
@@ -421,21 +421,24 @@ def _read_log_file(path: Path, number: int) -> _LogFile:
 
 def _take_record(file: _LogFile, record: log_format.Record) -> str:
     """Counts a record whose checksums are right; returns what is wrong with it all the same, or ""."""
-    is_operation = record.kind == log_format.OPERATION
-    if not is_operation and record.kind != log_format.MARK:
+    holds_operations = record.kind == log_format.OPERATIONS
+    if not holds_operations and record.kind != log_format.MARK:
         return f"record type {record.kind} is not known"
-    expected = file.last_lsn + is_operation
+    expected = file.last_lsn + holds_operations
     if record.lsn != expected or record.durable_lsn > file.last_lsn:
         return f"LSN {record.lsn} instead of {expected}"
-    if is_operation:
+    if holds_operations:
         try:
-            operation = decode(record.payload)
+            operations = decode_array(record.payload)
         except msgspec.DecodeError as error:
             return f"operation not known: {error}"
-        if isinstance(operation, InstallSegment) and operation.segment:
-            file.segments.append((record.lsn, operation))
-        file.records += 1
-        file.last_lsn = record.lsn
+        file.segments += (
+            (lsn, operation)
+            for lsn, operation in enumerate(operations, record.lsn)
+            if isinstance(operation, InstallSegment) and operation.segment
+        )
+        file.operations += len(operations)
+        file.last_lsn += len(operations)
     file.durable_lsn = max(file.durable_lsn, record.durable_lsn)
     return ""
 

@@ -64,7 +64,7 @@ from engram.operations import (
 )
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover, task
 from engram.persistence.layout import Layout
-from engram.persistence.log_writer import LogWriter, PreparedFile, Run
+from engram.persistence.log_writer import Commit, LogWriter, PreparedFile, Run
 from engram.persistence.snapshot import SnapshotResult
 from engram.snapshotter import write_snapshot
 from tests.crash.recorded_disk import (
@@ -445,6 +445,22 @@ async def call_at_once(function: Callable[..., T], *arguments: Any, **_: Any) ->
     return function(*arguments)
 
 
+class LogInTurn:
+    """In place of `LogThread`, for the same reason."""
+
+    def __init__(self, writer: LogWriter) -> None:
+        self._writer = writer
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        await trio.sleep_forever()
+
+    async def commit(self, runs: Sequence[Run], *, sync: bool) -> Commit:
+        with trio.CancelScope(shield=True):
+            await trio.lowlevel.checkpoint()
+        return self._writer.commit(runs, sync=sync)
+
+
 @contextmanager
 def repeatable(random: Random) -> Iterator[None]:
     """What is left to chance otherwise follows `random`: names, salts, and the order of tasks."""
@@ -452,6 +468,7 @@ def repeatable(random: Random) -> Iterator[None]:
     with (
         mock.patch.object(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         mock.patch.object(trio.to_thread, "run_sync", call_at_once),
+        mock.patch.object(task, "LogThread", LogInTurn),
         mock.patch.object(secrets, "token_hex", lambda size: random.randbytes(size).hex()),
         mock.patch.object(secrets, "randbits", random.getrandbits),
     ):

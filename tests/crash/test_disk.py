@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
-from engram.operations import SetString, encode
+from engram.operations import SetString, encode, join
 from engram.persistence import log_format
 from tests.components import unavailable
 from tests.crash.server_process import (
@@ -427,17 +427,20 @@ def append_unacknowledged(path: Path) -> None:
     header = log_format.decode_file_header(data)
     scanner = log_format.RecordScanner(data, header)
     lsn = [record.lsn for record in scanner][-1]
-    pieces, _ = log_format.encode_records(
-        log_format.OPERATION,
+    whole, chain = log_format.encode_record(
+        log_format.OPERATIONS,
         lsn + 1,
-        [encode(SetString(b"whole", b"value")), b"not acknowledged"],
+        join([encode(SetString(b"whole", b"value"))]),
         lsn,
         header.tag,
         scanner.chain,
     )
+    torn, _ = log_format.encode_record(
+        log_format.OPERATIONS, lsn + 2, b"not acknowledged", lsn, header.tag, chain
+    )
     with path.open("r+b") as file:
         file.seek(scanner.offset)
-        file.write(b"".join(pieces)[:-1])
+        file.write(whole + torn[:-1])
 
 
 RECOVERY_FAULTS = {

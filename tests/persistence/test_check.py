@@ -261,8 +261,8 @@ def whole_record_swapped(directory: Path) -> int:
     header = log_format.decode_file_header(data)
     before = log_format.RecordScanner(data[: records(path)[2].offset], header)
     list(before)
-    pieces, _ = log_format.encode_records(7, 12, [b""], 11, header.tag, before.chain)
-    path.write_bytes(data[: before.offset] + b"".join(pieces))
+    record, _ = log_format.encode_record(7, 12, b"", 11, header.tag, before.chain)
+    path.write_bytes(data[: before.offset] + record)
     return before.offset
 
 
