@@ -130,9 +130,9 @@ _decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation
 _array_decoder: msgspec.msgpack.Decoder[list[Operation]] = msgspec.msgpack.Decoder(list[Operation])
 
 
-def encode(operation: Operation) -> bytes:
-    """The MessagePack form of an operation: an array of its tag and fields."""
-    return _encoder.encode(operation)
+# The MessagePack form of an operation: an array of its tag and fields. (A function of our own around it would
+# cost as much again.)
+encode = _encoder.encode
 
 
 def decode(payload: bytes | memoryview) -> Operation:

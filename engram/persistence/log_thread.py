@@ -27,17 +27,15 @@ class LogThread:
         self._writer = writer
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves until cancelled; what has been called by then is carried out."""
-        limiter = trio.CapacityLimiter(1)
+    async def run(self) -> None:
+        """Serves until `stop`, whatever is cancelled: what has been called is carried out."""
         serve = partial(self._serve, trio.lowlevel.current_trio_token())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(trio.to_thread.run_sync, serve, limiter=limiter))
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._calls.put(None)
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(serve, limiter=trio.CapacityLimiter(1))
+
+    def stop(self) -> None:
+        """Lets `run` end; nothing is to be called any more."""
+        self._calls.put(None)
 
     async def commit(self, runs: Sequence[Run], *, sync: bool) -> Commit:
         """As `LogWriter.commit`; not to be cancelled.

@@ -288,12 +288,13 @@ class Persistence:
         if type(operation) is InstallSegment and operation.segment:
             self._named_in_log.append((lsn, operation.segment))
             self._known_segments.add(operation.segment)
-        self._work.set()
 
     def _plan_run(self, next_file: PreparedFile | None = None) -> None:
         run = Run(self._appended_lsn + 1, next_file)
         self._runs.append(run)
         self._payloads = run.payloads
+        # Once is enough: the task looks at the runs before it waits.
+        self._work.set()
 
     def _plan_switch(self, size: int) -> None:
         needed = size + log_format.FILE_HEADER_SIZE
@@ -352,21 +353,23 @@ class Persistence:
             LogFailureError: the log cannot be written or synced, or what is current on disk is unknown.
                 Nothing that was not released by then may be acknowledged.
         """
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                await nursery.start(self._thread.run)
-                await nursery.start(self._prepare_files)
-                task_status.started()
-                try:
-                    await self._write_log()
-                except LogFailureError as error:
-                    self._fail(error)
-                nursery.cancel_scope.cancel()
-        finally:
-            self._nursery = None
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._close_files, limiter=self._housekeeping_limiter)
+        async with trio.open_nursery() as thread_nursery:
+            thread_nursery.start_soon(self._thread.run)
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    await nursery.start(self._prepare_files)
+                    task_status.started()
+                    try:
+                        await self._write_log()
+                    except LogFailureError as error:
+                        self._fail(error)
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._nursery = None
+                self._thread.stop()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._close_files, limiter=self._housekeeping_limiter)
         if self._failure is not None:
             raise self._failure
 

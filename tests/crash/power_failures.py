@@ -451,9 +451,11 @@ class LogInTurn:
     def __init__(self, writer: LogWriter) -> None:
         self._writer = writer
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        task_status.started()
-        await trio.sleep_forever()
+    async def run(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def stop(self) -> None:
+        pass
 
     async def commit(self, runs: Sequence[Run], *, sync: bool) -> Commit:
         with trio.CancelScope(shield=True):
