@@ -36,6 +36,7 @@ from engram.operations import (
     SetExpiry,
     SetString,
     encode,
+    join,
 )
 from engram.persistence import lock_directory, recover
 from engram.persistence.layout import Layout
@@ -121,13 +122,14 @@ class Maker:
         self._prepared = 0
 
     def write(self, operations: Sequence[Operation], new_file: int = 0) -> None:
-        """Writes a batch, into a new file of that size when there is one."""
-        run = Run(self.engine.lsn + 1, self._prepare(new_file) if new_file else None)
-        for operation in operations:
+        """Writes a record for each operation, into a new file of that size when there is one."""
+        first = Run(self.engine.lsn + 1, self._prepare(new_file) if new_file else None)
+        runs = [first, *(Run(self.engine.lsn + 1 + number) for number in range(1, len(operations)))]
+        for run, operation in zip(runs, operations, strict=False):
             self.engine.apply(self.engine.lsn + 1, operation)
             self.history.perform(Sent(self.engine.lsn, operation))
             run.payloads.append(encode(operation))
-        self._writer.commit([run], sync=True)
+        self._writer.commit(runs, sync=True)
 
     def _prepare(self, size: int) -> PreparedFile:
         self._prepared += 1
@@ -157,7 +159,9 @@ class Maker:
 
 
 def size_of(operations: Sequence[Operation]) -> int:
-    return FILE_HEADER_SIZE + sum(RECORD_HEADER_SIZE + len(encode(operation)) for operation in operations)
+    return FILE_HEADER_SIZE + sum(
+        RECORD_HEADER_SIZE + len(join([encode(operation)])) for operation in operations
+    )
 
 
 @pytest.fixture(scope="module")
