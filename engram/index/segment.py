@@ -179,7 +179,7 @@ class SegmentStore:
         columns = opened.columns
         vectors = columns["vectors"]
         shape = (len(columns["row-ids"]), metadata["parameters"]["dimension"])
-        if vectors.dtype != np.float32 or vectors.shape != shape or not vectors.flags.c_contiguous:
+        if vectors.dtype != np.float32 or vectors.shape != shape:
             # Their checksum may not have been compared.
             raise DamagedDataError(path / VECTORS, f"does not hold {shape[0]} rows of {shape[1]} float32")
         attributes = Texts(columns["attributes-bytes"], columns["attributes-ends"])

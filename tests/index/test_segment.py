@@ -130,7 +130,9 @@ class TestReopening:
         flip(segment.path / "vectors.npy", -1)
         store.verify(segment)
 
-    @pytest.mark.parametrize(("old", "new"), [(b"<f4", b"<i4"), (b"128, 8", b"64, 16"), (b"False", b"True ")])
+    @pytest.mark.parametrize(
+        ("old", "new"), [(b"<f4", b"<i4"), (b"128, 8", b"64, 16"), (b"128, 8", b"8, 128")]
+    )
     def test_vectors_of_another_shape_are_refused_at_once(
         self, segment: Segment, later: SegmentStore, old: bytes, new: bytes
     ) -> None:
