@@ -29,7 +29,7 @@ import attrs
 from engram import cli, server
 from engram.files import DiskFiles
 from engram.index.builder import BuilderSettings
-from engram.operations import InstallSegment, decode
+from engram.operations import InstallSegment, decode_array
 from engram.persistence import log_format, recover
 
 T = TypeVar("T")
@@ -271,7 +271,12 @@ def _records(data: bytes | memoryview) -> Iterator[memoryview]:
 
 def _has_segment(data: bytes | memoryview) -> bool:
     payloads = (record[log_format.RECORD_HEADER_SIZE :] for record in _records(data))
-    return any(isinstance(decode(payload), InstallSegment) for payload in payloads if payload)
+    return any(
+        isinstance(operation, InstallSegment)
+        for payload in payloads
+        if payload
+        for operation in decode_array(payload)
+    )
 
 
 def _torn(data: bytes | memoryview, event: str) -> bytes:
