@@ -30,6 +30,8 @@ _LEAST = 2.0**-149
 TINY_NORM = 1e-28
 # Numbers computed at once in float64: few enough to stay in a core's cache.
 _BLOCK = 1 << 16
+# Numbers of rows that are gathered at once.
+_GATHERED_NUMBERS = 1 << 17
 # Covers the rounding of distances to float32, several times.
 _SLACK = 1e-6
 
@@ -147,6 +149,18 @@ class Queries:
             distances[part] = self._distances(
                 self.exact[asked, None], self.norms[asked, None], rows[part], norms[part]
             )
+        return distances
+
+    def distances_at(self, rows: Floats, norms: Doubles, positions: npt.NDArray[np.int64]) -> Floats:
+        """The exact distances, (n, m), of each query to the rows at its `positions`, (n, m).
+
+        `rows` is (r, dimension), their norms (r,).
+        """
+        distances = np.empty(positions.shape, np.float32)
+        step = max(1, _GATHERED_NUMBERS // (positions.shape[1] * rows.shape[1]))
+        for start in range(0, len(positions), step):
+            near = positions[start : start + step]
+            distances[start : start + step] = self.distances_of_each(rows[near], norms[near], start)
         return distances
 
     def _distances(self, queries: Doubles, query_norms: Doubles, rows: Floats, norms: Doubles) -> Doubles:

@@ -43,8 +43,6 @@ _ROWS_PER_HELD = 16_384
 _MOST_HELD = 32
 
 _BLOCK_ROWS = 4096
-# Numbers of candidates' vectors that are gathered at once.
-_GATHERED_NUMBERS = 1 << 20
 # The nearest rows that are looked at: enough to leave 10 when most that may be are held.
 _CANDIDATES = 64
 # What rounding to float32 may add to a distance, relative to it.
@@ -97,7 +95,7 @@ class Sample:
         # The nearest by dot are the longest rows, which are the same for many queries.
         alike = queries if metric != "dot" else Queries.of("cosine", queries.vectors)
         candidates = _nearest(alike, rows, norms, _CANDIDATES)
-        distances = _distances(alike, rows, norms, candidates)
+        distances = alike.distances_at(rows, norms, candidates)
         hidden = distances < (_COPY if metric == "l2" else _COPY**2) * distances[:, -1:]
         hidden[:, : 1 + len(rows) // _ROWS_PER_HELD] = True
         hidden[:, _MOST_HELD:] = False
@@ -106,7 +104,7 @@ class Sample:
         inside[chosen] = False
         if metric == "dot":
             candidates = _nearest(queries, rows, norms, _CANDIDATES)
-            distances = _distances(queries, rows, norms, candidates)
+            distances = queries.distances_at(rows, norms, candidates)
         distances[~inside[candidates]] = np.inf
         farthest = np.partition(distances, NEIGHBORS - 1, axis=1)[:, NEIGHBORS - 1]
         farthest += np.float32(_ROUNDING) * np.abs(farthest)
@@ -138,21 +136,10 @@ class Sample:
     def _recalls(self, graph: Graph, rows: Floats, norms: Doubles, expansion: int) -> Doubles:
         queries = self.queries
         found = graph.search(queries.vectors, queries.norms, OVERSAMPLING * NEIGHBORS, expansion)
-        distances = _distances(queries, rows, norms, found)
+        distances = queries.distances_at(rows, norms, found)
         right = (found >= 0) & (distances <= self.farthest[:, None])
         recalls: Doubles = np.minimum(np.count_nonzero(right, axis=1), NEIGHBORS) / NEIGHBORS
         return recalls
-
-
-def _distances(queries: Queries, rows: Floats, norms: Doubles, positions: Positions) -> Floats:
-    """The exact distances of each query to the rows at its `positions`, both (n, m)."""
-    distances = np.empty(positions.shape, np.float32)
-    step = max(1, _GATHERED_NUMBERS // (positions.shape[1] * rows.shape[1]))
-    for start in range(0, len(positions), step):
-        part = np.arange(start, min(start + step, len(positions)))
-        near = positions[part]
-        distances[part] = queries.select(part).distances_of_each(rows[near], norms[near])
-    return distances
 
 
 def _nearest(queries: Queries, rows: Floats, norms: Doubles, count: int) -> Positions:

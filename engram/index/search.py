@@ -261,7 +261,7 @@ class _Pass:
                 shown &= installed.deaths[positions] > self._lsns[which, None]
             if mask is not None:
                 shown &= mask[positions]
-            distances = _distances(installed.segment, queries, positions)
+            distances = queries.distances_at(installed.segment.vectors, installed.segment.norms, positions)
             if shown.all():
                 found.append(_Near(which, positions, distances, queries.upper_ranks(distances), None))
                 return _Walked(found, None)
@@ -332,18 +332,6 @@ class _Pass:
                 blocks, rows = [], 0
         if blocks:
             self._scan.add(blocks)
-
-
-def _distances(segment: Segment, queries: Queries, positions: Numbers) -> Floats:
-    """The exact distances of each query to the rows at its `positions`, both (n, m)."""
-    distances = np.empty(positions.shape, np.float32)
-    step = max(1, _GATHER_NUMBERS // (positions.shape[1] * segment.vectors.shape[1]))
-    for start in range(0, len(positions), step):
-        near = positions[start : start + step]
-        distances[start : start + step] = queries.distances_of_each(
-            segment.vectors[near], segment.norms[near], start
-        )
-    return distances
 
 
 def _segment_block(

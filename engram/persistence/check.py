@@ -37,12 +37,11 @@ from engram.errors import DamagedDataError, DirectoryInUseError, OperatorError
 from engram.files import Files
 from engram.operations import InstallSegment, decode_array
 from engram.persistence import log_format
-from engram.persistence.layout import Layout
+from engram.persistence.layout import FOREIGN_NAMES, Layout, free_name
 from engram.persistence.manifest import Manifest, read_manifest
 
 State = Literal["ok", "torn", "damaged", "unused", "kept", "other"]
 
-_FOREIGN_NAMES = ("engram.snap", "engram.wal")
 _OWN_NAMES = re.compile(r"LOCK|MANIFEST|segments|wal-\d{10}\.log|snapshot-\d+")
 _KEPT_NAME = re.compile(r".*\.broken-\d+")
 _PREPARED_NAME = re.compile(r"prepared-\d+\.log")
@@ -101,7 +100,7 @@ def hold_directory(directory: Path, *, exclusive: bool = False) -> Iterator[None
     layout = Layout(directory)
     try:
         names = os.listdir(directory)
-        if not any(_OWN_NAMES.fullmatch(name) or name in _FOREIGN_NAMES for name in names):
+        if not any(_OWN_NAMES.fullmatch(name) or name in FOREIGN_NAMES for name in names):
             raise OperatorError(f"{directory}: not a data directory of engram's")
         flags = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
         try:
@@ -125,11 +124,7 @@ def hold_directory(directory: Path, *, exclusive: bool = False) -> Iterator[None
 def is_unused(directory: Path) -> bool:
     """Whether nothing was ever stored: there is no more than what a crash in making a directory leaves."""
     layout = Layout(directory)
-    numbers = layout.log_numbers()
-    first_is_empty = numbers == [1] and layout.log(1).stat().st_size <= log_format.FILE_HEADER_SIZE
-    return not (layout.manifest.exists() or layout.snapshots() or _segment_names(layout)) and (
-        not numbers or first_is_empty
-    )
+    return not layout.manifest.exists() and layout.is_new
 
 
 def _segment_names(layout: Layout) -> list[str]:
@@ -363,7 +358,7 @@ class Examination:
                 continue
             if name in snapshots:
                 yield self._examine_other_snapshot(path)
-            elif name in _FOREIGN_NAMES:
+            elif name in FOREIGN_NAMES:
                 reason = "written by another program named engram, whose format this one does not read"
                 yield self._beyond_repair(name, DamagedDataError(path, reason))
             elif _KEPT_NAME.fullmatch(name):
@@ -514,7 +509,7 @@ def cut_log(
     second = int(now())
     aside: list[Path] = []
     for segment in cut.segments:
-        target = _free_name(directory / f"segment-{segment}", second)
+        target = free_name(directory / f"segment-{segment}", second)
         files.rename(layout.segments / segment, target)
         aside.append(target)
     if cut.segments:
@@ -524,13 +519,13 @@ def cut_log(
     if cut.size:
         data = path.read_bytes()
         if tail := data[cut.size : log_format.used_size(data)]:
-            target = _free_name(path, second)
+            target = free_name(path, second)
             files.write_file(target, [tail])
             files.sync_folder(layout.directory)
             aside.append(target)
     for number in reversed(cut.files):
         source = layout.log(number)
-        target = _free_name(source, second)
+        target = free_name(source, second)
         files.rename(source, target)
         files.sync_folder(layout.directory)
         aside.append(target)
@@ -539,12 +534,6 @@ def cut_log(
     else:
         _make_empty_log(layout, files, cut)
     return tuple(aside)
-
-
-def _free_name(path: Path, second: int) -> Path:
-    while (free := path.with_name(f"{path.name}.broken-{second}")).exists():
-        second += 1
-    return free
 
 
 def _make_empty_log(layout: Layout, files: Files, cut: Cut) -> None:

@@ -21,10 +21,11 @@ import attrs
 
 from engram.errors import DirectoryInUseError, OperatorError
 from engram.files import DiskFiles
+from engram.persistence.log_format import FILE_HEADER_SIZE
 
 _LOG_NAME = re.compile(r"wal-(\d{10})\.log")
 _SNAPSHOT_NAME = re.compile(r"snapshot-\d+")
-_FOREIGN_NAMES = ("engram.snap", "engram.wal")
+FOREIGN_NAMES = ("engram.snap", "engram.wal")
 
 
 @attrs.frozen
@@ -63,9 +64,24 @@ class Layout:
         """The folders of snapshots that are there, finished or not."""
         return [path for path in self.directory.iterdir() if _SNAPSHOT_NAME.fullmatch(path.name)]
 
+    @property
+    def is_new(self) -> bool:
+        """Whether, but for a manifest, there is no more than what a crash in making a directory leaves."""
+        numbers = self.log_numbers()
+        first_is_empty = numbers == [1] and self.log(1).stat().st_size <= FILE_HEADER_SIZE
+        has_segments = self.segments.exists() and self.segment_folders()
+        return not self.snapshots() and not has_segments and (not numbers or first_is_empty)
+
     def segment_folders(self) -> list[Path]:
         """The folders of segments that are there, finished or not."""
         return [path for path in self.segments.iterdir() if path.is_dir()]
+
+
+def free_name(path: Path, second: int) -> Path:
+    """A name beside `path` for what is cut from it in that second since the epoch, which nothing has yet."""
+    while (free := path.with_name(f"{path.name}.broken-{second}")).exists():
+        second += 1
+    return free
 
 
 def _make_directory(path: Path) -> None:
@@ -89,7 +105,7 @@ def lock_directory(path: Path) -> int:
     layout = Layout(path)
     try:
         _make_directory(path)
-        for name in _FOREIGN_NAMES:
+        for name in FOREIGN_NAMES:
             if (path / name).exists():
                 raise OperatorError(
                     f"{path / name}: written by another program named engram, whose format this one does not"

@@ -34,7 +34,7 @@ from engram.errors import DamagedDataError
 from engram.files import Files
 from engram.operations import InstallSegment, Operation, decode_array
 from engram.persistence import log_format
-from engram.persistence.layout import Layout
+from engram.persistence.layout import Layout, free_name
 from engram.persistence.manifest import Manifest, read_manifest, write_manifest
 from engram.progress import Progress
 
@@ -95,7 +95,7 @@ def recover(
     progress = progress or Progress()
     manifest = read_manifest(layout.manifest)
     if manifest is None:
-        if read_only or last_file is not None or not _is_new(layout):
+        if read_only or last_file is not None or not layout.is_new:
             raise DamagedDataError(layout.manifest, "missing, but there are other files of engram's")
         manifest = _initialize(layout, files)
     elif last_file is None and not read_only:
@@ -115,13 +115,6 @@ def recover(
     recovery = replay.result(cut_files)
     _remove_unnamed(layout, files, recovery)
     return recovery
-
-
-def _is_new(layout: Layout) -> bool:
-    """Whether the directory was not used yet: nothing is in it but what a crash in making it leaves."""
-    numbers = layout.log_numbers()
-    first_is_empty = numbers == [1] and layout.log(1).stat().st_size <= log_format.FILE_HEADER_SIZE
-    return not layout.snapshots() and not layout.segment_folders() and (not numbers or first_is_empty)
 
 
 def _initialize(layout: Layout, files: Files) -> Manifest:
@@ -273,9 +266,7 @@ def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple
     path = layout.log(replay.number)
     cut_files: list[Path] = []
     if replay.torn_tail:
-        second = int(time.time())
-        while (aside := path.with_name(f"{path.name}.broken-{second}")).exists():
-            second += 1
+        aside = free_name(path, int(time.time()))
         try:
             files.write_file(aside, [replay.torn_tail])
         except OSError:
