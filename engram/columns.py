@@ -116,6 +116,31 @@ def open_columns(path: Path, checksum: int, *, deferred: Container[str] = ()) ->
     Raises:
         DamagedDataError: a file is missing or is not what was written.
     """
+    table = read_table(path, checksum)
+    columns: dict[str, Array] = {}
+    for file_name, expected in table.checksums.items():
+        if file_name not in deferred:
+            _verify(path / file_name, expected)
+        if file_name.endswith(".npy"):
+            columns[file_name.removesuffix(".npy")] = _map_array(path / file_name)
+    return ColumnFolder(path, checksum, table.metadata, columns, table.size, table.checksums)
+
+
+@attrs.frozen
+class Table:
+    """What the table of a folder says; `size` and `checksums` as in `ColumnFolder`."""
+
+    metadata: dict[str, Any]
+    size: int
+    checksums: Mapping[str, int]
+
+
+def read_table(path: Path, checksum: int) -> Table:
+    """Reads the table of a folder and compares its checksum and the sizes of all files.
+
+    Raises:
+        DamagedDataError: it is not the table that was written, or a file is missing or has another size.
+    """
     table_path = path / TABLE
     try:
         text = table_path.read_bytes()
@@ -124,20 +149,16 @@ def open_columns(path: Path, checksum: int, *, deferred: Container[str] = ()) ->
         table = json.loads(text)
         if table["version"] != VERSION:
             raise DamagedDataError(table_path, f"format version {table['version']} is not known")
-        columns: dict[str, Array] = {}
+        total = len(text)
+        checksums = {}
         for file_name, (size, expected) in table["files"].items():
-            file_path = path / file_name
-            if file_path.stat().st_size != size:
-                raise DamagedDataError(file_path, f"expected {size} bytes")
-            if file_name not in deferred:
-                _verify(file_path, expected)
-            if file_name.endswith(".npy"):
-                columns[file_name.removesuffix(".npy")] = _map_array(file_path)
+            if (path / file_name).stat().st_size != size:
+                raise DamagedDataError(path / file_name, f"expected {size} bytes")
+            total += size
+            checksums[file_name] = expected
     except FileNotFoundError as error:
         raise DamagedDataError(Path(error.filename), "missing") from error
-    size = len(text) + sum(size for size, _ in table["files"].values())
-    checksums = {file_name: expected for file_name, (_, expected) in table["files"].items()}
-    return ColumnFolder(path, checksum, table["metadata"], columns, size, checksums)
+    return Table(table["metadata"], total, checksums)
 
 
 def _verify(path: Path, checksum: int) -> None:

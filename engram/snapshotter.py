@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
-from engram.columns import write_columns
+from engram.columns import open_columns, write_columns
 from engram.engine import Engine
 from engram.errors import OperatorError
 from engram.files import DiskFiles, Files
@@ -23,10 +23,10 @@ from engram.persistence.snapshot import SnapshotResult
 
 
 def write_snapshot(directory: Path, last_file: int, files: Files | None = None) -> SnapshotResult:
-    """Writes the snapshot as of the end of a closed file of the log (blocking).
+    """Writes the snapshot as of the end of a closed file of the log, and reads it back (blocking).
 
     Raises:
-        DamagedDataError: what is on disk is not what was written.
+        DamagedDataError: what is on disk, or now in the snapshot, is not what was written.
         OSError: the snapshot cannot be written.
     """
     files = files or DiskFiles()
@@ -37,6 +37,7 @@ def write_snapshot(directory: Path, last_file: int, files: Files | None = None) 
     files.make_folder(path)
     columns, metadata = engine.export()
     checksum = write_columns(files, path, columns, metadata)
+    open_columns(path, checksum)
     return SnapshotResult(
         snapshot=path.name,
         lsn=engine.lsn,

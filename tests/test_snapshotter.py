@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_the_process_reports_its_result(directory: Path) -> None:
         assert process.wait(4 * PATIENCE) == 0
     assert result.lsn == len(HISTORY)
     make_engine(directory).restore(open_columns(directory / result.snapshot, result.checksum))
+
+
+class FlippingFiles(DiskFiles):
+    """Writes one bit of a file other than it was told."""
+
+    def write_file(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        data = bytearray().join(chunks)
+        if path.name == "string-values-bytes.npy":
+            data[-1] ^= 1
+        super().write_file(path, [bytes(data)])
+
+
+def test_a_snapshot_is_read_back(directory: Path) -> None:
+    with pytest.raises(DamagedDataError, match=r"string-values-bytes\.npy: checksum mismatch"):
+        write_snapshot(directory, number_of(closed_log_file(directory)), FlippingFiles())
 
 
 def test_a_damaged_log_is_no_snapshot(directory: Path) -> None:
