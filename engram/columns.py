@@ -71,9 +71,14 @@ def pack_bytes(name: str, items: Iterable[bytes]) -> dict[str, Array]:
 
 def unpack_bytes(name: str, columns: Mapping[str, Array]) -> list[bytes]:
     """The inverse of `pack_bytes`."""
-    joined = columns[f"{name}-bytes"].tobytes()
-    ends = columns[f"{name}-ends"].tolist()
-    return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return split_bytes(columns[f"{name}-bytes"], columns[f"{name}-ends"])
+
+
+def split_bytes(joined: Array, ends: Array) -> list[bytes]:
+    """Byte strings that stand one after the other in `joined`, uint8; `ends` says where each ends."""
+    text = joined.tobytes()
+    stops = ends.tolist()
+    return [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def write_columns(
@@ -198,9 +203,11 @@ def _map_array(path: Path) -> Array:
 
 
 def _size_and_checksum(path: Path) -> tuple[int, int]:
-    size = checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_SIZE):
-            size += len(chunk)
-            checksum = crc32c(chunk, checksum)
-    return size, checksum
+    total = checksum = 0
+    with path.open("rb", buffering=0) as file:
+        # Into the same pages each time: new ones would take as long as the rest.
+        buffer = memoryview(bytearray(min(_READ_SIZE, path.stat().st_size)))
+        while size := file.readinto(buffer):
+            total += size
+            checksum = crc32c(buffer[:size], checksum)
+    return total, checksum

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import attrs
+import msgspec
 import numpy as np
 
 from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
@@ -28,6 +30,9 @@ from engram.operations import (
 )
 
 Apply = Callable[[int, Any], None]
+
+# Entries of a map in a snapshot. Other threads, which open segments, wait while one is decoded.
+_MAP_ENTRIES = 1 << 14
 
 
 @attrs.frozen
@@ -188,18 +193,15 @@ class Engine:
 
         Raises no error and changes nothing; the columns may share memory with the state.
         """
-        strings = [(key, value) for key, value in self.keyspace.values.items() if isinstance(value, bytes)]
-        expiries = self.keyspace.expiries
+        strings = {key: value for key, value in self.keyspace.values.items() if isinstance(value, bytes)}
         states = [
             (key, value.export())
             for key, value in self.keyspace.values.items()
             if isinstance(value, VectorIndex)
         ]
         columns = {
-            **pack_bytes("string-keys", [key for key, _ in strings]),
-            **pack_bytes("string-values", [value for _, value in strings]),
-            **pack_bytes("expiry-keys", expiries),
-            "expiry-times": np.fromiter(expiries.values(), np.int64, len(expiries)),
+            **_pack_mapping("strings", strings),
+            **_pack_mapping("expiries", self.keyspace.expiries),
             **pack_bytes("index-keys", [key for key, _ in states]),
             **IndexState.pack([state for _, state in states]),
         }
@@ -215,14 +217,28 @@ class Engine:
         states = IndexState.unpack(folder.metadata["indices"], columns)
         segments = {saved.id: saved.checksum for state in states for saved in state.segments}
         with self._segments.reopening(segments):
-            values: dict[bytes, bytes | VectorIndex] = dict(
-                zip(unpack_bytes("string-keys", columns), unpack_bytes("string-values", columns), strict=True)
-            )
+            values: dict[bytes, bytes | VectorIndex] = _unpack_mapping("strings", columns, bytes)
             for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
                 index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
                 values[key] = index
                 self.indices[index.id] = index
                 self._uncounted.add(index.id)
-        expiries = zip(unpack_bytes("expiry-keys", columns), columns["expiry-times"].tolist(), strict=True)
-        self.keyspace.load(values, dict(expiries))
+        expiries = _unpack_mapping("expiries", columns, int)
+        self.keyspace.load(values, expiries)
         self.lsn = folder.metadata["lsn"]
+
+
+def _pack_mapping(name: str, mapping: Mapping[bytes, Any]) -> dict[str, Array]:
+    """Columns with maps of MessagePack, from which a dictionary is made sooner than from keys and values."""
+    items = iter(mapping.items())
+    parts = iter(lambda: dict(islice(items, _MAP_ENTRIES)), {})
+    return pack_bytes(name, map(msgspec.msgpack.encode, parts))
+
+
+def _unpack_mapping(name: str, columns: Mapping[str, Array], values: type) -> dict[bytes, Any]:
+    """The inverse of `_pack_mapping`."""
+    decoder = msgspec.msgpack.Decoder(dict[bytes, values])  # type: ignore[valid-type]
+    mapping: dict[bytes, Any] = {}
+    for part in unpack_bytes(name, columns):
+        mapping.update(decoder.decode(part))
+    return mapping

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 Other = TypeVar("Other")
@@ -65,10 +64,9 @@ class Keyspace(Generic[Other]):
         self._scans.clear()
         return taken
 
-    def load(self, values: Mapping[bytes, bytes | Other], expiries: Mapping[bytes, int]) -> None:
-        """Fills an empty keyspace in bulk."""
-        self.values.update(values)
-        self.expiries.update(expiries)
+    def load(self, values: dict[bytes, bytes | Other], expiries: dict[bytes, int]) -> None:
+        """Takes these mappings over as its own."""
+        self.values, self.expiries = values, expiries
         self._rebuild_queue()
 
     def next_expiry(self) -> int | None:

@@ -95,6 +95,7 @@ async def serve(
     Raises:
         OperatorError: the address or the data directory cannot be used, or the log has failed.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL)
     shutdown = trio.Event() if shutdown is None else shutdown
     began = time.monotonic()
     most_clients = _raise_descriptor_limit() - _RESERVED_DESCRIPTORS
@@ -351,7 +352,6 @@ async def _serve_clients(
 
 
 def _tune_process() -> None:
-    sys.setswitchinterval(SWITCH_INTERVAL)
     # Left alone, glibc takes ever larger blocks from its heap, which seldom gives them back.
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)

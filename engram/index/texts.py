@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from engram.columns import Array, pack_bytes
+from engram.columns import Array, pack_bytes, split_bytes
 
 Positions = npt.NDArray[np.int64]
 
@@ -34,9 +34,11 @@ class Texts:
     def at(self, positions: Positions) -> list[bytes]:
         """The strings at these positions."""
         picked = self.select(positions)
-        text = picked.joined.tobytes()
-        ends = picked.ends.tolist()
-        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return split_bytes(picked.joined, picked.ends)
+
+    def all(self) -> list[bytes]:
+        """All strings; sooner than `at` with every position."""
+        return split_bytes(self.joined, self.ends)
 
     def select(self, positions: Positions) -> Texts:
         """The strings at these positions, as arrays."""

@@ -597,8 +597,14 @@ class VectorIndex:
             deaths = np.full(len(segment.row_ids), ALIVE, np.int64)
             deaths[saved.dead] = 0
             installed.append(InstalledSegment(segment, deaths, len(saved.dead)))
-            alive = np.flatnonzero(deaths == ALIVE)
-            index.live.update(zip(segment.keys_at(alive), segment.row_ids[alive].tolist(), strict=True))
+            live = index.live
+            live.update(zip(segment.keys.all(), segment.row_ids.tolist(), strict=True))
+            for key, row_id in zip(
+                segment.keys_at(saved.dead), segment.row_ids[saved.dead].tolist(), strict=True
+            ):
+                # A later row may have the key.
+                if live[key] == row_id:
+                    del live[key]
         index._set_segments(installed)
         index._append(0, state.row_ids, state.keys, state.vectors, state.attributes)
         index._next_row = state.next_row

@@ -163,7 +163,7 @@ def directory(saved: Path, tmp_path: Path) -> Path:
 DURABLE = (
     "MANIFEST",
     "snapshot-*/columns.json",
-    "snapshot-*/string-values-bytes.npy",
+    "snapshot-*/strings-bytes.npy",
     "segments/*/columns.json",
     "segments/*/graph.usearch",
     "segments/*/keys-bytes.npy",
