@@ -357,7 +357,6 @@ def _tune_process() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
     # What was recovered lives for long: it need not be looked at again and again.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 

@@ -65,7 +65,7 @@ def tokens(arguments: Iterable[Argument]) -> set[str]:
 
 def script_options() -> set[str]:
     """The options of the scripts that pages tell how to run."""
-    scripts = [ROOT / "engram" / "cli.py"]
+    scripts = [ROOT / "engram" / "subcommands.py"]
     for pattern in ("benchmarks/*.py", "examples/*.py", "tests/crash/*.py"):
         scripts += ROOT.glob(pattern)
     return {

@@ -39,7 +39,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     | {"commands", "config", "connection", "database", "engine", "persistence", "protocol", "transport"},
     "dump": STATE | {"engine", "persistence"},
     "load": frozenset({"dump", "errors"}),
-    "cli": frozenset({"config", "dump", "errors", "files", "load", "persistence", "server"}),
+    "subcommands": frozenset({"dump", "errors", "files", "load", "persistence"}),
+    "cli": frozenset({"config", "errors", "server"}),
     "__main__": frozenset({"cli"}),
     "__init__": frozenset({"config", "server"}),
 }
