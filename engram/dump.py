@@ -31,7 +31,8 @@ from engram.index.distances import Doubles, Floats
 from engram.index.head import ALIVE, Chunk, Lsns
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import VectorIndex
-from engram.persistence import is_unused, recover
+from engram.persistence import recover
+from engram.persistence.check import is_unused
 
 FORMAT = 1
 

@@ -18,7 +18,7 @@ from engram.dump import dump_blocks, read_state, write_dump
 from engram.errors import OperatorError
 from engram.files import DiskFiles
 from engram.load import Loaded, LoadError, load
-from engram.persistence import Examination, cut_log, describe_loss, describe_place, hold_directory
+from engram.persistence.check import Examination, cut_log, describe_loss, describe_place, hold_directory
 
 UNDAMAGED = "nothing that was durable is damaged"
 
