@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from engram.engine import Engine
@@ -30,6 +31,8 @@ class Journal(Protocol):
     async def admit(self, size: int) -> None: ...
 
     def append(self, lsn: int, operation: Operation) -> None: ...
+
+    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None: ...
 
     def released(self, lsn: int) -> bool: ...
 
@@ -63,6 +66,8 @@ class Database:
         # Called after each change of an index, so that its graphs can be built.
         self.changed = changed
         self.expired_keys = 0
+        # Changes made inside `together`, for the log.
+        self._together: list[Operation] | None = None
 
     @property
     def lsn(self) -> int:
@@ -77,9 +82,27 @@ class Database:
         engine = self.engine
         lsn = engine.lsn + 1
         engine.apply(lsn, operation)
-        if self.journal is not None:
+        if self._together is not None:
+            self._together.append(operation)
+        elif self.journal is not None:
             self.journal.append(lsn, operation)
         return lsn
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Changes made inside are recovered all or none. Inside another one it changes nothing."""
+        if self.journal is None or self._together is not None:
+            yield
+            return
+        first_lsn = self.engine.lsn + 1
+        operations: list[Operation] = []
+        self._together = operations
+        try:
+            yield
+        finally:
+            self._together = None
+            if operations:
+                self.journal.append_together(first_lsn, operations)
 
     def lookup(self, key: bytes) -> bytes | VectorIndex | None:
         """What a key holds now; a key found to have lapsed is deleted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -82,12 +82,14 @@ class Clock:
 class ManualJournal:
     """A log in memory. What is appended is durable when `release` says so.
 
+    `together` holds the operations of each call that makes them one.
     `refusal` is the text of the error that admission ends with while `room` is False; without one,
     admission waits.
     """
 
     def __init__(self, *, automatic: bool = False) -> None:
         self.records: list[tuple[int, Operation]] = []
+        self.together: list[tuple[Operation, ...]] = []
         self.durable = 0
         self.automatic = automatic
         self.room = True
@@ -115,6 +117,11 @@ class ManualJournal:
         self.records.append((lsn, operation))
         if self.automatic:
             self.durable = lsn
+
+    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
+        self.together.append(tuple(operations))
+        for lsn, operation in enumerate(operations, first_lsn):
+            self.append(lsn, operation)
 
     def released(self, lsn: int) -> bool:
         return lsn <= self.durable

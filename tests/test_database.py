@@ -158,3 +158,32 @@ class DatabaseAgainstDict(RuleBasedStateMachine):
 
 
 TestDatabaseAgainstDict = DatabaseAgainstDict.TestCase
+
+
+def test_what_is_changed_together_is_logged_together(database: Database, journal: ManualJournal) -> None:
+    first, second, third = SetString(b"a", b"1"), SetString(b"b", b"2"), DeleteKeys((b"a",))
+    database.commit(first)
+    with database.together():
+        assert database.commit(second) == 2
+        assert database.string(b"b") == b"2"
+        with database.together():
+            database.commit(third)
+        assert journal.records == [(1, first)]
+    assert journal.together == [(second, third)]
+    assert journal.records[1:] == [(2, second), (3, third)]
+    with database.together():
+        pass
+    assert len(journal.together) == 1
+
+
+def test_what_was_changed_before_an_error_is_logged(database: Database, journal: ManualJournal) -> None:
+    def fail() -> None:
+        with database.together():
+            database.commit(SetString(b"a", b"1"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert journal.together == [(SetString(b"a", b"1"),)]
+    database.commit(SetString(b"a", b"2"))
+    assert journal.records[-1] == (2, SetString(b"a", b"2"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -268,26 +268,37 @@ class Persistence:
         Raises:
             ValueError: `lsn` does not follow the last one.
         """
-        if lsn != self._appended_lsn + 1:
-            raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
         payload = encode(operation)
-        size = len(payload)
-        if not (self._runs and self._payloads):
-            size += _RECORD_OVERHEAD
-        if size > self._space_left:
-            size = len(payload) + _RECORD_OVERHEAD
-            self._plan_switch(size)
-        elif not self._runs:
-            self._plan_run()
+        self._take_space(lsn, len(payload))
         self._payloads.append(payload)
         self._appended_lsn = lsn
-        self._space_left -= size
-        self._queued_bytes += size
-        self._log_bytes += size
-        self._file_has_records = True
         if type(operation) is InstallSegment and operation.segment:
             self._named_in_log.append((lsn, operation.segment))
             self._known_segments.add(operation.segment)
+
+    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
+        """As `append` one after the other, in one record: they are recovered all or none."""
+        payloads = list(map(encode, operations))
+        self._take_space(first_lsn, sum(map(len, payloads)))
+        self._payloads += payloads
+        self._appended_lsn = first_lsn + len(payloads) - 1
+
+    def _take_space(self, lsn: int, size: int) -> None:
+        """Makes `size` bytes of operations from `lsn` on fit into the record that is being gathered."""
+        if lsn != self._appended_lsn + 1:
+            raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
+        needed = size
+        if not (self._runs and self._payloads):
+            needed += _RECORD_OVERHEAD
+        if needed > self._space_left:
+            needed = size + _RECORD_OVERHEAD
+            self._plan_switch(needed)
+        elif not self._runs:
+            self._plan_run()
+        self._space_left -= needed
+        self._queued_bytes += needed
+        self._log_bytes += needed
+        self._file_has_records = True
 
     def _plan_run(self, next_file: PreparedFile | None = None) -> None:
         run = Run(self._appended_lsn + 1, next_file)

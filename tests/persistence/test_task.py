@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from engram.columns import unpack_bytes
 from engram.errors import CommandError, LogFailureError
-from engram.operations import InstallSegment, Operation, decode, encode
+from engram.operations import InstallSegment, Operation, SetString, decode, encode
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import read_manifest
 from engram.persistence.task import AppendFsync, Persistence, PersistenceSettings
@@ -148,6 +149,25 @@ async def test_what_is_appended_is_released_when_durable(directory: Path, files:
         assert running.released == [1, 2, 3]
         assert persistence.released(3)
     assert read_back(directory).operations == numbered(1, 3)
+
+
+async def test_what_is_appended_together_is_in_one_record(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(log_file_size=4096)
+    together = [SetString(b"k%d" % number, bytes(700)) for number in range(3)]
+    async with started(directory, files, settings) as running:
+        persistence = running.persistence
+        running.append()
+        for _ in range(3):
+            # The second time the rest of the file does not hold all three.
+            await persistence.admit(2500)
+            persistence.append_together(persistence.appended_lsn + 1, together)
+        lsn = persistence.appended_lsn
+        persistence.on_release(lsn, partial(running.released.append, lsn))
+        await running.durable(lsn)
+    written = [call[2] for call in files.calls if call[0] == "write_at"]
+    whole = b"".join(map(encode, together))
+    assert sum(bytes(data).count(whole) for data in written) == 3
+    assert len(read_back(directory).operations) == lsn == 10
 
 
 async def test_all_that_waits_during_a_write_shares_the_next_sync(
