@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import shlex
 import signal
@@ -14,8 +13,9 @@ from functools import partial
 import trio
 
 from engram import __version__
-from engram.config import SETTINGS, load_config
+from engram.config import SETTINGS, Config, load_config
 from engram.errors import ConfigError, DamagedDataError, OperatorError
+from engram.log_lines import logging_to
 from engram.server import Started, first_error, serve
 
 EXIT_FAILURE = 1
@@ -87,7 +87,15 @@ async def command_line(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"engram: {error}", file=sys.stderr)
         return EXIT_USAGE
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        with logging_to(config.logfile, config.loglevel):
+            return await _serve(config)
+    except OperatorError as error:
+        print(f"engram: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+async def _serve(config: Config) -> int:
     shutdown = trio.Event()
     code = EXIT_FAILURE
     try:
@@ -130,7 +138,9 @@ def report(started: Started) -> None:
                 f" are not known to have been durable; they were cut and are kept in {path}",
                 file=sys.stderr,
             )
-    where = ", ".join(f"{host}:{port}" for host, port in started.addresses)
+    addresses = [f"{host}:{port}" for host, port in started.addresses]
+    addresses += [f"{host}:{port} (TLS)" for host, port in started.tls_addresses]
+    where = ", ".join((*addresses, started.unixsocket) if started.unixsocket else addresses)
     if started.directory:
         kept = (
             f"persisting to {started.directory}: recovered {started.keys} keys and {started.vectors} vectors"

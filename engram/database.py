@@ -11,6 +11,7 @@ from engram.engine import Engine
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
 from engram.operations import DeleteKeys, Operation
+from engram.watches import Watches
 
 WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
 
@@ -66,6 +67,8 @@ class Database:
         # Called after each change of an index, so that its graphs can be built.
         self.changed = changed
         self.expired_keys = 0
+        self.watches = Watches(engine.keyspace)
+        self._watched = self.watches.by_key
         # Changes made inside `together`, for the log.
         self._together: list[Operation] | None = None
 
@@ -81,6 +84,8 @@ class Database:
         """
         engine = self.engine
         lsn = engine.lsn + 1
+        if self._watched:
+            self.watches.about_to_change(operation)
         engine.apply(lsn, operation)
         if self._together is not None:
             self._together.append(operation)

@@ -18,15 +18,19 @@ from engram.keyspace import Keyspace
 from engram.operations import (
     AddVectors,
     AppendString,
+    CopyKey,
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
     Flush,
     InstallSegment,
     Operation,
+    RenameKey,
     SetAttributes,
     SetExpiry,
+    SetRange,
     SetString,
+    SetStrings,
 )
 
 Apply = Callable[[int, Any], None]
@@ -37,15 +41,16 @@ _MAP_ENTRIES = 1 << 14
 
 @attrs.frozen
 class Totals:
-    """Counts over all indices: live rows, rows in no segment, dead rows, segments."""
+    """Over all indices: live rows, rows in no segment, dead rows, segments, and bytes reserved in memory."""
 
     rows: int
     unindexed: int
     dead: int
     segments: int
+    bytes_reserved: int
 
 
-_NO_COUNTS = (0, 0, 0, 0)
+_NO_COUNTS = (0, 0, 0, 0, 0)
 
 
 class Engine:
@@ -66,10 +71,10 @@ class Engine:
         self.dropped: list[dict[Any, Any]] = []
         self._segments = segments
         self._seal_rows = seal_rows
-        # Live rows, rows in no segment, all rows, segments: of all indices, and what of it comes from each;
-        # and the indices of which that is not true any more.
+        # Live rows, rows in no segment, all rows, segments, bytes: of all indices, and what of it comes from
+        # each; and the indices of which that is not true any more.
         self._totals = _NO_COUNTS
-        self._counted: dict[int, tuple[int, int, int, int]] = {}
+        self._counted: dict[int, tuple[int, int, int, int, int]] = {}
         self._uncounted: set[int] = set()
         self._apply: dict[type[Operation], Apply] = {
             SetString: self._set_string,
@@ -82,6 +87,10 @@ class Engine:
             DeleteVectors: self._delete_vectors,
             InstallSegment: self._install_segment,
             SetAttributes: self._set_attributes,
+            SetStrings: self._set_strings,
+            SetRange: self._set_range,
+            RenameKey: self._rename_key,
+            CopyKey: self._copy_key,
         }
 
     def apply(self, lsn: int, operation: Operation) -> None:
@@ -97,7 +106,32 @@ class Engine:
     def _append_string(self, lsn: int, operation: AppendString) -> None:
         value = self.keyspace.values.get(operation.key, b"")
         assert isinstance(value, bytes)
-        self.keyspace.values[operation.key] = value + operation.suffix
+        self.keyspace.update(operation.key, value + operation.suffix)
+
+    def _set_strings(self, lsn: int, operation: SetStrings) -> None:
+        if self.indices:
+            for key in set(operation.keys):
+                self._drop(self.keyspace.values.get(key))
+        self.keyspace.set_many(operation.keys, operation.values)
+
+    def _set_range(self, lsn: int, operation: SetRange) -> None:
+        value = self.keyspace.values.get(operation.key, b"")
+        assert isinstance(value, bytes)
+        before = memoryview(value)[: operation.offset]
+        zeros = bytes(operation.offset - len(before))
+        after = memoryview(value)[operation.offset + len(operation.data) :]
+        self.keyspace.update(operation.key, b"".join((before, zeros, operation.data, after)))
+
+    def _rename_key(self, lsn: int, operation: RenameKey) -> None:
+        if operation.source != operation.destination:
+            self._drop(self.keyspace.values.get(operation.destination))
+            self.keyspace.rename(operation.source, operation.destination)
+
+    def _copy_key(self, lsn: int, operation: CopyKey) -> None:
+        value = self.keyspace.values[operation.source]
+        assert isinstance(value, bytes)
+        self._drop(self.keyspace.values.get(operation.destination))
+        self.keyspace.set(operation.destination, value, self.keyspace.expiries.get(operation.source))
 
     def _delete_keys(self, lsn: int, operation: DeleteKeys) -> None:
         for key in operation.keys:
@@ -172,21 +206,38 @@ class Engine:
 
     def totals(self) -> Totals:
         """Counts over all indices; takes time in proportion to those changed since the last call."""
-        rows, unindexed, held, segments = self._totals
+        self._count()
+        rows, unindexed, held, segments, size = self._totals
+        return Totals(rows, unindexed, held - rows, segments, size)
+
+    def bytes_held(self) -> int:
+        """What the data takes in memory: see `Keyspace.bytes_held` and `VectorIndex.bytes_reserved`."""
+        if self._uncounted:
+            self._count()
+        return self.keyspace.bytes_held() + self._totals[-1]
+
+    def _count(self) -> None:
+        rows, unindexed, held, segments, size = self._totals
         for index_id in self._uncounted:
             before = self._counted.pop(index_id, _NO_COUNTS)
             index = self.indices.get(index_id)
             now = _NO_COUNTS
             if index is not None:
-                now = (len(index.live), index.rows_unindexed, index.rows_total, len(index.segments))
+                now = (
+                    len(index.live),
+                    index.rows_unindexed,
+                    index.rows_total,
+                    len(index.segments),
+                    index.bytes_reserved,
+                )
                 self._counted[index_id] = now
             rows += now[0] - before[0]
             unindexed += now[1] - before[1]
             held += now[2] - before[2]
             segments += now[3] - before[3]
+            size += now[4] - before[4]
         self._uncounted.clear()
-        self._totals = rows, unindexed, held, segments
-        return Totals(rows, unindexed, held - rows, segments)
+        self._totals = rows, unindexed, held, segments, size
 
     def export(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """The whole state as columns and metadata, for a snapshot; `restore` is the inverse.

@@ -112,6 +112,39 @@ class SetAttributes(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=
     attributes: tuple[bytes, ...]
 
 
+class SetStrings(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=11):
+    """Each key holds the string at its place in `values`, for ever; of a key given twice the last counts."""
+
+    keys: tuple[bytes, ...]
+    values: tuple[bytes, ...]
+
+
+class SetRange(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=12):
+    """The string at key (empty when missing) has these bytes at `offset`, with zeros up to it where it was
+    shorter; its expiry stays.
+    """
+
+    key: bytes
+    offset: int
+    data: bytes
+
+
+class RenameKey(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=13):
+    """What an existing key holds, and when it lapses, moves to another key, in place of what was there."""
+
+    source: bytes
+    destination: bytes
+
+
+class CopyKey(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=14):
+    """The string at an existing key, and when it lapses, is at another key as well, in place of what that one
+    held.
+    """
+
+    source: bytes
+    destination: bytes
+
+
 Operation = (
     SetString
     | AppendString
@@ -123,6 +156,10 @@ Operation = (
     | DeleteVectors
     | InstallSegment
     | SetAttributes
+    | SetStrings
+    | SetRange
+    | RenameKey
+    | CopyKey
 )
 
 _encoder = msgspec.msgpack.Encoder()

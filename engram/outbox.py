@@ -18,6 +18,9 @@ _UNRELEASED_BYTES = 4 << 20
 
 _WRITE_SIZE = 256 << 10
 
+# Replies that may wait for a client that has yet to authenticate (Redis drops it beyond as many).
+_UNAUTHENTICATED_BYTES = 1024
+
 # With fewer clients than this a reply is sent at once.
 _MANY_CLIENTS = 5
 
@@ -28,7 +31,10 @@ class Outbox:
     `flush` is what moves replies along, and it is synchronous: the connection calls it after a burst of
     requests, the log when a batch is durable, a search when it is done. So a batch that releases the
     replies of fifty clients wakes no task. Only what a socket will not take at once is left to a writer
-    task. `start_writer` starts `write` in the client's nursery, `abort` ends the client.
+    task. `start_writer` starts `write` in the client's nursery, `abort` ends the client, and `written` is
+    called when a client that reads late has read some.
+
+    While `authenticated` is false, next to nothing may wait for the client.
     """
 
     def __init__(
@@ -38,12 +44,15 @@ class Outbox:
         *,
         start_writer: Callable[[], None],
         abort: Callable[[], None],
+        written: Callable[[], None] = lambda: None,
     ) -> None:
+        self.authenticated = True
         self._transport = transport
         self._server = server
         self._journal = server.database.journal
         self._start_writer = start_writer
         self._abort = abort
+        self._written = written
         self._waiting: deque[tuple[bytes | Slot, int]] = deque()
         self._waiting_bytes = 0
         # The last LSN that replies so far show.
@@ -62,12 +71,23 @@ class Outbox:
         return self._waiting_bytes + sum(map(len, self._departing)) + self._unsent_bytes
 
     @property
+    def awaiting(self) -> bool:
+        """Whether replies wait for the log or for a search, and not for the client."""
+        return bool(self._waiting)
+
+    @property
+    def _limit(self) -> int:
+        """Bytes that may wait for the client before its requests do."""
+        limit = self._server.config.client_output_buffer_limit
+        return limit if self.authenticated else min(limit, _UNAUTHENTICATED_BYTES)
+
+    @property
     def congested(self) -> bool:
         """Whether further requests of this client should wait."""
         if not self._unsent_bytes and not self._waiting:
             return False
         return (
-            self._unsent_bytes > self._server.config.client_output_buffer_limit
+            self._unsent_bytes > self._limit
             or len(self._waiting) > _UNRELEASED_REPLIES
             or self._waiting_bytes > _UNRELEASED_BYTES
         )
@@ -193,7 +213,7 @@ class Outbox:
 
     def _limit_writing(self, scope: trio.CancelScope) -> None:
         # Only a client that holds up its own requests is hurried; one that reads late may.
-        backed_up = self._unsent_bytes > self._server.config.client_output_buffer_limit
+        backed_up = self._unsent_bytes > self._limit
         if not backed_up:
             scope.deadline = float("inf")
         elif scope.deadline == float("inf"):
@@ -211,6 +231,7 @@ class Outbox:
                     await self._transport.send_all(data)
                     self._unsent_bytes -= len(data)
                     self._server.statistics.net_output_bytes += len(data)
+                    self._written()
                     scope.deadline = float("inf")
                     self._limit_writing(scope)
                     self._progress.unpark_all()

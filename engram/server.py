@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
+import importlib
 import logging
 import os
 import resource
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -22,9 +21,11 @@ from pathlib import Path
 import attrs
 import trio
 
+from engram.access import open_access
+from engram.commands.client import describe
+from engram.commands.registry import COMMANDS
 from engram.commands.session import Server
 from engram.config import Config
-from engram.connection import Connection
 from engram.database import RECORD_OVERHEAD, Database
 from engram.engine import Engine
 from engram.errors import OperatorError
@@ -34,15 +35,14 @@ from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
+from engram.listeners import Listener, Reception, listening, tcp_port
+from engram.log_lines import set_level
 from engram.operations import InstallSegment
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
 from engram.progress import Progress
-from engram.protocol import replies
-from engram.transport import SocketTransport
+from engram.statistics import SAMPLE_INTERVAL
 
 logger = logging.getLogger("engram")
-
-MAXCLIENTS_REACHED = replies.error("ERR max number of clients reached")
 
 # A thread waits this long for the interpreter lock before its holder is asked for it. A batch of
 # searches takes the lock once a query, so the default of 5 ms would make it wait most of the time.
@@ -71,7 +71,10 @@ _MEMORY_RESERVE = 16 << 20
 
 @attrs.frozen
 class Started:
-    """What `serve` reports once it listens. `addresses` are (host, port); `seconds` is what recovery took."""
+    """What `serve` reports once it listens.
+
+    `addresses` are (host, port), for TLS in `tls_addresses`; `seconds` is what recovery took.
+    """
 
     addresses: tuple[tuple[str, int], ...]
     directory: str
@@ -79,6 +82,8 @@ class Started:
     vectors: int
     seconds: float
     recovery: Recovery | None
+    tls_addresses: tuple[tuple[str, int], ...] = ()
+    unixsocket: str = ""
 
 
 async def serve(
@@ -106,9 +111,8 @@ async def serve(
         )
     if most_clients < config.maxclients:
         logger.warning("the limit of open files leaves room for %d clients only", most_clients)
-    listeners = _listen(config)
     try:
-        with _data_folder(config) as folder:
+        with listening(config) as listeners, _data_folder(config) as folder:
             await _serve(config, folder, listeners, most_clients, shutdown, began, task_status)
     except BaseExceptionGroup as group:
         # The operator is told the reason, not the shape of the nurseries.
@@ -116,9 +120,6 @@ async def serve(
         if matched is None or rest is not None:
             raise
         raise first_error(matched) from group
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def first_error(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
@@ -166,28 +167,6 @@ def _remove_abandoned_folders() -> None:
             logger.debug("%s stays: %s", mark.parent, error)
 
 
-def _listen(config: Config) -> list[socket.socket]:
-    listeners: list[socket.socket] = []
-    port = config.port
-    for host in config.bind:
-        try:
-            family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.create_server(address, family=family, backlog=config.tcp_backlog)
-        except OSError as error:
-            for other in listeners:
-                other.close()
-            unresolved = isinstance(error, socket.gaierror)
-            reason = error.strerror if unresolved else os.strerror(error.errno or 0)
-            raise OperatorError(f"cannot listen on {host} port {port}: {reason}") from error
-        listener.setblocking(False)
-        listeners.append(listener)
-        # All addresses share the port that the first one was given.
-        port = listener.getsockname()[1]
-    return listeners
-
-
 def _raise_descriptor_limit() -> int:
     """Raises the limit of open files as far as this process may; returns it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -207,7 +186,7 @@ def search_threads(config: Config) -> tuple[int, int]:
 async def _serve(
     config: Config,
     folder: Path,
-    listeners: list[socket.socket],
+    listeners: list[Listener],
     most_clients: int,
     shutdown: trio.Event,
     began: float,
@@ -220,6 +199,16 @@ async def _serve(
     engine = Engine(store, seal_rows=config.seal_rows)
     recovery: Recovery | None = None
     persistence: Persistence | None = None
+    access = await trio.to_thread.run_sync(
+        partial(
+            open_access,
+            COMMANDS,
+            config,
+            folder if config.dir else None,
+            describe=describe,
+            warn=logger.warning,
+        )
+    )
     if config.dir:
         recovery = await _recover(folder, files, engine, progress, shutdown)
         persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
@@ -236,12 +225,21 @@ async def _serve(
             database.changed(index)
 
     searches = SearchService(threads, config.search_batch, helpers)
+    searches.timeout = config.search_queue_timeout / 1000
     builder = Builder(store, install, settings=BuilderSettings(builds_at_once=config.builds_at_once))
     database.changed = builder.consider
 
     def reconfigure() -> None:
+        # The only one that may refuse.
+        reception.reload_certificates()
         if persistence is not None:
             _configure_log(persistence.settings, config)
+        searches.timeout = config.search_queue_timeout / 1000
+        server.memory.reconfigure()
+        set_level(config.loglevel)
+        access.require(config.requirepass.encode("utf-8", "surrogateescape"))
+        server.review_sessions()
+        server.reconsider()
 
     async with trio.open_nursery() as storage_nursery:
         if persistence is not None:
@@ -263,23 +261,35 @@ async def _serve(
                 verification=verification,
                 run_id=secrets.token_hex(20),
                 started=time.time(),
-                port=listeners[0].getsockname()[1],
+                port=tcp_port(listeners),
                 start_soon=work_nursery.start_soon,
                 shut_down=shutdown.set,
                 reconfigure=reconfigure,
+                access=access,
             )
+            reception = Reception(server, listeners, most_clients)
             _tune_process()
             started = Started(
-                addresses=tuple(listener.getsockname()[:2] for listener in listeners),
+                addresses=tuple(each.address for each in listeners if not (each.encrypted or each.path)),
                 directory=config.dir,
                 keys=len(engine.keyspace),
                 vectors=sum(map(len, engine.indices.values())),
                 seconds=time.monotonic() - began,
                 recovery=recovery,
+                tls_addresses=tuple(each.address for each in listeners if each.encrypted),
+                unixsocket=config.unixsocket,
             )
             work_nursery.start_soon(server.departures.run)
+            work_nursery.start_soon(_sample, server)
+            builder.on_built = lambda seconds: server.statistics.builds.record(1, int(seconds * 1e9))
+            if persistence is not None:
+                persistence.on_sync = lambda seconds: server.statistics.syncs.record(1, int(seconds * 1e9))
+            if config.metrics_port:
+                # Not imported above: a server starts the sooner without.
+                metrics = importlib.import_module("engram.metrics")
+                await work_nursery.start(metrics.serve, server)
             ready = partial(task_status.started, started)
-            await _serve_clients(server, listeners, most_clients, shutdown, ready)
+            await reception.run(shutdown, ready)
             work_nursery.cancel_scope.cancel()
         # Nothing writes any more: the log is drained and synced, and its task ends.
         if persistence is not None:
@@ -331,26 +341,6 @@ async def _report_progress(progress: Progress) -> None:
             logger.warning("%s: %d of %d MiB", progress.doing, progress.done >> 20, progress.total >> 20)
 
 
-async def _serve_clients(
-    server: Server,
-    listeners: list[socket.socket],
-    most_clients: int,
-    shutdown: trio.Event,
-    ready: Callable[[], None],
-) -> None:
-    """Accepts clients until `shutdown`, then lets each have its last replies."""
-    connections: set[Connection] = set()
-    async with trio.open_nursery() as client_nursery:
-        async with trio.open_nursery() as front_nursery:
-            for listener in listeners:
-                front_nursery.start_soon(_accept, listener, server, most_clients, connections, client_nursery)
-            ready()
-            await shutdown.wait()
-            front_nursery.cancel_scope.cancel()
-        for connection in connections:
-            connection.finish()
-
-
 def _tune_process() -> None:
     # Left alone, glibc takes ever larger blocks from its heap, which seldom gives them back.
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -381,66 +371,13 @@ def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:
     return command
 
 
-async def _accept(
-    listener: socket.socket,
-    server: Server,
-    most_clients: int,
-    connections: set[Connection],
-    nursery: trio.Nursery,
-) -> None:
+async def _sample(server: Server) -> None:
+    """Notes how the counters grow, and how much memory is taken at most."""
+    statistics = server.statistics
     while True:
-        await trio.lowlevel.wait_readable(listener)
-        try:
-            client, peer = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            continue
-        except OSError as error:
-            # Out of descriptors or memory, or, as accept(2) has it, a network error of the new connection.
-            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
-                raise
-            logger.warning("cannot accept a connection: %s", error.strerror)
-            await trio.sleep(0.1)
-            continue
-        server.statistics.connections_received += 1
-        if len(connections) >= min(server.config.maxclients, most_clients):
-            server.statistics.connections_rejected += 1
-            with client:
-                client.setblocking(False)
-                _send_and_forget(client, MAXCLIENTS_REACHED)
-            continue
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection = Connection(
-            SocketTransport(client),
-            server,
-            address=_address(peer),
-            local_address=_address(client.getsockname()),
-            descriptor=client.fileno(),
-        )
-        connections.add(connection)
-        nursery.start_soon(_attend, connection, connections)
-
-
-def _send_and_forget(client: socket.socket, data: bytes) -> None:
-    try:
-        client.send(data)
-    except OSError as error:
-        logger.debug("a rejected client left at once: %s", error)
-
-
-def _address(name: tuple[str, int]) -> str:
-    host, port = name[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-async def _attend(connection: Connection, connections: set[Connection]) -> None:
-    """Serves one client; what goes wrong there ends that client alone."""
-    try:
-        await connection.serve()
-    except Exception:
-        logger.exception("client %s ended by an error", connection.session.address)
-    finally:
-        connections.discard(connection)
+        statistics.sample(trio.current_time())
+        statistics.peak_memory = max(statistics.peak_memory, server.memory.used())
+        await trio.sleep(SAMPLE_INTERVAL)
 
 
 async def _expire(database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from typing import Protocol
 
 import trio
@@ -84,6 +85,10 @@ class SocketTransport:
             rest = rest[self.send_now(rest) :]
 
     async def close(self) -> None:
+        self.close_now()
+
+    def close_now(self) -> None:
+        """Closes the socket; no checkpoint."""
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
 
@@ -108,3 +113,111 @@ class StreamTransport:
 
     async def close(self) -> None:
         await trio.aclose_forcefully(self._stream)
+
+
+class Wire(trio.abc.Stream):
+    """What a TLS client sends and is sent, encrypted, on its socket.
+
+    A step of a handshake takes the processor for a millisecond or so, and nobody else is served meanwhile.
+    Of many that could be taken at once, only one at a time is: each holds `computing` from the moment its
+    bytes are here until it has sent its answer or waits for more, and the other clients come between.
+    """
+
+    def __init__(self, connected: socket.socket, computing: trio.Lock) -> None:
+        self._socket = SocketTransport(connected)
+        self._computing = computing
+        self._shaking_hands = True
+        self._in_step = False
+        self._leaving = False
+
+    def settle(self) -> None:
+        """Ends the handshake: what follows takes no turns."""
+        self._shaking_hands = False
+        self._end_step()
+
+    def leave(self) -> None:
+        """From here on what the socket will not take at once is not sent."""
+        self._leaving = True
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Raises trio.BrokenResourceError when the peer has gone away."""
+        self._end_step()
+        rest = memoryview(data)
+        try:
+            rest = rest[self._socket.send_now(rest) :]
+            if rest and not self._leaving:
+                await self._socket.send_all(rest)
+            else:
+                # What has been sent cannot be taken back.
+                await trio.lowlevel.cancel_shielded_checkpoint()
+        except (OSError, trio.ClosedResourceError) as error:
+            raise trio.BrokenResourceError from error
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """The next bytes; empty at the end of the stream."""
+        self._end_step()
+        data = await self._socket.receive()
+        if self._shaking_hands and data:
+            await self._computing.acquire()
+            self._in_step = True
+        return data
+
+    async def aclose(self) -> None:
+        self.cut()
+        await trio.lowlevel.checkpoint()
+
+    def cut(self) -> None:
+        """Closes the socket without a word."""
+        self._end_step()
+        self._socket.close_now()
+
+    def _end_step(self) -> None:
+        if self._in_step:
+            self._in_step = False
+            self._computing.release()
+
+
+class TlsTransport(StreamTransport):
+    """A client behind TLS, after the handshake."""
+
+    def __init__(self, stream: trio.SSLStream[Wire]) -> None:
+        super().__init__(stream)
+        self._encrypted = stream
+
+    async def close(self) -> None:
+        """Tells the peer that this is the end, if its socket takes that now, and closes."""
+        self._encrypted.transport_stream.leave()
+        await self._encrypted.aclose()
+        _forget(self._encrypted)
+
+
+def _forget(stream: trio.SSLStream[Wire]) -> None:
+    # It refers to itself. The garbage collector, which does not see the 40 KiB and more that OpenSSL holds
+    # for each, would come only after thousands.
+    vars(stream).clear()
+
+
+async def shake_hands(
+    connected: socket.socket, context: ssl.SSLContext, computing: trio.Lock
+) -> TlsTransport:
+    """Has a client that just connected prove what `context` asks of it, and encrypts what follows.
+
+    Of all handshakes that share `computing`, one at a time uses the processor. It closes the socket unless it
+    returns.
+
+    Raises:
+        trio.BrokenResourceError: the client left, or it and the server cannot agree; the cause says why.
+    """
+    wire = Wire(connected, computing)
+    stream = trio.SSLStream(wire, context, server_side=True)
+    try:
+        await stream.do_handshake()
+    except BaseException:
+        wire.cut()
+        _forget(stream)
+        raise
+    wire.settle()
+    return TlsTransport(stream)

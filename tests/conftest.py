@@ -14,6 +14,9 @@ import pytest
 import trio
 import trio.testing
 
+from engram.access import Access
+from engram.commands.client import describe
+from engram.commands.registry import COMMANDS
 from engram.commands.session import Server, Storage
 from engram.config import Config
 from engram.connection import Connection
@@ -161,6 +164,7 @@ class HeldSearches(SearchService):
         options: SearchOptions,
         done: Done,
         wanted: Callable[[], bool] = lambda: True,
+        client: int = 0,
     ) -> None:
         self.held.append(done)
         self.options.append(options)
@@ -171,6 +175,7 @@ class HeldSearches(SearchService):
         function: Callable[[], T],
         done: Callable[[T | Exception], None],
         wanted: Callable[[], bool] = lambda: True,
+        client: int = 0,
     ) -> None:
         self.work.append(lambda: done(function()))
         self.wanted.append(wanted)
@@ -305,6 +310,7 @@ def open_house(tmp_path: Path) -> OpenHouse:
                 start_soon=nursery.start_soon,
                 shut_down=shutdown.set,
                 reconfigure=lambda: None,
+                access=Access(COMMANDS, describe=describe),
             )
             nursery.start_soon(server.departures.run)
             yield House(server, database, engine, clock, nursery, shutdown)

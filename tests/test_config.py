@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         (
             ["--appendfsync", "never"],
             "--appendfsync: bad value 'never' for setting 'appendfsync':"
-            " argument(s) must be one of the following: always, everysec, no",
+            " argument(s) must be one of the following: everysec, always, no",
         ),
         (
             ["--log-file-size", "12parsecs"],
@@ -87,3 +88,52 @@ def test_sizes_have_redis_units() -> None:
     ):
         config.set("log-file-size", text)
         assert config.log_file_size == size
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("5mb", 5 << 20),
+        ("normal 5mb 0 0", 5 << 20),
+        ("normal 0 0 0", 1 << 50),
+        ("NORMAL 100000 2 3 replica 256mb 64mb 60 pubsub 32mb 8mb 60", 100_000),
+    ],
+)
+def test_the_output_limit_is_a_size_or_what_redis_calls_a_class(text: str, limit: int) -> None:
+    config = Config()
+    config.set("client-output-buffer-limit", text)
+    assert config.client_output_buffer_limit == limit
+    assert load_config(["--client-output-buffer-limit", *text.split()]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # The first three are Redis's words.
+        ("foo 1 2 3", "Invalid client class specified in buffer limit configuration."),
+        ("normal 1 2", "Wrong number of arguments in buffer limit configuration."),
+        ("normal a 2 3", "Error in hard, soft or soft_seconds setting in buffer limit configuration."),
+        ("replica 1 2 3", "only clients of the class 'normal' have a limit here"),
+        ("normal 1 0 0", "argument must be between 65536 and 1125899906842624 inclusive"),
+        ("", "Wrong number of arguments in buffer limit configuration."),
+    ],
+)
+def test_an_output_limit_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Config().set("client-output-buffer-limit", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("9", "argument couldn't be parsed as an octal number"),
+        ("x", "argument couldn't be parsed as an octal number"),
+        ("1777", "argument must be between 0 and 777 inclusive"),
+    ],
+)
+def test_a_mode_is_octal(text: str, message: str) -> None:
+    config = Config()
+    config.set("unixsocketperm", "0770")
+    assert config.get("unixsocketperm") == "770"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        config.set("unixsocketperm", text)

@@ -636,3 +636,96 @@ async def test_finish_frees_a_client_that_waits_for_room(open_house: OpenHouse) 
         house.connections[0].finish()
         assert await client.ended() == PONG
         assert journal.records == []
+
+
+# What is counted
+
+
+async def test_calls_are_counted_by_command(house: House) -> None:
+    client = house.connect()
+    await client.send("SET a 1", "SET b 1", "GET a", "SET c 1", "INCR x y", "LLEN", "CLIENT ID", "GETEX")
+    await client.send("SET a x", "INCR a")
+    await client.arrived()
+    usage = house.server.statistics.usage
+    counts = {name: (each.calls, each.rejected, each.failed) for name, each in usage.items()}
+    assert counts == {
+        "set": (4, 0, 0),
+        "get": (1, 0, 0),
+        "incr": (1, 1, 1),
+        "client|id": (1, 0, 0),
+        "getex": (0, 1, 0),
+    }
+    assert house.server.statistics.errors == {"ERR": 4}
+    assert all(each.nanoseconds > 0 for each in usage.values() if each.calls)
+
+
+async def test_a_search_is_counted_when_it_is_answered(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.send("VNEW i 1", [b"VADD", b"i", b"x", vector(1)], [b"VSEARCH", b"i", vector(1), b"1"])
+        await client.arrived()
+        usage = house.server.statistics.usage
+        assert usage["vsearch"].calls == 0
+        searches.held[0]([SearchResult([b"x"], [b"0"])])
+        await client.arrived()
+        assert usage["vsearch"].calls == 1
+
+
+async def test_slow_calls_are_kept(open_house: OpenHouse) -> None:
+    async with open_house(config=Config(slowlog_log_slower_than=0)) as house:
+        client = house.connect()
+        await client.send("SET a 1", "GET a", "MULTI", "EXEC")
+        await client.arrived()
+        assert [call.arguments for call in house.server.slowlog] == [
+            [b"MULTI"],
+            [b"GET", b"a"],
+            [b"SET", b"a", b"1"],
+        ]
+        house.server.config.slowlog_log_slower_than = -1
+        await client.call("PING")
+        assert len(house.server.slowlog) == 3
+
+
+# Who has yet to authenticate
+
+
+async def test_nothing_is_answered_before_authentication(open_house: OpenHouse) -> None:
+    async with open_house() as house:
+        await house.connect().call("ACL SETUSER default resetpass >secret")
+        client = house.connect()
+        refused = b"-NOAUTH Authentication required.\r\n"
+        await client.send("GET a", "PING", "AUTH wrong", "NOSUCH", "AUTH secret", "PING", "RESET", "PING")
+        assert await client.arrived() == (
+            2 * refused
+            + b"-WRONGPASS invalid username-password pair or user is disabled.\r\n"
+            + b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n"
+            + OK
+            + PONG
+            + b"+RESET\r\n"
+            + refused
+        )
+
+
+async def test_large_requests_wait_for_authentication(open_house: OpenHouse) -> None:
+    async with open_house() as house:
+        await house.connect().call("ACL SETUSER default resetpass >secret")
+        large = [b"SET", b"a", b"x" * 20_000]
+        client, other, third = house.connect(), house.connect(), house.connect()
+        await client.send("AUTH secret", large, "PING", "STRLEN a")
+        assert await client.arrived() == 2 * OK + PONG + b":20000\r\n"
+        await other.send("PING", large)
+        assert await other.ended() == (
+            b"-NOAUTH Authentication required.\r\n-ERR Protocol error: unauthenticated bulk length\r\n"
+        )
+        await third.send([b"DEL"] + 10 * [b"a"])
+        assert await third.ended() == b"-ERR Protocol error: unauthenticated multibulk length\r\n"
+
+
+@pytest.mark.parametrize("line", [b"POST / HTTP/1.1\r\n", b"Host: localhost\r\n"])
+async def test_http_gets_no_answer(house: House, line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    client = house.connect()
+    await client.stream.send_all(line + b"SET a 1\r\n")
+    assert await client.ended() == b""
+    assert "as in HTTP" in caplog.text
+    assert await house.connect().call("EXISTS a") == b":0\r\n"

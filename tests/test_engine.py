@@ -17,15 +17,19 @@ from engram.index.segment import SegmentStore
 from engram.operations import (
     AddVectors,
     AppendString,
+    CopyKey,
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
     Flush,
     InstallSegment,
     Operation,
+    RenameKey,
     SetAttributes,
     SetExpiry,
+    SetRange,
     SetString,
+    SetStrings,
     decode,
     encode,
 )
@@ -35,7 +39,10 @@ KEYS = (b"a", b"b", b"c", b"")
 MEMBERS = (b"x", b"y", b"z", b"\xff\x00")
 SHAPES = {"cosine": 2, "l2": 3, "dot": 1}
 
-WORDS = ("set", "append", "delete", "expire", "remove", "describe", "flush", *2 * ("create",), *3 * ("add",))
+WORDS = (
+    *("set", "append", "write", "set many", "rename", "copy"),
+    *("delete", "expire", "remove", "describe", "flush", *2 * ("create",), *3 * ("add",)),
+)
 
 # One step of a history: a word and choices that `to_operation` fits to the state.
 Step = tuple[str, bytes, bytes, int]
@@ -64,6 +71,14 @@ def to_operation(engine: Engine, step: Step) -> Operation | None:
             return SetString(key, member, number if number % 2 else None)
         case "append" if isinstance(value, bytes):
             return AppendString(key, member)
+        case "write" if index is None:
+            return SetRange(key, number % 5, member)
+        case "set many":
+            return SetStrings((key, member[:1]), (member, b"%d" % number))
+        case "rename" if value is not None:
+            return RenameKey(key, KEYS[number % len(KEYS)])
+        case "copy" if isinstance(value, bytes):
+            return CopyKey(key, KEYS[number % len(KEYS)])
         case "delete" if value is not None:
             return DeleteKeys((key,))
         case "expire" if value is not None:
@@ -152,13 +167,23 @@ def test_an_index_is_held_exactly_as_long_as_its_key(steps: list[Step]) -> None:
 
 def test_what_takes_the_place_of_an_index_drops_it() -> None:
     create = CreateIndex(b"a", 2, "l2", 16, 128, "f32")
-    for last in (SetString(b"a", b""), DeleteKeys((b"a",)), Flush(), create):
+    changes = (
+        SetString(b"a", b""),
+        SetStrings((b"a", b"a"), (b"", b"")),
+        RenameKey(b"b", b"a"),
+        CopyKey(b"b", b"a"),
+        DeleteKeys((b"a",)),
+        Flush(),
+        create,
+    )
+    for last in changes:
         with engines() as make:
             engine = make()
             engine.apply(1, create)
             engine.apply(2, AddVectors(1, (b"x",), vector(1, 2)))
             index = engine.indices[1]
-            engine.apply(3, last)
+            engine.apply(3, SetString(b"b", b""))
+            engine.apply(4, last)
             assert index.dropped
             assert 1 not in engine.indices
             assert engine.dropped[0] == {b"x": 0}
@@ -179,6 +204,48 @@ def test_append_to_a_missing_key_starts_it() -> None:
         engine.apply(1, AppendString(b"a", b"x"))
         engine.apply(2, AppendString(b"a", b"y"))
         assert engine.keyspace.values == {b"a": b"xy"}
+
+
+def test_a_range_is_written_into_a_string() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, SetRange(b"a", 2, b"x"))
+        assert engine.keyspace.values == {b"a": b"\0\0x"}
+        engine.apply(2, SetExpiry(b"a", 50))
+        engine.apply(3, SetRange(b"a", 1, b"yz"))
+        engine.apply(4, SetRange(b"a", 2, b"123"))
+        assert engine.keyspace.values == {b"a": b"\0y123"}
+        engine.apply(5, SetRange(b"a", 0, b"."))
+        engine.apply(6, SetRange(b"a", 7, b"!"))
+        assert engine.keyspace.values == {b"a": b".y123\0\0!"}
+        assert engine.keyspace.expiries == {b"a": 50}
+
+
+def test_a_key_is_renamed_with_its_expiry() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, SetString(b"a", b"1", 50))
+        engine.apply(2, SetString(b"b", b"2", 60))
+        engine.apply(3, RenameKey(b"a", b"b"))
+        assert (engine.keyspace.values, engine.keyspace.expiries) == ({b"b": b"1"}, {b"b": 50})
+        engine.apply(4, SetString(b"a", b"3"))
+        engine.apply(5, RenameKey(b"a", b"b"))
+        assert (engine.keyspace.values, engine.keyspace.expiries) == ({b"b": b"3"}, {})
+        engine.apply(6, RenameKey(b"b", b"b"))
+        assert engine.keyspace.values == {b"b": b"3"}
+
+
+def test_a_string_is_copied_with_its_expiry() -> None:
+    with engines() as make:
+        engine = make()
+        engine.apply(1, SetString(b"a", b"1", 50))
+        engine.apply(2, CopyKey(b"a", b"b"))
+        engine.apply(3, AppendString(b"a", b"0"))
+        assert engine.keyspace.values == {b"a": b"10", b"b": b"1"}
+        assert engine.keyspace.expiries == {b"a": 50, b"b": 50}
+        engine.apply(4, SetExpiry(b"a", None))
+        engine.apply(5, CopyKey(b"a", b"b"))
+        assert engine.keyspace.expiries == {}
 
 
 def test_attributes_stay_unless_others_are_given() -> None:
@@ -219,4 +286,5 @@ def test_totals_are_sums_over_the_indices(steps: list[Step], looks: set[int]) ->
                     unindexed=sum(index.rows_unindexed for index in indices),
                     dead=sum(index.rows_dead for index in indices),
                     segments=0,
+                    bytes_reserved=sum(index.bytes_reserved for index in indices),
                 )

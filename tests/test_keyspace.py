@@ -23,6 +23,23 @@ class KeyspaceAgainstDict(RuleBasedStateMachine):
         self.keyspace.set(key, value, expires_at)
         self.model[key] = (value, expires_at)
 
+    @rule(keys=st.lists(KEYS, max_size=5), number=st.integers(0, 9))
+    def set_many(self, keys: list[bytes], number: int) -> None:
+        values = [b"%d" % (number + place) for place in range(len(keys))]
+        self.keyspace.set_many(keys, values)
+        self.model |= {key: (value, None) for key, value in zip(keys, values, strict=True)}
+
+    @rule(key=KEYS, value=st.binary(max_size=3))
+    def update(self, key: bytes, value: bytes) -> None:
+        self.keyspace.update(key, value)
+        self.model[key] = (value, self.model.get(key, (b"", None))[1])
+
+    @rule(source=KEYS, destination=KEYS)
+    def rename(self, source: bytes, destination: bytes) -> None:
+        if source in self.model:
+            self.keyspace.rename(source, destination)
+            self.model[destination] = self.model.pop(source)
+
     @rule(key=KEYS)
     def delete(self, key: bytes) -> None:
         expected = self.model.pop(key, (None, None))[0]
@@ -46,6 +63,7 @@ class KeyspaceAgainstDict(RuleBasedStateMachine):
         assert self.keyspace.values == {key: value for key, (value, _) in self.model.items()}
         expiries = {key: at for key, (_, at) in self.model.items() if at is not None}
         assert self.keyspace.expiries == expiries
+        assert self.keyspace.random_key() in (self.model or (None,))
         assert self.keyspace.next_expiry() == min(expiries.values(), default=None)
 
 
@@ -124,3 +142,25 @@ def test_load_fills_in_bulk() -> None:
     keyspace.load({b"a": b"1", b"b": b"2"}, {b"b": 5})
     assert keyspace.expired(5, 10) == [b"b"]
     assert len(keyspace) == 2
+
+
+def test_random_keys_of_many_are_keys_that_are_there() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    keyspace.set_many([b"%d" % number for number in range(10_000)], [b""] * 10_000)
+    assert len({keyspace.random_key() for _ in range(100)}) > 50
+    for number in range(4_990):
+        keyspace.delete(b"%d" % number)
+    assert all(keyspace.random_key() in keyspace.values for _ in range(100))
+    keyspace.set_many([b"new:%d" % number for number in range(20_000)], [b""] * 20_000)
+    assert any(str(keyspace.random_key()).startswith("b'new:") for _ in range(100))
+    keyspace.clear()
+    assert keyspace.random_key() is None
+
+
+def test_a_key_that_came_in_place_of_all_others_is_drawn() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    keyspace.set_many([b"%d" % number for number in range(5_000)], [b""] * 5_000)
+    keyspace.random_key()
+    for number in range(5_000):
+        keyspace.rename(b"%d" % number, b"new:%d" % number)
+    assert str(keyspace.random_key()).startswith("b'new:")

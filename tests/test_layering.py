@@ -11,44 +11,90 @@ import pytest
 
 ENGRAM = Path(__file__).parents[1] / "engram"
 
-GROUND = frozenset({"operations", "errors", "files", "columns", "progress"})
+GROUND = frozenset({"operations", "errors", "files", "columns", "progress", "sizes"})
 STATE = GROUND | {"keyspace", "index"}
 
 # A room is a module or a package directly under `engram`, and may import itself, the names defined in
 # engram/__init__.py, and these rooms.
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "errors": frozenset(),
+    "sizes": frozenset(),
     "files": frozenset(),
     "operations": frozenset(),
     "columns": frozenset({"errors", "files"}),
     "progress": frozenset({"errors"}),
     "config": frozenset({"errors"}),
+    "permissions": frozenset({"config", "protocol"}),
+    "access": frozenset({"config", "errors", "files", "permissions", "protocol"}),
+    "config_file": frozenset({"config"}),
+    "log_lines": frozenset({"config", "errors"}),
     "protocol": frozenset({"errors"}),
     "keyspace": GROUND,
     "index": GROUND,
     "persistence": GROUND,
     "engine": STATE,
-    "database": STATE | {"engine"},
+    "database": STATE | {"engine", "watches"},
     "departures": frozenset(),
-    "commands": STATE | {"config", "database", "departures", "engine", "protocol"},
+    "statistics": frozenset(),
+    "slowlog": frozenset(),
+    "monitors": frozenset({"slowlog"}),
+    "pause": frozenset(),
+    "watches": frozenset({"index", "keyspace", "operations"}),
+    "memory": frozenset({"config", "database", "errors", "operations"}),
+    "commands": STATE
+    | {
+        "access",
+        "config",
+        "config_file",
+        "database",
+        "departures",
+        "engine",
+        "memory",
+        "monitors",
+        "pause",
+        "permissions",
+        "protocol",
+        "slowlog",
+        "statistics",
+        "watches",
+    },
     "transport": frozenset({"errors"}),
     "outbox": frozenset({"commands", "database", "transport"}),
     "connection": frozenset({"commands", "database", "errors", "outbox", "protocol", "transport"}),
+    "certificates": frozenset({"config", "errors"}),
+    "listeners": frozenset(
+        {"access", "certificates", "commands", "config", "connection", "errors", "protocol", "transport"}
+    ),
     "snapshotter": STATE | {"engine", "persistence"},
     "server": STATE
-    | {"commands", "config", "connection", "database", "engine", "persistence", "protocol", "transport"},
+    | {
+        "access",
+        "commands",
+        "config",
+        "database",
+        "engine",
+        "listeners",
+        "log_lines",
+        "persistence",
+        "statistics",
+    },
+    "metrics": frozenset({"commands", "errors", "statistics"}),
     "dump": STATE | {"engine", "persistence"},
     "load": frozenset({"dump", "errors"}),
     "subcommands": frozenset({"dump", "errors", "files", "load", "persistence"}),
-    "cli": frozenset({"config", "errors", "server"}),
+    "cli": frozenset({"config", "errors", "log_lines", "server"}),
     "__main__": frozenset({"cli"}),
     "__init__": frozenset({"config", "server"}),
 }
 
 # Packages from elsewhere that only these rooms import, and rooms that do not import them.
-ONLY_IN: Mapping[str, frozenset[str]] = {"usearch": frozenset({"index"})}
+ONLY_IN: Mapping[str, frozenset[str]] = {
+    "h11": frozenset({"metrics"}),
+    "prometheus_client": frozenset({"metrics"}),
+    "usearch": frozenset({"index"}),
+}
 NEVER_IN: Mapping[str, frozenset[str]] = {
-    "trio": frozenset({"protocol", "keyspace", "engine", "operations"}),
+    "trio": frozenset({"access", "permissions", "protocol", "keyspace", "engine", "operations"}),
     "numpy": frozenset({"protocol"}),
 }
 

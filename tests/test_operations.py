@@ -8,15 +8,19 @@ from hypothesis import strategies as st
 from engram.operations import (
     AddVectors,
     AppendString,
+    CopyKey,
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
     Flush,
     InstallSegment,
     Operation,
+    RenameKey,
     SetAttributes,
     SetExpiry,
+    SetRange,
     SetString,
+    SetStrings,
     decode,
     decode_array,
     encode,
@@ -40,6 +44,10 @@ operations = st.one_of(
     st.builds(DeleteVectors, number, keys),
     st.builds(InstallSegment, number, text, number, number, st.lists(text).map(tuple)),
     st.builds(SetAttributes, number, keys, st.lists(st.binary()).map(tuple)),
+    st.builds(SetStrings, keys, keys),
+    st.builds(SetRange, key, number, st.binary()),
+    st.builds(RenameKey, key, key),
+    st.builds(CopyKey, key, key),
 )
 
 
@@ -77,6 +85,10 @@ def test_an_array_of_any_length_is_messagepack(count: int) -> None:
         (DeleteVectors(7, (b"k",)), "93080791c4016b"),
         (InstallSegment(7, "ab", 9, -1, ("cd",)), "960907a2616209ff91a26364"),
         (SetAttributes(7, (b"k",), (b"{}",)), "940a0791c4016b91c4027b7d"),
+        (SetStrings((b"k", b"l"), (b"v", b"")), "930b92c4016bc4016c92c40176c400"),
+        (SetRange(b"k", 5, b"v"), "940cc4016b05c40176"),
+        (RenameKey(b"k", b"l"), "930dc4016bc4016c"),
+        (CopyKey(b"k", b"l"), "930ec4016bc4016c"),
     ],
 )
 def test_the_encoding_never_changes(operation: Operation, payload: str) -> None:

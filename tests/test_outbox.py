@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from engram.commands.session import Slot, Statistics
+from engram.commands.session import Slot
 from engram.config import Config
 from engram.departures import Departing
 from engram.outbox import Outbox
+from engram.statistics import Statistics
 from tests.conftest import House, ManualJournal, OpenHouse
 
 
@@ -313,3 +314,55 @@ def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int
             assert outbox.size == 0
 
     trio.run(main)
+
+
+async def test_next_to_nothing_waits_for_who_has_yet_to_authenticate(house: House, bench: Bench) -> None:
+    house.server.config.client_output_buffer_limit = 1 << 20
+    bench.pipe.room = 0
+    bench.outbox.send(b"x" * 1025, 0)
+    assert not bench.outbox.congested
+    bench.outbox.authenticated = False
+    assert bench.outbox.congested
+    bench.pipe.drain(1)
+    await wait_all_tasks_blocked()
+
+
+async def test_who_has_yet_to_authenticate_and_does_not_read_is_ended(
+    house: House, bench: Bench, autojump_clock: MockClock
+) -> None:
+    house.server.config.client_output_buffer_limit = 1 << 20
+    bench.outbox.authenticated = False
+    bench.pipe.room = 0
+    bench.outbox.send(b"x" * 1025, 0)
+    await bench.outbox.relieved()
+    assert trio.current_time() >= 7
+    assert bench.aborted
+
+
+async def test_what_waits_for_others_than_the_client_is_told(bench: Bench) -> None:
+    slot = Slot()
+    bench.pipe.room = 0
+    bench.outbox.send(b"a", 0)
+    assert not bench.outbox.awaiting
+    bench.outbox.expect(slot, 0)
+    assert bench.outbox.awaiting
+    slot.fill(b"b")
+    assert not bench.outbox.awaiting
+
+
+async def test_a_client_that_reads_late_is_seen_to_read(house: House) -> None:
+    written: list[float] = []
+    pipe = Pipe(3)
+    outbox = Outbox(
+        pipe,
+        house.server,
+        start_writer=lambda: house.nursery.start_soon(outbox.write),
+        abort=lambda: None,
+        written=lambda: written.append(trio.current_time()),
+    )
+    outbox.send(b"abc", 0)
+    assert written == []
+    outbox.send(b"def", 0)
+    pipe.drain(3)
+    await outbox.drained()
+    assert len(written) == 1

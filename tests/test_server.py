@@ -384,3 +384,27 @@ async def test_the_log_is_told_what_segments_out_of_use_take(
     await told.wait()
     await trio.sleep(10.0)
     assert releases == [(4, 14)]
+
+
+async def test_figures_for_prometheus_and_rates() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    async with running(Config(metrics_port=port)) as server:
+        client = await server.connect()
+        assert await client.call("SET a 1") == b"+OK\r\n"
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        async with stream:
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            text = b"".join([data async for data in stream])
+        assert b'\nengram_command_duration_seconds_count{command="set"} 1.0\n' in text
+        with trio.fail_after(PATIENCE):
+            while b"instantaneous_ops_per_sec:0\r\n" in await client.call("INFO stats"):
+                await trio.lowlevel.checkpoint()
+
+
+async def test_a_port_for_figures_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        reason = f"cannot listen on 127.0.0.1 port {port} for metrics: Address already in use"
+        with pytest.raises(OperatorError, match=reason):
+            await serve(Config(port=0, metrics_port=port))

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import gc
 import socket
-from collections.abc import Iterator
+import ssl
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
-from engram.transport import CHUNK, SocketTransport, StreamTransport
+from engram.transport import CHUNK, SocketTransport, StreamTransport, TlsTransport, Wire, shake_hands
+from tests.certificates import Authority
 
 
 @pytest.fixture
@@ -110,3 +116,161 @@ async def test_a_stream() -> None:
         await transport.send_all(b"x")
     await transport.close()
     assert await transport.receive() == b""
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """For the server and for a client."""
+    authority = Authority(tmp_path_factory.mktemp("certificates"))
+    identity = authority.issue("server")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.certificate, identity.key)
+    return context, authority.client_context()
+
+
+Encrypted = tuple[TlsTransport, trio.SSLStream[trio.SocketStream]]
+
+
+@pytest.fixture
+async def encrypted(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[Encrypted]:
+    """A transport and its client after their handshake."""
+    near, far = socket.socketpair()
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(far))
+    client = trio.SSLStream(stream, contexts[1], server_hostname="localhost")
+    transports = []
+
+    async def accept() -> None:
+        transports.append(await shake_hands(near, contexts[0], trio.Lock()))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        await client.do_handshake()
+    yield transports[0], client
+    await trio.aclose_forcefully(client)
+
+
+async def test_tls(encrypted: Encrypted) -> None:
+    transport, client = encrypted
+    assert transport.send_now(b"x") == 0
+    data = bytes(1_000_000)
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(transport.send_all, data)
+        while len(received) < len(data):
+            received += await client.receive_some()
+    assert received == data
+    await client.send_all(b"abc")
+    got = await transport.receive()
+    assert got == b"abc"
+    assert type(got) is bytes
+    await transport.close()
+    # An end without a TLS error.
+    assert await client.receive_some() == b""
+
+
+async def test_a_tls_peer_that_has_gone(encrypted: Encrypted) -> None:
+    transport, client = encrypted
+    await client.transport_stream.aclose()
+    assert await transport.receive() == b""
+    with pytest.raises(trio.BrokenResourceError):
+        await transport.send_all(b"x")
+    await transport.close()
+
+
+@pytest.mark.parametrize("said", [b"PING\r\n", b"", b"\x16\x03\x01\x02\x00"])
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_what_a_failed_handshake_took_is_freed_at_once(
+    said: bytes, leaves: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Of what OpenSSL holds the garbage collector knows nothing: it would come late."""
+    made: list[weakref.ref[ssl.SSLObject]] = []
+
+    class Watched(ssl.SSLObject):
+        @classmethod
+        def _create(cls, *arguments: Any, **options: Any) -> Any:
+            created = super()._create(*arguments, **options)  # type: ignore[misc]
+            made.append(weakref.ref(created))
+            return created
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslobject_class = Watched
+    near, far = socket.socketpair()
+    gc.disable()
+    try:
+        with far:
+            far.sendall(said)
+            if leaves:
+                far.shutdown(socket.SHUT_WR)
+            with trio.move_on_after(1), suppress(trio.BrokenResourceError):
+                await shake_hands(near, context, trio.Lock())
+        await trio.lowlevel.checkpoint()
+        [reference] = made
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+async def test_closing_tls_waits_for_nobody(encrypted: Encrypted) -> None:
+    transport, _ = encrypted
+    with trio.move_on_after(0.01):
+        await transport.send_all(bytes(100_000_000))
+    with trio.fail_after(5):
+        await transport.close()
+
+
+async def test_a_handshake_that_fails_closes_the_socket(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    near, far = socket.socketpair()
+    with far:
+        far.sendall(b"PING\r\n")
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await shake_hands(near, contexts[0], trio.Lock())
+        assert isinstance(caught.value.__cause__, ssl.SSLError)
+        assert near.fileno() == -1
+
+
+async def test_a_handshake_that_is_cancelled_closes_the_socket(
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    near, far = socket.socketpair()
+    with far, trio.CancelScope() as scope:
+        scope.cancel()
+        await shake_hands(near, contexts[0], trio.Lock())
+    assert near.fileno() == -1
+
+
+async def test_one_step_of_a_handshake_at_a_time() -> None:
+    """Of clients whose bytes are all here, one is given its step when the last has ended its own."""
+    computing = trio.Lock()
+    pairs = [socket.socketpair() for _ in range(4)]
+    stepping: list[int] = []
+    go_on = [trio.Event() for _ in pairs]
+
+    async def step(number: int, wire: Wire) -> None:
+        await wire.receive_some()
+        stepping.append(number)
+        await go_on[number].wait()
+        # What ends a step: to answer, to wait for more, to have done, to leave.
+        match number:
+            case 0:
+                await wire.send_all(b"hello")
+            case 1:
+                with trio.move_on_after(0):
+                    await wire.receive_some()
+            case 2:
+                wire.settle()
+        await wire.aclose()
+
+    async with trio.open_nursery() as nursery:
+        for number, (near, far) in enumerate(pairs):
+            far.sendall(b"hello")
+            nursery.start_soon(step, number, Wire(near, computing))
+            await wait_all_tasks_blocked()
+        for number in range(4):
+            assert stepping == list(range(number + 1))
+            go_on[number].set()
+            await wait_all_tasks_blocked()
+    assert not computing.locked()
+    for _, far in pairs:
+        far.close()

@@ -1,19 +1,34 @@
-"""Commands about the server: its settings, its state, snapshots and shutdown."""
+"""Commands about the server: its state, snapshots and shutdown."""
 
 from __future__ import annotations
 
 import time
 
-from engram.commands.arguments import SYNTAX_ERROR, text
+from engram import REDIS_VERSION, __version__
+from engram.commands import configuration, monitoring, waiting
+from engram.commands.arguments import SYNTAX_ERROR, integer, text
 from engram.commands.information import render
-from engram.commands.session import Server, Session, Slot, Statistics
-from engram.commands.table import Command, container, help_command
-from engram.config import SETTINGS
+from engram.commands.session import Session, Slot
+from engram.commands.table import Command
 from engram.errors import CommandError
 from engram.operations import Flush
 from engram.protocol import replies
-from engram.protocol.glob import compile_glob
-from engram.protocol.replies import OK
+from engram.protocol.replies import EMPTY_ARRAY, OK
+
+_NO_DEBUG = (
+    'ERR DEBUG command not allowed. If the enable-debug-command option is set to "local", you can run it'
+    " from a local connection, otherwise you need to set this option in the configuration file, and then"
+    " restart the server."
+)
+
+# The nearest neighbours of a point.
+_DRAWING = r"""
+   .        o
+       o   \  .
+  o ------- * --- o
+     .    / |
+        o   o    .
+"""
 
 NOT_PERSISTENT = "ERR persistence not enabled; start with a data dir"
 
@@ -49,8 +64,7 @@ def save(session: Session, arguments: list[bytes]) -> bytes | Slot:
         try:
             await storage.snapshot()
         except CommandError as error:
-            session.server.statistics.error_replies += 1
-            slot.fill(replies.error(str(error)))
+            slot.fill(session.server.error(str(error)))
         else:
             slot.fill(OK)
 
@@ -70,9 +84,37 @@ def _bgsave(session: Session, arguments: list[bytes]) -> bytes:
     return replies.simple("Background saving started")
 
 
+def _bgrewriteaof(session: Session, arguments: list[bytes]) -> bytes:
+    # The log begins anew behind each snapshot.
+    storage = session.server.storage
+    if storage is None:
+        raise CommandError(NOT_PERSISTENT)
+    if storage.status.snapshot_running:
+        raise CommandError("ERR Background append only file rewriting already in progress")
+    storage.request_snapshot()
+    return replies.simple("Background append only file rewriting started")
+
+
 def _lastsave(session: Session, arguments: list[bytes]) -> bytes:
     storage = session.server.storage
-    return replies.integer(int(session.server.started) if storage is None else storage.status.last_save_time)
+    saved = 0 if storage is None else storage.status.last_save_time
+    # Before the first snapshot it is when the server started, as in Redis.
+    return replies.integer(saved or int(session.server.started))
+
+
+def _role(session: Session, arguments: list[bytes]) -> bytes:
+    return replies.array((replies.bulk(b"master"), replies.integer(0), EMPTY_ARRAY))
+
+
+def _debug(session: Session, arguments: list[bytes]) -> bytes:
+    # What it offers in Redis holds all clients up, ends the server or shows addresses in memory.
+    raise CommandError(_NO_DEBUG)
+
+
+def _lolwut(session: Session, arguments: list[bytes]) -> bytes:
+    if len(arguments) > 2 and arguments[1].upper() == b"VERSION":
+        integer(arguments[2])
+    return session.encoder.verbatim(f"{_DRAWING}\nengram {__version__}. Redis ver. {REDIS_VERSION}\n")
 
 
 def _shutdown(session: Session, arguments: list[bytes]) -> bytes:
@@ -86,74 +128,7 @@ def _shutdown(session: Session, arguments: list[bytes]) -> bytes:
     return b""
 
 
-def _config_get(session: Session, arguments: list[bytes]) -> bytes:
-    config = session.server.config
-    found: dict[str, str] = {}
-    # Redis's own clients ask for this one; it follows from `dir` and is no setting here.
-    derived = {"appendonly": "no" if session.server.storage is None else "yes"}
-    for pattern in arguments[2:]:
-        matches = compile_glob(pattern.lower())
-        for name in (*SETTINGS, *derived):
-            if matches(name.encode()):
-                found[name] = derived[name] if name in derived else config.get(name)
-    return session.encoder.map(
-        (replies.bulk(name.encode()), replies.bulk(value.encode("utf-8", "surrogateescape")))
-        for name, value in found.items()
-    )
-
-
-def _config_set(session: Session, arguments: list[bytes]) -> bytes:
-    words = arguments[2:]
-    if len(words) % 2:
-        raise CommandError(SYNTAX_ERROR)
-    server = session.server
-    pairs = [(text(name).lower(), text(value)) for name, value in zip(words[::2], words[1::2], strict=True)]
-    for name, _ in pairs:
-        if name not in SETTINGS:
-            raise CommandError(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
-    failed = "ERR CONFIG SET failed (possibly related to argument '{}') - {}"
-    names = [name for name, _ in pairs]
-    for name in names:
-        if not SETTINGS[name].mutable:
-            raise CommandError(failed.format(name, "can't set immutable config"))
-        if names.count(name) > 1:
-            raise CommandError(failed.format(name, "duplicate parameter"))
-    parsed = []
-    for name, value in pairs:
-        try:
-            parsed.append((SETTINGS[name].field, SETTINGS[name].parse(value)))
-        except ValueError as error:
-            raise CommandError(failed.format(name, error)) from error
-    for field, value in parsed:
-        setattr(server.config, field, value)
-    server.reconfigure()
-    return OK
-
-
-def _config_resetstat(session: Session, arguments: list[bytes]) -> bytes:
-    _reset_statistics(session.server)
-    return OK
-
-
-def _reset_statistics(server: Server) -> None:
-    server.statistics = Statistics()
-    server.database.expired_keys = 0
-
-
-_CONFIG_HELP = (
-    "CONFIG <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
-    "GET <pattern>",
-    "    Return parameters matching the glob-like <pattern> and their values.",
-    "SET <directive> <value>",
-    "    Set the configuration <directive> to <value>.",
-    "RESETSTAT",
-    "    Reset statistics reported by the INFO command.",
-    "HELP",
-    "    Print this help.",
-)
-
 _GROUP = "server"
-_ADMIN = ("admin", "noscript", "loading", "stale")
 
 COMMANDS = (
     Command(
@@ -200,7 +175,7 @@ COMMANDS = (
         "",
         "Writes a snapshot; answers when it is on disk. Other clients are served meanwhile.",
         _GROUP,
-        ("admin", "noscript"),
+        ("admin", "no_multi", "noscript"),
         complexity="O(N), in a process of its own",
     ),
     Command(
@@ -212,6 +187,45 @@ COMMANDS = (
         _GROUP,
         ("admin", "noscript"),
         complexity="O(1)",
+    ),
+    Command(
+        "bgrewriteaof",
+        _bgrewriteaof,
+        1,
+        "",
+        "Starts to write a snapshot, which the log then follows anew.",
+        _GROUP,
+        ("admin", "noscript", "no_async_loading"),
+    ),
+    Command(
+        "role",
+        _role,
+        1,
+        "",
+        "Returns the replication role: a master without replicas.",
+        _GROUP,
+        ("noscript", "loading", "stale", "fast"),
+        since="2.8.12",
+        more_categories=("@admin", "@dangerous"),
+    ),
+    Command(
+        "debug",
+        _debug,
+        -2,
+        "subcommand",
+        "Refused, as Redis refuses it unless it is told not to.",
+        _GROUP,
+        ("admin", "noscript", "loading", "stale"),
+    ),
+    Command(
+        "lolwut",
+        _lolwut,
+        -1,
+        "[VERSION version]",
+        "Draws a picture, and tells the version.",
+        _GROUP,
+        ("readonly", "fast"),
+        since="5.0.0",
     ),
     Command(
         "lastsave",
@@ -230,47 +244,10 @@ COMMANDS = (
         "[NOSAVE | SAVE] [NOW] [FORCE] [ABORT]",
         "Shuts the server down. Every acknowledged write is in the log, so nothing needs saving.",
         _GROUP,
-        ("admin", "noscript", "loading", "stale", "allow_busy"),
+        ("admin", "no_multi", "noscript", "loading", "stale", "allow_busy"),
         complexity="O(1)",
     ),
-    container(
-        "config",
-        (
-            Command(
-                "config|get",
-                _config_get,
-                -3,
-                "pattern [pattern ...]",
-                "Returns the effective values of settings.",
-                _GROUP,
-                _ADMIN,
-                since="2.0.0",
-                complexity="O(N) where N is the number of settings",
-            ),
-            Command(
-                "config|set",
-                _config_set,
-                -4,
-                "parameter value [parameter value ...]",
-                "Changes settings in flight.",
-                _GROUP,
-                _ADMIN,
-                since="2.0.0",
-            ),
-            Command(
-                "config|resetstat",
-                _config_resetstat,
-                2,
-                "",
-                "Resets the server's statistics.",
-                _GROUP,
-                _ADMIN,
-                since="2.0.0",
-            ),
-            help_command("config", _GROUP, _CONFIG_HELP),
-        ),
-        summary="A container for server configuration commands.",
-        group=_GROUP,
-        since="2.0.0",
-    ),
+    *configuration.COMMANDS,
+    *monitoring.COMMANDS,
+    *waiting.COMMANDS,
 )

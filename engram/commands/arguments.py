@@ -11,9 +11,15 @@ from engram.errors import CommandError
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 NOT_A_FLOAT = "ERR value is not a valid float"
 SYNTAX_ERROR = "ERR syntax error"
+NO_DATABASE = "ERR DB index is out of range"
 
 INTEGER_LOW, INTEGER_HIGH = -(1 << 63), (1 << 63) - 1
+_LONGEST_INTEGER = len(str(INTEGER_LOW))
+# With fewer characters than this it is in range.
+_SAFE_DIGITS = len(str(INTEGER_HIGH))
 
+_CURSOR = re.compile(rb"[ \t\n\v\f\r]*([+-]?)(\d+)")
+_BAD_CURSOR = "ERR invalid cursor"
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -22,12 +28,30 @@ def integer(argument: bytes, message: str = NOT_AN_INTEGER) -> int:
 
     Raises CommandError with `message` for anything else.
     """
-    digits = argument[1:] if argument.startswith(b"-") else argument
-    if digits.isdigit() and len(digits) < 20 and (not digits.startswith(b"0") or argument == b"0"):
-        number = int(argument)
-        if INTEGER_LOW <= number <= INTEGER_HIGH:
+    length = len(argument)
+    if length <= _LONGEST_INTEGER:
+        try:
+            number = int(argument)
+        except ValueError:
+            raise CommandError(message) from None
+        # Writing the number again tells its one form from all others that Python reads.
+        if b"%d" % number == argument and (length < _SAFE_DIGITS or INTEGER_LOW <= number <= INTEGER_HIGH):
             return number
     raise CommandError(message)
+
+
+def small_integer(argument: bytes) -> int:
+    """A signed 32-bit integer. Raises CommandError for anything else."""
+    value = integer(argument)
+    if not -(1 << 31) <= value < 1 << 31:
+        raise CommandError("ERR value is out of range, value must between -2147483648 and 2147483647")
+    return value
+
+
+def require_database(argument: bytes) -> None:
+    """Reads the number of a database. Raises CommandError when it is not that of the only one, 0."""
+    if small_integer(argument) != 0:
+        raise CommandError(NO_DATABASE)
 
 
 def number(argument: bytes, message: str = NOT_A_FLOAT) -> float:
@@ -60,10 +84,20 @@ def options(
 
 
 def scan_cursor(argument: bytes) -> int:
-    """Where a scan goes on, an unsigned 64-bit integer. Raises CommandError for anything else."""
-    if not argument.isdigit() or len(argument) > 20 or int(argument) >= 1 << 64:
-        raise CommandError("ERR invalid cursor")
-    return int(argument)
+    """Where a scan goes on, an unsigned 64-bit integer as C's `strtoull` reads it.
+
+    Raises CommandError for anything else, and for a negative number in its usual form.
+    """
+    match = _CURSOR.fullmatch(argument)
+    # (int reads no more than some thousands of digits, and would take long over more.)
+    digits = match[2].lstrip(b"0") or b"0" if match else b""
+    if match is None or len(digits) > 20 or (cursor := int(digits)) >= 1 << 64:
+        raise CommandError(_BAD_CURSOR)
+    if match[1] == b"-":
+        if b"-%d" % cursor == argument and cursor <= 1 << 63 and cursor:
+            raise CommandError(_BAD_CURSOR)
+        return -cursor % (1 << 64)
+    return cursor
 
 
 def scan_count(argument: bytes) -> int:
@@ -79,14 +113,34 @@ def text(argument: bytes) -> str:
     return argument.decode("utf-8", "surrogateescape")
 
 
-def expiry(argument: bytes, unit: int, base: int, command: str) -> int:
-    """When a key lapses, in milliseconds since the epoch.
+# The milliseconds of what they count, and whether it is a time since the epoch.
+EXPIRY_OPTIONS = {b"EX": (1000, False), b"PX": (1, False), b"EXAT": (1000, True), b"PXAT": (1, True)}
 
-    `unit` is 1000 for seconds and 1 for milliseconds; `base` the time it counts from (0 for a Unix
-    time). Raises CommandError when it is no integer, not positive or overflows, in the words of SET.
+
+def expiry(option: bytes, argument: bytes, now: int, command: str) -> int:
+    """When a key lapses by one of `EXPIRY_OPTIONS`, in milliseconds since the epoch, as `now` is.
+
+    Raises CommandError when the argument is no integer, not positive or overflows, in the words of SET.
     """
+    unit, absolute = EXPIRY_OPTIONS[option]
     number = integer(argument)
-    at = number * unit + base
+    at = number * unit if absolute else number * unit + now
     if number <= 0 or at > INTEGER_HIGH:
         raise CommandError(f"ERR invalid expire time in '{command}' command")
     return at
+
+
+def clamp_range(start: int, end: int, length: int) -> tuple[int, int]:
+    """The part from `start` up to and including `end` of something, as (start, stop) of a slice.
+
+    Negative positions count from the end, and what lies outside is left out:
+    https://redis.io/docs/latest/commands/getrange/. Nothing is (0, 0).
+    """
+    if end < start < 0:
+        return 0, 0
+    if start < 0:
+        start = max(0, start + length)
+    if end < 0:
+        end = max(0, end + length)
+    stop = min(end + 1, length)
+    return (start, stop) if start < stop else (0, 0)

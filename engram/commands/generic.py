@@ -1,27 +1,37 @@
-"""Commands on keys of any kind: deletion, types, expiry and iteration."""
+"""Commands on keys of any kind: deletion, names, types, expiry and iteration."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 
 from engram.commands.arguments import (
     INTEGER_HIGH,
     INTEGER_LOW,
+    NO_DATABASE,
     SYNTAX_ERROR,
     integer,
+    require_database,
     scan_count,
     scan_cursor,
+    small_integer,
     text,
 )
 from engram.commands.session import Session
 from engram.commands.table import Command
 from engram.errors import CommandError
-from engram.operations import DeleteKeys, SetExpiry
+from engram.index.vector_index import VectorIndex
+from engram.operations import CopyKey, DeleteKeys, RenameKey, SetExpiry
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
-from engram.protocol.replies import ONE, ZERO
+from engram.protocol.replies import OK, ONE, ZERO
 
 NO_KEY, NO_EXPIRY = -2, -1
+
+_SAME_KEY = "ERR source and destination objects are the same"
+
+# Draws of a random key that may have lapsed before all keys are looked through.
+_DRAWS = 100
 
 
 def _delete(session: Session, arguments: list[bytes]) -> bytes:
@@ -33,8 +43,84 @@ def _delete(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _exists(session: Session, arguments: list[bytes]) -> bytes:
+    database, statistics = session.database, session.server.statistics
+    found = sum(database.lookup(key) is not None for key in arguments[1:])
+    statistics.keyspace_hits += found
+    statistics.keyspace_misses += len(arguments) - 1 - found
+    return replies.integer(found)
+
+
+def _rename(session: Session, arguments: list[bytes]) -> bytes:
+    _change_name(session, arguments[1], arguments[2])
+    return OK
+
+
+def _rename_new(session: Session, arguments: list[bytes]) -> bytes:
+    return ONE if _change_name(session, arguments[1], arguments[2], only_new=True) else ZERO
+
+
+def _change_name(session: Session, source: bytes, destination: bytes, *, only_new: bool = False) -> bool:
     database = session.database
-    return replies.integer(sum(database.lookup(key) is not None for key in arguments[1:]))
+    if database.lookup(source) is None:
+        raise CommandError("ERR no such key")
+    if source == destination or (only_new and database.lookup(destination) is not None):
+        return False
+    database.commit(RenameKey(source, destination))
+    return True
+
+
+def _copy(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    source, destination = arguments[1], arguments[2]
+    replace = False
+    rest = iter(arguments[3:])
+    for word in rest:
+        option = word.upper()
+        number = next(rest, None) if option == b"DB" else None
+        if number is not None:
+            require_database(number)
+        elif option == b"REPLACE":
+            replace = True
+        else:
+            raise CommandError(SYNTAX_ERROR)
+    if source == destination:
+        raise CommandError(_SAME_KEY)
+    value = database.lookup(source)
+    if value is None or (database.lookup(destination) is not None and not replace):
+        return ZERO
+    if isinstance(value, VectorIndex):
+        raise CommandError("ERR not supported for this module key")
+    database.commit(CopyKey(source, destination))
+    return ONE
+
+
+def _move(session: Session, arguments: list[bytes]) -> bytes:
+    require_database(arguments[2])
+    raise CommandError(_SAME_KEY)
+
+
+def _swap_databases(session: Session, arguments: list[bytes]) -> bytes:
+    numbers = []
+    for argument, which in zip(arguments[1:], ("first", "second"), strict=True):
+        try:
+            numbers.append(small_integer(argument))
+        except CommandError as error:
+            raise CommandError(f"ERR invalid {which} DB index") from error
+    if any(numbers):
+        raise CommandError(NO_DATABASE)
+    return OK
+
+
+def _random_key(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    for _ in range(_DRAWS):
+        key = database.keyspace.random_key()
+        if key is None:
+            return session.encoder.null
+        if database.lookup(key) is not None:
+            return replies.bulk(key)
+    live = database.live_keys(database.keyspace.values)
+    return replies.bulk(secrets.choice(live)) if live else session.encoder.null
 
 
 def type_name(value: object) -> str:
@@ -160,6 +246,7 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
 
 _KEY = (1, 1, 1)
 _ALL_KEYS = (1, -1, 1)
+_BOTH_KEYS = (1, 2, 1)
 _LOOKED_AT, _UPDATED, _REMOVED = ("RO",), ("RW", "update"), ("RM", "delete")
 _CONDITIONS = "[NX | XX | GT | LT]"
 
@@ -234,6 +321,84 @@ COMMANDS = (
         _ALL_KEYS,
         key_flags=_LOOKED_AT,
         complexity="O(N) where N is the number of keys to check.",
+    ),
+    Command(
+        "touch",
+        _exists,
+        -2,
+        "key [key ...]",
+        "Returns the number of existing keys out of those specified; engram keeps no times of access.",
+        "generic",
+        ("readonly", "fast"),
+        _ALL_KEYS,
+        key_flags=_LOOKED_AT,
+        since="3.2.1",
+        complexity="O(N) where N is the number of keys that will be touched.",
+    ),
+    Command(
+        "rename",
+        _rename,
+        3,
+        "key newkey",
+        "Renames a key and overwrites the destination.",
+        "generic",
+        ("write",),
+        _BOTH_KEYS,
+        key_flags=("RW", "access", "delete"),
+    ),
+    Command(
+        "renamenx",
+        _rename_new,
+        3,
+        "key newkey",
+        "Renames a key only when the target key name doesn't exist.",
+        "generic",
+        ("write", "fast"),
+        _BOTH_KEYS,
+        key_flags=("RW", "access", "delete"),
+    ),
+    Command(
+        "copy",
+        _copy,
+        -3,
+        "source destination [DB destination-db] [REPLACE]",
+        "Copies the value of a key to a new key. A vector index is not copied.",
+        "generic",
+        ("write", "denyoom"),
+        _BOTH_KEYS,
+        key_flags=("RW", "access", "update"),
+        since="6.2.0",
+    ),
+    Command(
+        "move",
+        _move,
+        3,
+        "key db",
+        "Moves a key to another database. There is one, number 0, so it answers with an error.",
+        "generic",
+        ("write", "fast"),
+        _KEY,
+    ),
+    Command(
+        "swapdb",
+        _swap_databases,
+        3,
+        "index1 index2",
+        "Swaps two Redis databases. There is one, number 0, which is swapped with itself.",
+        "server",
+        ("write", "fast"),
+        since="4.0.0",
+        more_categories=("@keyspace", "@dangerous"),
+    ),
+    Command(
+        "randomkey",
+        _random_key,
+        1,
+        "",
+        "Returns a random key name from the database.",
+        "generic",
+        ("readonly",),
+        complexity="O(1), and O(N) once in a while, when many of the keys are others than before.",
     ),
     Command(
         "type",

@@ -8,6 +8,7 @@ import attrs
 
 from engram.commands.administration import save
 from engram.commands.arguments import integer, number, options
+from engram.commands.limits import check
 from engram.commands.session import Barrier, Session
 from engram.commands.table import Command
 from engram.errors import CommandError
@@ -19,8 +20,6 @@ from engram.protocol import replies
 from engram.protocol.replies import OK
 
 NO_INDEX = "ERR no such index"
-
-MAXIMUM_DIMENSION = 1 << 16
 
 # A node of a graph has twice as many neighbours in the lowest layer: 4 KiB of them at most.
 CONNECTIVITY_BOUNDS = 4, 512
@@ -56,12 +55,11 @@ def _bounded(argument: bytes, name: str, bounds: tuple[int, int]) -> int:
     return value
 
 
-def _parameters(arguments: list[bytes]) -> Parameters:
+def _parameters(arguments: list[bytes], most: int) -> Parameters:
     dimension = integer(arguments[2], "ERR dimension must be a positive integer")
     if dimension < 1:
         raise CommandError("ERR dimension must be a positive integer")
-    if dimension > MAXIMUM_DIMENSION:
-        raise CommandError(f"ERR dimension must be at most {MAXIMUM_DIMENSION}")
+    check(dimension, most, "dimension")
     given = options(arguments[3:], (b"METRIC", b"M", b"EF_CONSTRUCTION", b"QUANT", b"RECALL"))
     metric = METRICS.get(given.get(b"METRIC", b"cosine").lower())
     if metric is None:
@@ -84,9 +82,12 @@ def _parameters(arguments: list[bytes]) -> Parameters:
 def _new(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     key = arguments[1]
-    parameters = _parameters(arguments)
+    config = session.server.config
+    parameters = _parameters(arguments, config.vector_max_dimension)
     if database.index(key) is not None:
         raise CommandError("ERR index already exists")
+    if len(database.engine.indices) >= config.vector_max_indices:
+        raise CommandError(f"ERR there are {config.vector_max_indices} indices, as many as there may be")
     database.commit(
         CreateIndex(
             key,
@@ -202,7 +203,7 @@ COMMANDS = (
         "Makes one graph of all rows of a vector index, without the dead; answers when it is in use. The"
         " client's next command waits for it, other clients do not.",
         "vector",
-        ("write",),
+        ("write", "no_multi"),
         _KEY,
         since="engram 0.1.0",
         complexity="O(N*log(N)), in a process of its own.",
@@ -214,7 +215,7 @@ COMMANDS = (
         "",
         "Writes a snapshot; answers when it is on disk. The same as SAVE.",
         "vector",
-        ("admin",),
+        ("admin", "no_multi"),
         since="engram 0.1.0",
         complexity="O(N), in a process of its own.",
     ),

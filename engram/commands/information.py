@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from engram import REDIS_VERSION, __version__
 from engram.commands.session import Server
@@ -15,6 +16,10 @@ from engram.commands.session import Server
 Fields = dict[str, object]
 
 _PAGE = resource.getpagesize()
+_TOTAL_MEMORY = os.sysconf("SC_PHYS_PAGES") * _PAGE
+_PERCENTILES = (50, 99, 99.9)
+# Keys whose time to live is averaged for `avg_ttl`.
+_SAMPLED_EXPIRIES = 256
 
 
 def resident_memory() -> int:
@@ -39,9 +44,11 @@ def _server(server: Server) -> Fields:
         "engram_version": __version__,
         "redis_git_sha1": "00000000",
         "redis_git_dirty": 0,
+        "redis_build_id": "0",
         "redis_mode": "standalone",
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "arch_bits": 64 if sys.maxsize > 1 << 32 else 32,
+        "monotonic_clock": "POSIX clock_gettime",
         "multiplexing_api": "trio",
         "python_version": platform.python_version(),
         "process_id": os.getpid(),
@@ -51,31 +58,56 @@ def _server(server: Server) -> Fields:
         "uptime_in_seconds": uptime,
         "uptime_in_days": uptime // 86400,
         "executable": sys.executable,
-        "config_file": "",
+        "config_file": server.config.file,
     }
 
 
 def _clients(server: Server) -> Fields:
+    sessions = server.sessions.values()
+    buffers = [session.buffered() for session in sessions]
     return {
         "connected_clients": len(server.sessions),
         "maxclients": server.config.maxclients,
-        "blocked_clients": 0,
+        "client_recent_max_input_buffer": max((received for received, _ in buffers), default=0),
+        "client_recent_max_output_buffer": max((sent for _, sent in buffers), default=0),
+        "blocked_clients": sum(session.unblock is not None for session in sessions),
+        "tracking_clients": 0,
+        "pubsub_clients": 0,
+        "watching_clients": sum(bool(session.watch.keys) for session in sessions),
+        "monitoring_clients": len(server.monitors),
+        "total_watched_keys": sum(len(session.watch.keys) for session in sessions),
     }
 
 
 def _memory(server: Server) -> Fields:
-    used = resident_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # What `maxmemory` counts; what the process takes, the interpreter included, is used_memory_rss.
+    used = server.memory.used()
+    resident = resident_memory()
+    peak = max(used, server.statistics.peak_memory)
+    buffers = sum(sum(session.buffered()) for session in server.sessions.values())
+    log_buffer = 0 if server.storage is None else server.storage.status.queued_bytes
+    maxmemory = server.config.maxmemory
     return {
         "used_memory": used,
         "used_memory_human": human(used),
-        "used_memory_rss": used,
-        "used_memory_rss_human": human(used),
+        "used_memory_rss": resident,
+        "used_memory_rss_human": human(resident),
         "used_memory_peak": peak,
         "used_memory_peak_human": human(peak),
-        "maxmemory": 0,
-        "maxmemory_human": "0B",
-        "maxmemory_policy": "noeviction",
+        "used_memory_peak_perc": f"{100 * used / max(1, peak):.2f}%",
+        "used_memory_dataset": used,
+        "used_memory_vectors": server.memory.vectors(),
+        "used_memory_rss_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "total_system_memory": _TOTAL_MEMORY,
+        "total_system_memory_human": human(_TOTAL_MEMORY),
+        "maxmemory": maxmemory,
+        "maxmemory_human": human(maxmemory),
+        "maxmemory_policy": server.config.maxmemory_policy,
+        "mem_fragmentation_ratio": f"{resident / max(1, used):.2f}",
+        "mem_clients_normal": buffers,
+        "mem_aof_buffer": log_buffer,
+        "mem_allocator": "libc",
+        "lazyfree_pending_objects": sum(map(len, server.database.engine.dropped)),
     }
 
 
@@ -83,17 +115,33 @@ def _persistence(server: Server) -> Fields:
     storage = server.storage
     fields: Fields = {"loading": 0, "async_loading": 0}
     if storage is None:
-        return fields | {"rdb_bgsave_in_progress": 0, "aof_enabled": 0}
+        return fields | {
+            "rdb_changes_since_last_save": server.database.lsn,
+            "rdb_bgsave_in_progress": 0,
+            "rdb_last_save_time": int(server.started),
+            "rdb_last_bgsave_status": "ok",
+            "rdb_last_bgsave_time_sec": -1,
+            "rdb_current_bgsave_time_sec": -1,
+            "aof_enabled": 0,
+            "aof_rewrite_in_progress": 0,
+            "aof_rewrite_scheduled": 0,
+            "aof_last_write_status": "ok",
+        }
     status = storage.status
+    running = int(status.snapshot_running)
     return fields | {
         "rdb_changes_since_last_save": status.changes_since_save,
-        "rdb_bgsave_in_progress": int(status.snapshot_running),
-        "rdb_last_save_time": status.last_save_time,
+        "rdb_bgsave_in_progress": running,
+        "rdb_last_save_time": status.last_save_time or int(server.started),
         "rdb_last_bgsave_status": "ok" if status.last_save_ok else "err",
         "rdb_last_bgsave_time_sec": round(status.last_save_seconds),
         "last_save_error": status.last_save_error,
         "cleanup_error": status.cleanup_error,
         "aof_enabled": 1,
+        # A snapshot is what lets the log begin anew: here the one is the other.
+        "aof_rewrite_in_progress": running,
+        "aof_rewrite_scheduled": 0,
+        "aof_last_bgrewrite_status": "ok" if status.last_save_ok else "err",
         "aof_last_write_status": "err" if status.allocation_error else "ok",
         "aof_current_size": status.log_bytes,
         "aof_buffer_length": status.queued_bytes,
@@ -107,32 +155,92 @@ def _persistence(server: Server) -> Fields:
 
 
 def _stats(server: Server) -> Fields:
-    statistics = server.statistics
+    statistics, denied = server.statistics, server.access.denied
+    hits, misses = statistics.lookups()
     return {
         "total_connections_received": statistics.connections_received,
         "total_commands_processed": statistics.commands_processed,
+        "instantaneous_ops_per_sec": round(statistics.commands_rate.per_second),
         "total_net_input_bytes": statistics.net_input_bytes,
         "total_net_output_bytes": statistics.net_output_bytes,
+        "instantaneous_input_kbps": f"{statistics.input_rate.per_second / 1024:.2f}",
+        "instantaneous_output_kbps": f"{statistics.output_rate.per_second / 1024:.2f}",
         "rejected_connections": statistics.connections_rejected,
+        "sync_full": 0,
+        "sync_partial_ok": 0,
+        "sync_partial_err": 0,
         "expired_keys": server.database.expired_keys,
-        "evicted_keys": 0,
+        "evicted_keys": server.memory.evicted_keys,
+        "evicted_clients": 0,
+        "keyspace_hits": hits,
+        "keyspace_misses": misses,
+        "pubsub_channels": 0,
+        "pubsub_patterns": 0,
+        "latest_fork_usec": 0,
+        "tracking_total_keys": 0,
+        "unexpected_error_replies": 0,
         "total_error_replies": statistics.error_replies,
+        "acl_access_denied_auth": denied["auth"],
+        "acl_access_denied_cmd": denied["command"],
+        "acl_access_denied_key": denied["key"],
+        "acl_access_denied_channel": denied["channel"],
     }
 
 
 def _replication(server: Server) -> Fields:
-    return {"role": "master", "connected_slaves": 0}
+    return {
+        "role": "master",
+        "connected_slaves": 0,
+        "master_failover_state": "no-failover",
+        "master_replid": server.run_id,
+        "master_replid2": "0" * 40,
+        "master_repl_offset": 0,
+        "second_repl_offset": -1,
+        "repl_backlog_active": 0,
+    }
 
 
 def _cpu(server: Server) -> Fields:
     own = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    thread = resource.getrusage(resource.RUSAGE_THREAD)
     return {
         "used_cpu_sys": f"{own.ru_stime:.6f}",
         "used_cpu_user": f"{own.ru_utime:.6f}",
         "used_cpu_sys_children": f"{children.ru_stime:.6f}",
         "used_cpu_user_children": f"{children.ru_utime:.6f}",
+        "used_cpu_sys_main_thread": f"{thread.ru_stime:.6f}",
+        "used_cpu_user_main_thread": f"{thread.ru_utime:.6f}",
     }
+
+
+def _command_statistics(server: Server) -> Fields:
+    fields: Fields = {}
+    for name, usage in sorted(server.statistics.usage.items()):
+        if usage.calls or usage.rejected or usage.failed:
+            microseconds = usage.nanoseconds / 1000
+            each = microseconds / usage.calls if usage.calls else 0
+            fields[f"cmdstat_{name}"] = (
+                f"calls={usage.calls},usec={microseconds:.0f},usec_per_call={each:.2f},"
+                f"rejected_calls={usage.rejected},failed_calls={usage.failed}"
+            )
+    return fields
+
+
+def _error_statistics(server: Server) -> Fields:
+    errors = sorted(server.statistics.errors.items())
+    return {f"errorstat_{word}": f"count={count}" for word, count in errors}
+
+
+def _latency_statistics(server: Server) -> Fields:
+    fields: Fields = {}
+    for name, usage in sorted(server.statistics.usage.items()):
+        if usage.calls:
+            percentiles = ((percent, usage.percentile(percent)) for percent in _PERCENTILES)
+            fields[f"latency_percentiles_usec_{name}"] = ",".join(
+                f"p{percent}={nanoseconds / 1000:.3f}" for percent, nanoseconds in percentiles
+            )
+    return fields
 
 
 def _cluster(server: Server) -> Fields:
@@ -140,16 +248,23 @@ def _cluster(server: Server) -> Fields:
 
 
 def _keyspace(server: Server) -> Fields:
-    keyspace = server.database.keyspace
+    database = server.database
+    keyspace = database.keyspace
     if not keyspace:
         return {}
-    return {"db0": f"keys={len(keyspace)},expires={len(keyspace.expiries)},avg_ttl=0"}
+    now = database.now()
+    left = [max(0, at - now) for at in islice(keyspace.expiries.values(), _SAMPLED_EXPIRIES)]
+    average = sum(left) // len(left) if left else 0
+    return {
+        "db0": f"keys={len(keyspace)},expires={len(keyspace.expiries)},avg_ttl={average},subexpiry=0",
+    }
 
 
 def _vectors(server: Server) -> Fields:
     engine = server.database.engine
     totals = engine.totals()
     searches, builder = server.searches, server.builder
+    latency = server.statistics.searches
     return {
         "vectors_indices": len(engine.indices),
         "vectors_rows": totals.rows,
@@ -159,6 +274,9 @@ def _vectors(server: Server) -> Fields:
         "vectors_searches": searches.searches,
         "vectors_search_batches": searches.batches,
         "vectors_searches_waiting": searches.waiting,
+        "vectors_searches_refused": searches.refused,
+        "vectors_search_usec_p50": latency.percentile(50) // 1000,
+        "vectors_search_usec_p99": latency.percentile(99) // 1000,
         "vectors_builds_running": builder.running,
         "vectors_builds_waiting": builder.waiting,
         "vectors_builds": builder.builds,
@@ -178,18 +296,26 @@ _SECTIONS: dict[str, Callable[[Server], Fields]] = {
     "Stats": _stats,
     "Replication": _replication,
     "CPU": _cpu,
+    "Commandstats": _command_statistics,
+    "Errorstats": _error_statistics,
+    "Latencystats": _latency_statistics,
     "Cluster": _cluster,
     "Keyspace": _keyspace,
     "Vectors": _vectors,
 }
 
+# Those that only come when they are asked for, or everything is.
+_LONG = frozenset({"Commandstats", "Latencystats"})
+
 
 def render(server: Server, sections: Sequence[str]) -> str:
-    """The text of INFO for the sections named (lower case); all of them when none is."""
-    everything = not sections or bool({"default", "all", "everything"} & set(sections))
+    """The text of INFO for the sections named (lower case); without any, for the usual ones."""
+    asked = set(sections)
+    everything = bool(asked & {"all", "everything"})
+    usual = not asked or "default" in asked
     parts = []
     for title, fields in _SECTIONS.items():
-        if everything or title.lower() in sections:
+        if everything or (usual and title not in _LONG) or title.lower() in asked:
             lines = [f"# {title}", *(f"{name}:{value}" for name, value in fields(server).items())]
             parts.append("".join(f"{line}\r\n" for line in lines))
     return "\r\n".join(parts)

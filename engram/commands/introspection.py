@@ -124,8 +124,8 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
     def count(session: Session, arguments: list[bytes]) -> bytes:
         return replies.integer(len(table))
 
-    def get_keys(session: Session, arguments: list[bytes]) -> bytes:
-        request = arguments[2:]
+    def keyed(request: list[bytes]) -> Command:
+        """The command that a request is for; raises CommandError when it has no keys."""
         command = table.get(request[0].lower())
         if command is not None and command.subcommands and len(request) > 1:
             command = command.subcommands.get(request[1].lower())
@@ -137,7 +137,20 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
             check_arity(command, request)
         except CommandError as error:
             raise CommandError("ERR Invalid number of arguments specified for command") from error
-        return replies.bulk_array(request[position] for position in command.key_positions(request))
+        return command
+
+    def get_keys(session: Session, arguments: list[bytes]) -> bytes:
+        request = arguments[2:]
+        return replies.bulk_array(request[position] for position in keyed(request).key_positions(request))
+
+    def get_keys_and_flags(session: Session, arguments: list[bytes]) -> bytes:
+        request = arguments[2:]
+        command = keyed(request)
+        flags = session.encoder.set(map(replies.simple, command.key_flags))
+        return replies.array(
+            replies.array((replies.bulk(request[position]), flags))
+            for position in command.key_positions(request)
+        )
 
     def listing(session: Session, arguments: list[bytes]) -> bytes:
         listed = [each for command in table.values() for each in (command, *command.subcommands.values())]
@@ -192,6 +205,15 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
                 complexity="O(N) where N is the number of arguments to the command",
             ),
             part(
+                "command|getkeysandflags",
+                get_keys_and_flags,
+                -3,
+                "command [arg ...]",
+                "Extracts the key names from an arbitrary command, and what it does with them.",
+                since="7.0.0",
+                complexity="O(N) where N is the number of arguments to the command",
+            ),
+            part(
                 "command|list",
                 listing,
                 -2,
@@ -206,18 +228,9 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
         group=group,
         since=since,
     )
-    dispatch = held.handler
-
-    def handle(session: Session, arguments: list[bytes]) -> bytes:
-        if len(arguments) == 1:
-            return everything(session, arguments)
-        reply = dispatch(session, arguments)
-        assert isinstance(reply, bytes)
-        return reply
-
     return Command(
         "command",
-        handle,
+        everything,
         -1,
         "",
         held.summary,
@@ -244,6 +257,8 @@ _HELP = (
     "    Return documentation details about multiple commands.",
     "GETKEYS <full-command>",
     "    Return the keys from a full command.",
+    "GETKEYSANDFLAGS <full-command>",
+    "    Return the keys and the access flags from a full command.",
     "HELP",
     "    Print this help.",
 )

@@ -9,11 +9,12 @@ import trio
 
 from engram.commands.arguments import SYNTAX_ERROR
 from engram.commands.indices import existing_index
+from engram.commands.limits import bounded_filter
 from engram.commands.session import Barrier, Session, Slot
 from engram.commands.table import Command
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
-from engram.index.filters import Filter, compile_filter
+from engram.index.filters import Filter
 from engram.index.matching import Matching, count_matching, find_matching, find_matching_since
 from engram.index.vector_index import VectorIndex
 from engram.operations import DeleteVectors
@@ -27,34 +28,37 @@ _KEY_BYTES = 8
 _LARGEST_RECORD = (1 << 32) - (1 << 10)
 
 
-def _filter(words: list[bytes]) -> Filter:
+def _filter(session: Session, words: list[bytes]) -> Filter:
     if len(words) != 2 or words[0].upper() != b"FILTER":
         raise CommandError(SYNTAX_ERROR)
-    return compile_filter(words[1])
+    return bounded_filter(session, words[1])
 
 
 def _count(session: Session, arguments: list[bytes]) -> bytes | Slot:
     index = existing_index(session, arguments[1])
     if len(arguments) == 2:
         return replies.integer(len(index))
-    condition = _filter(arguments[2:])
+    condition = _filter(session, arguments[2:])
     slot = Slot()
 
     def done(count: int | Exception) -> None:
-        if isinstance(count, Exception):
-            session.server.statistics.error_replies += 1
-            slot.fill(replies.error(f"ERR counting failed: {count}"))
+        if isinstance(count, CommandError):
+            slot.fill(session.server.error(str(count)))
+        elif isinstance(count, Exception):
+            slot.fill(session.server.error(f"ERR counting failed: {count}"))
         else:
             slot.fill(replies.integer(count))
 
     view = index.view(session.database.lsn)
-    session.server.searches.submit_work(partial(count_matching, view, condition), done, lambda: slot.awaited)
+    session.server.searches.submit_work(
+        partial(count_matching, view, condition), done, lambda: slot.awaited, session.id
+    )
     return slot
 
 
 def _delete_by(session: Session, arguments: list[bytes]) -> Barrier:
     index = existing_index(session, arguments[1])
-    return Barrier(partial(_delete_matching, session, index, _filter(arguments[2:])))
+    return Barrier(partial(_delete_matching, session, index, _filter(session, arguments[2:])))
 
 
 async def _delete_matching(session: Session, index: VectorIndex, condition: Filter) -> bytes:
@@ -95,9 +99,11 @@ async def _find(session: Session, find: Callable[[], Matching]) -> Matching:
         outcomes.append(outcome)
         found.set()
 
-    session.server.searches.submit_work(find, done)
+    session.server.searches.submit_work(find, done, client=session.id)
     await found.wait()
     outcome = outcomes.pop()
+    if isinstance(outcome, CommandError):
+        raise outcome
     if isinstance(outcome, Exception):
         raise CommandError(f"ERR searching failed: {outcome}") from outcome
     return outcome
@@ -126,7 +132,7 @@ COMMANDS = (
         "Removes the members that a filter is true of, all at once, and returns their number. The client's"
         " next command waits for it, other clients do not.",
         "vector",
-        ("write",),
+        ("write", "no_multi"),
         _KEY,
         since="engram 0.1.0",
         complexity="O(N) where N is the number of members.",

@@ -16,7 +16,9 @@ from engram.config import SETTINGS, Setting
 _GROUPS = {
     "vector": "Vector indices",
     "string": "Strings",
+    "bitmap": "Bitmaps",
     "generic": "Keys",
+    "transactions": "Transactions",
     "connection": "Connections",
     "server": "Server",
 }

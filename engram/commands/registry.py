@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from engram.commands import (
+    access,
     administration,
+    bits,
     clients,
+    counters,
     generic,
     indices,
     matching,
+    objects,
     searches,
     strings,
+    transactions,
     vectors,
 )
 from engram.commands.introspection import introspection
@@ -21,7 +26,9 @@ from engram.commands.table import Command
 
 def _build() -> dict[bytes, Command]:
     table: dict[bytes, Command] = {}
-    for module in (clients, strings, generic, indices, vectors, searches, matching, administration):
+    strings_and_keys = (strings, counters, bits, generic, objects)
+    vector_indices = (indices, vectors, searches, matching)
+    for module in (clients, access, transactions, *strings_and_keys, *vector_indices, administration):
         for command in module.COMMANDS:
             table[command.name.encode()] = command
     table[b"command"] = introspection(table)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from engram.commands.arguments import NOT_AN_INTEGER, SYNTAX_ERROR, integer, number, options
 from engram.commands.indices import existing_index, recall_target
+from engram.commands.limits import bounded_filter, check
 from engram.commands.session import Session, Slot
 from engram.commands.table import Command
 from engram.commands.vectors import check_reply_size
 from engram.errors import CommandError
 from engram.index.distances import Floats
-from engram.index.filters import compile_filter
 from engram.index.search import SearchOptions, SearchResult
 from engram.index.vector_index import VectorIndex
 from engram.index.vectors import decode_vector, join_vectors
@@ -31,7 +32,7 @@ _FLAGS = (b"EXACT", b"WITHATTRS", b"WITHVECTORS")
 _LARGEST_RADIUS = 1e38
 
 
-def _options(k: int, words: Sequence[bytes]) -> SearchOptions:
+def _options(session: Session, index: VectorIndex, k: int, words: Sequence[bytes]) -> SearchOptions:
     if not words:
         return SearchOptions(k)
     given = options(words, _VALUED, _FLAGS)
@@ -40,12 +41,14 @@ def _options(k: int, words: Sequence[bytes]) -> SearchOptions:
         ef = integer(word)
         if ef < 1:
             raise CommandError(NOT_AN_INTEGER)
+        # A wider search than there are members is a scan of them.
+        check(min(ef, len(index)), session.server.config.vector_max_ef, "EF")
     if (word := given.get(b"RECALL")) is not None:
         recall = recall_target(word)
     if (word := given.get(b"RADIUS")) is not None:
         radius = max(-_LARGEST_RADIUS, min(number(word), _LARGEST_RADIUS))
     if (word := given.get(b"FILTER")) is not None:
-        condition = compile_filter(word)
+        condition = bounded_filter(session, word)
     return SearchOptions(
         k,
         ef,
@@ -58,17 +61,19 @@ def _options(k: int, words: Sequence[bytes]) -> SearchOptions:
     )
 
 
-def _wanted_results(argument: bytes) -> int:
+def _wanted_results(session: Session, index: VectorIndex, argument: bytes) -> int:
     k = integer(argument)
     if k < 0:
         raise CommandError(NOT_AN_INTEGER)
+    # More than there are is all there are.
+    check(min(k, len(index)), session.server.config.vector_max_results, "k")
     return k
 
 
 def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
     index = existing_index(session, arguments[1])
     query = decode_vector(arguments[2], index.parameters.dimension)
-    search = _options(_wanted_results(arguments[3]), arguments[4:])
+    search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:])
     if search.k == 0 or not len(index):
         return EMPTY_ARRAY
     encoder = session.encoder
@@ -77,15 +82,16 @@ def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
 
 def _search_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
     index = existing_index(session, arguments[1])
-    k, count = _wanted_results(arguments[2]), integer(arguments[3])
+    k, count = _wanted_results(session, index, arguments[2]), integer(arguments[3])
     if count < 1:
         raise CommandError(NOT_AN_INTEGER)
     blobs, rest = arguments[4 : 4 + count], arguments[4 + count :]
     if len(blobs) < count:
         raise CommandError(SYNTAX_ERROR)
+    check(count, session.server.config.vector_max_queries, "the number of queries")
     dimension = index.parameters.dimension
     queries = np.frombuffer(join_vectors(blobs, dimension), "<f4").reshape(count, dimension)
-    search = _options(k, rest)
+    search = _options(session, index, k, rest)
     if k == 0 or not len(index):
         return replies.array([EMPTY_ARRAY] * count)
     encoder = session.encoder
@@ -109,14 +115,21 @@ def _submit(
     slot = Slot(len(queries) * min(search.k, len(index)) * _result_size(index, search), lsn)
     check_reply_size(session, slot.size)
 
+    began = time.perf_counter_ns()
+
     def done(results: list[SearchResult] | Exception) -> None:
-        if isinstance(results, Exception):
-            session.server.statistics.error_replies += 1
-            slot.fill(replies.error(f"ERR search failed: {results}"))
+        taken = time.perf_counter_ns() - began
+        session.server.statistics.searches.record(len(queries), len(queries) * taken)
+        if isinstance(results, CommandError):
+            slot.fill(session.server.error(str(results)))
+        elif isinstance(results, Exception):
+            slot.fill(session.server.error(f"ERR search failed: {results}"))
         else:
             slot.fill(encode(results))
 
-    session.server.searches.submit(index.id, index.view(lsn), queries, search, done, lambda: slot.awaited)
+    session.server.searches.submit(
+        index.id, index.view(lsn), queries, search, done, lambda: slot.awaited, session.id
+    )
     return slot
 
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
+import trio
 
+from engram.access import Access, User
 from engram.config import Config
 from engram.database import Database
 from engram.departures import Departures
 from engram.index.builder import Builder
 from engram.index.service import SearchService
 from engram.index.verification import Verification
+from engram.memory import MemoryLimit
+from engram.monitors import Monitors
+from engram.pause import Pause
+from engram.protocol import replies
 from engram.protocol.replies import RESP2, Encoder
+from engram.slowlog import SlowLog
+from engram.statistics import Statistics
+from engram.watches import Watch
+
+if TYPE_CHECKING:
+    from engram.commands.table import Command
 
 
 class Slot:
@@ -25,7 +37,7 @@ class Slot:
     for the reply: CLIENT REPLY silences it, or the client is gone. Any thread may look.
     """
 
-    __slots__ = ("awaited", "lsn", "on_fill", "reply", "size")
+    __slots__ = ("awaited", "lsn", "measure", "on_fill", "reply", "size")
 
     def __init__(self, size: int = 0, lsn: int | None = None) -> None:
         self.size = size
@@ -33,10 +45,14 @@ class Slot:
         self.awaited = True
         self.reply: bytes | None = None
         self.on_fill: Callable[[], None] | None = None
+        # Called when the reply is known, before `on_fill`.
+        self.measure: Callable[[], None] | None = None
 
     def fill(self, reply: bytes) -> None:
         """Gives the encoded reply and lets the connection know."""
         self.reply = reply
+        if self.measure is not None:
+            self.measure()
         if self.on_fill is not None:
             self.on_fill()
 
@@ -108,15 +124,26 @@ class Storage(Protocol):
 
 
 @attrs.define
-class Statistics:
-    """Counters for INFO."""
+class Transaction:
+    """What a client has queued since MULTI.
 
-    connections_received: int = 0
-    connections_rejected: int = 0
-    commands_processed: int = 0
-    net_input_bytes: int = 0
-    net_output_bytes: int = 0
-    error_replies: int = 0
+    Attributes:
+        commands: each command and its request.
+        size: bytes of the requests.
+        failed: whether a command was refused, so that EXEC will not carry out any.
+        grows: whether one of them may take memory.
+    """
+
+    commands: list[tuple[Command, list[bytes]]] = attrs.Factory(list)
+    size: int = 0
+    failed: bool = False
+    grows: bool = False
+
+    def queue(self, command: Command, request: list[bytes]) -> None:
+        """Keeps a command for EXEC."""
+        self.commands.append((command, request))
+        self.size += sum(map(len, request))
+        self.grows = self.grows or "denyoom" in command.flags
 
 
 @attrs.define(eq=False)
@@ -135,12 +162,73 @@ class Server:
     # Runs a task beside the clients, for a command whose answer comes later.
     start_soon: Callable[[Callable[[], Awaitable[None]]], None]
     shut_down: Callable[[], None]
-    # Called after CONFIG SET has changed the configuration.
+    # Called after CONFIG SET has changed the configuration; raises ConfigError when it cannot be as it is.
     reconfigure: Callable[[], None]
+    access: Access
     sessions: dict[int, Session] = attrs.field(factory=dict)
     departures: Departures = attrs.field(factory=Departures)
     statistics: Statistics = attrs.field(factory=Statistics)
+    slowlog: SlowLog = attrs.field()
+    monitors: Monitors = attrs.field()
+    pause: Pause = attrs.field()
+    # Changes of users that are kept on disk come one after the other.
+    access_lock: trio.Lock = attrs.field(factory=trio.Lock)
+    memory: MemoryLimit = attrs.field()
     last_client_id: int = 0
+    # Whether commands of any client have more to pass than those of its own `guarded`.
+    guarded: bool = False
+
+    @slowlog.default
+    def _slowlog(self) -> SlowLog:
+        return SlowLog(lambda: self.config.slowlog_max_len)
+
+    @monitors.default
+    def _monitors(self) -> Monitors:
+        return Monitors(lambda: self.config.client_output_buffer_limit, self.reconsider)
+
+    @pause.default
+    def _pause(self) -> Pause:
+        return Pause(self.reconsider)
+
+    @memory.default
+    def _memory(self) -> MemoryLimit:
+        return MemoryLimit(self.config, self.database)
+
+    def __attrs_post_init__(self) -> None:
+        self.reconsider()
+
+    def error(self, text: str) -> bytes:
+        """An error reply, counted."""
+        self.statistics.error_replies += 1
+        self.statistics.errors.count(text)
+        return replies.error(text)
+
+    def reconsider(self) -> None:
+        """Finds `guarded` again, after what it follows from has changed."""
+        config = self.config
+        self.guarded = (
+            bool(self.monitors)
+            or self.pause.active
+            or config.maxmemory > 0
+            or config.max_key_length < config.proto_max_bulk_len
+        )
+
+    def review_sessions(self, changing: Session | None = None) -> None:
+        """Lets a change of users hold for every session; those whose user is gone end.
+
+        `changing` is the session that made the change, which still gets its reply.
+        """
+        users = self.access.users
+        for session in list(self.sessions.values()):
+            if users.get(session.user.name) is session.user:
+                session.authenticated = session.authenticated or self.access.is_open
+            else:
+                session.authenticated = False
+                if session is changing:
+                    session.leave()
+                else:
+                    session.close()
+            session.reconsider()
 
 
 @attrs.define(eq=False)
@@ -158,6 +246,10 @@ class Session:
     buffered: Callable[[], tuple[int, int]]
     # The last LSN that a reply to this client shows, sent or not.
     observed: Callable[[], int]
+    # Sends what is no reply, after the replies so far.
+    push: Callable[[bytes], None] = lambda data: None
+    # Whether a reply to this client is still being made: it is not idle then.
+    awaiting: Callable[[], bool] = lambda: False
     encoder: Encoder = RESP2
     name: str = ""
     library_name: str = ""
@@ -168,6 +260,31 @@ class Session:
     changed_course: bool = False
     last_active: float = 0.0
     last_command: str = "NULL"
+    # A client is the default user from the start; unless that needs no password, it has to say so.
+    user: User = attrs.field()
+    authenticated: bool = attrs.field()
+    transaction: Transaction | None = None
+    watch: Watch = attrs.field(factory=Watch)
+    # Ends what the client is blocked in, None while it is not: by an error, or else as by a timeout.
+    unblock: Callable[[bool], None] | None = None
+    # What CLIENT NO-EVICT and CLIENT NO-TOUCH asked for.
+    no_evict: bool = False
+    no_touch: bool = False
+    # Whether EXEC is carrying commands out, which see each other's changes.
+    executing: bool = False
+    # Whether a command of this client has more to pass than its arity: see `engram.commands.guard`.
+    guarded: bool = False
+
+    @user.default
+    def _first_user(self) -> User:
+        return self.server.access.default
+
+    @authenticated.default
+    def _needs_no_password(self) -> bool:
+        return self.server.access.is_open
+
+    def __attrs_post_init__(self) -> None:
+        self.reconsider()
 
     @property
     def reply_mode(self) -> ReplyMode:
@@ -193,9 +310,35 @@ class Session:
         """
         journal = self.database.journal
         lsn = self.database.lsn
-        if journal is None or journal.released(lsn):
+        if journal is None or self.executing or journal.released(lsn):
             return lsn
         return max(journal.durable_lsn, self.observed())
+
+    def reconsider(self) -> None:
+        """Finds `guarded` again, after what it follows from has changed."""
+        self.guarded = not self.authenticated or self.transaction is not None or not self.user.unrestricted
+
+    def log_in(self, user: User) -> None:
+        """Lets the client be that user from now on."""
+        self.user = user
+        self.authenticated = True
+        self.reconsider()
+
+    def begin(self) -> None:
+        """MULTI: commands are queued from now on."""
+        self.transaction = Transaction()
+        self.reconsider()
+
+    def discard(self) -> None:
+        """Forgets what was queued, and all watches."""
+        self.transaction = None
+        self.unwatch()
+        self.reconsider()
+
+    def unwatch(self) -> None:
+        """Forgets all watches."""
+        self.database.watches.remove(self.watch)
+        self.watch = Watch()
 
     def leave(self) -> None:
         """Ends the connection once the replies so far are sent."""
@@ -203,6 +346,11 @@ class Session:
 
     def reset(self) -> None:
         """Back to how a client starts: https://redis.io/docs/latest/commands/reset/."""
+        self.user = self.server.access.default
+        self.authenticated = self.server.access.is_open
+        self.discard()
+        self.server.monitors.remove(self)
+        self.no_evict = self.no_touch = False
         self.encoder = RESP2
         self.name = ""
         self.reply_mode = ReplyMode.ON

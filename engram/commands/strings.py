@@ -1,14 +1,18 @@
-"""Strings and counters."""
+"""Strings as a whole and parts of them."""
 
 from __future__ import annotations
 
-from engram.commands.arguments import INTEGER_HIGH, INTEGER_LOW, SYNTAX_ERROR, expiry, integer
+from functools import partial
+
+from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
 from engram.commands.session import Session
-from engram.commands.table import Command
+from engram.commands.table import Command, wrong_arity
 from engram.errors import CommandError
-from engram.operations import AppendString, SetString
+from engram.operations import AppendString, DeleteKeys, SetExpiry, SetRange, SetString, SetStrings
 from engram.protocol import replies
-from engram.protocol.replies import OK, ZERO, bulk
+from engram.protocol.replies import EMPTY_BULK, OK, ONE, ZERO, bulk
+
+TOO_LONG = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
 
 
 def _set(session: Session, arguments: list[bytes]) -> bytes:
@@ -17,63 +21,154 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
         database.commit(SetString(arguments[1], arguments[2]))
         return OK
     key, value = arguments[1], arguments[2]
-    options = _SetOptions(arguments, database.now())
-    existing = database.lookup(key)
+    condition, get, lifetime, operand = _set_options(arguments)
+    expires_at = None if operand is None else expiry(lifetime, operand, database.now(), "set")
     reply = OK
-    if options.get:
+    if get:
         previous = database.string(key)
-        reply = session.encoder.null if previous is None else replies.bulk(previous)
-    if (options.only_new and existing is not None) or (options.only_existing and existing is None):
-        return reply if options.get else session.encoder.null
-    expires_at = options.expires_at
-    if options.keep_expiry and existing is not None:
+        reply = session.encoder.null if previous is None else bulk(previous)
+    if condition and (database.lookup(key) is None) is (condition == b"XX"):
+        return reply if get else session.encoder.null
+    if lifetime == b"KEEPTTL" and database.lookup(key) is not None:
         expires_at = database.keyspace.expiries.get(key)
     database.commit(SetString(key, value, expires_at))
     return reply
 
 
-class _SetOptions:
-    """The options of SET: https://redis.io/docs/latest/commands/set/."""
+def _set_options(arguments: list[bytes]) -> tuple[bytes, bool, bytes, bytes | None]:
+    """The options of SET: https://redis.io/docs/latest/commands/set/.
 
-    def __init__(self, arguments: list[bytes], now: int) -> None:
-        self.only_new = self.only_existing = self.get = self.keep_expiry = False
-        self.expires_at: int | None = None
-        rest = iter(arguments[3:])
-        timed = b""
-        deferred: tuple[bytes, int, int] | None = None
-        for word in rest:
-            option = word.upper()
-            if option == b"NX" and not self.only_existing:
-                self.only_new = True
-            elif option == b"XX" and not self.only_new:
-                self.only_existing = True
-            elif option == b"GET":
-                self.get = True
-            elif option == b"KEEPTTL" and not timed:
-                self.keep_expiry = True
-            elif (
-                option in _EXPIRIES
-                and timed in (b"", option)
-                and not self.keep_expiry
-                and (operand := next(rest, None)) is not None
-            ):
-                timed = option
-                unit, absolute = _EXPIRIES[option]
-                deferred = (operand, unit, 0 if absolute else now)
-            else:
+    Returns NX or XX, whether there is GET, the option that says how long the key lives, each empty when it is
+    not given, and what follows that option.
+    """
+    condition = lifetime = b""
+    operand: bytes | None = None
+    get = False
+    rest = iter(arguments[3:])
+    for word in rest:
+        option = word.upper()
+        if option in EXPIRY_OPTIONS and lifetime in (b"", option):
+            lifetime, operand = option, next(rest, None)
+            if operand is None:
                 raise CommandError(SYNTAX_ERROR)
-        if deferred is not None:
-            self.expires_at = expiry(*deferred, "set")
+        elif option in (b"NX", b"XX") and condition in (b"", option):
+            condition = option
+        elif option == b"GET":
+            get = True
+        elif option == b"KEEPTTL" and lifetime in (b"", option):
+            lifetime = option
+        else:
+            raise CommandError(SYNTAX_ERROR)
+    return condition, get, lifetime, operand
 
 
-_EXPIRIES = {b"EX": (1000, False), b"PX": (1, False), b"EXAT": (1000, True), b"PXAT": (1, True)}
+def _set_for(command: str, option: bytes, session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    expires_at = expiry(option, arguments[2], database.now(), command)
+    database.commit(SetString(arguments[1], arguments[3], expires_at))
+    return OK
+
+
+def _set_new(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    if database.lookup(arguments[1]) is not None:
+        return ZERO
+    database.commit(SetString(arguments[1], arguments[2]))
+    return ONE
+
+
+def _set_many(session: Session, arguments: list[bytes]) -> bytes:
+    if not len(arguments) & 1:
+        raise wrong_arity("mset")
+    session.database.commit(SetStrings(tuple(arguments[1::2]), tuple(arguments[2::2])))
+    return OK
+
+
+def _set_many_new(session: Session, arguments: list[bytes]) -> bytes:
+    if not len(arguments) & 1:
+        raise wrong_arity("msetnx")
+    database = session.database
+    keys = tuple(arguments[1::2])
+    if any(database.lookup(key) is not None for key in keys):
+        return ZERO
+    database.commit(SetStrings(keys, tuple(arguments[2::2])))
+    return ONE
 
 
 def _get(session: Session, arguments: list[bytes]) -> bytes:
     value = session.database.string(arguments[1])
     if value is None:
+        session.server.statistics.get_misses += 1
         return session.encoder.null
     return bulk(value)
+
+
+def _get_many(session: Session, arguments: list[bytes]) -> bytes:
+    null = session.encoder.null
+    values = list(map(session.database.lookup, arguments[1:]))
+    statistics = session.server.statistics
+    statistics.keyspace_misses += (misses := values.count(None))
+    statistics.keyspace_hits += len(values) - misses
+    # A long string asked for many times is a reply that no memory holds.
+    size = sum(len(value) for value in values if type(value) is bytes)
+    config = session.server.config
+    if size > max(config.client_output_buffer_limit, config.proto_max_bulk_len):
+        raise CommandError(
+            f"ERR the reply would take {size} bytes, more than client-output-buffer-limit and"
+            " proto-max-bulk-len"
+        )
+    return replies.array(bulk(value) if type(value) is bytes else null for value in values)
+
+
+def _get_and_set(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    value = database.string(arguments[1])
+    database.commit(SetString(arguments[1], arguments[2]))
+    return session.encoder.null if value is None else bulk(value)
+
+
+def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    value = database.string(arguments[1])
+    if value is None:
+        return session.encoder.null
+    database.commit(DeleteKeys((arguments[1],)))
+    return bulk(value)
+
+
+def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes:
+    database = session.database
+    key = arguments[1]
+    lifetime, operand = _lifetime(arguments)
+    value = database.string(key)
+    if value is None:
+        return session.encoder.null
+    if operand is not None:
+        now = database.now()
+        expires_at = expiry(lifetime, operand, now, "getex")
+        database.commit(DeleteKeys((key,)) if expires_at <= now else SetExpiry(key, expires_at))
+    elif lifetime and key in database.keyspace.expiries:
+        database.commit(SetExpiry(key, None))
+    return bulk(value)
+
+
+def _lifetime(arguments: list[bytes]) -> tuple[bytes, bytes | None]:
+    """The option of GETEX, empty when there is none, and what follows it."""
+    lifetime = b""
+    operand: bytes | None = None
+    rest = iter(arguments[2:])
+    for word in rest:
+        option = word.upper()
+        if lifetime not in (b"", option):
+            raise CommandError(SYNTAX_ERROR)
+        lifetime = option
+        if option in EXPIRY_OPTIONS:
+            operand = next(rest, None)
+            if operand is None:
+                raise CommandError(SYNTAX_ERROR)
+        elif option != b"PERSIST":
+            raise CommandError(SYNTAX_ERROR)
+    return lifetime, operand
 
 
 def _append(session: Session, arguments: list[bytes]) -> bytes:
@@ -82,7 +177,7 @@ def _append(session: Session, arguments: list[bytes]) -> bytes:
     value = database.string(key)
     length = len(suffix) + (len(value) if value is not None else 0)
     if length > session.server.config.proto_max_bulk_len:
-        raise CommandError("ERR string exceeds maximum allowed size (proto-max-bulk-len)")
+        raise CommandError(TOO_LONG)
     database.commit(SetString(key, suffix) if value is None else AppendString(key, suffix))
     return replies.integer(length)
 
@@ -92,120 +187,206 @@ def _strlen(session: Session, arguments: list[bytes]) -> bytes:
     return ZERO if value is None else replies.integer(len(value))
 
 
-def _add(session: Session, key: bytes, increment: int) -> bytes:
+def _get_range(session: Session, arguments: list[bytes]) -> bytes:
+    start, end = integer(arguments[2]), integer(arguments[3])
+    value = session.database.string(arguments[1])
+    if value is None:
+        return EMPTY_BULK
+    start, stop = clamp_range(start, end, len(value))
+    return bulk(value[start:stop])
+
+
+def _set_range(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
+    key, data = arguments[1], arguments[3]
+    offset = integer(arguments[2])
+    if offset < 0:
+        raise CommandError("ERR offset is out of range")
     value = database.string(key)
-    number = (0 if value is None else integer(value)) + increment
-    if not INTEGER_LOW <= number <= INTEGER_HIGH:
-        raise CommandError("ERR increment or decrement would overflow")
-    expires_at = None if value is None else database.keyspace.expiries.get(key)
-    digits = str(number).encode()
-    database.commit(SetString(key, digits, expires_at))
-    return b":" + digits + b"\r\n"
-
-
-def _incr(session: Session, arguments: list[bytes]) -> bytes:
-    return _add(session, arguments[1], 1)
-
-
-def _decr(session: Session, arguments: list[bytes]) -> bytes:
-    return _add(session, arguments[1], -1)
-
-
-def _incrby(session: Session, arguments: list[bytes]) -> bytes:
-    return _add(session, arguments[1], integer(arguments[2]))
-
-
-def _decrby(session: Session, arguments: list[bytes]) -> bytes:
-    decrement = integer(arguments[2])
-    if decrement == INTEGER_LOW:
-        raise CommandError("ERR decrement would overflow")
-    return _add(session, arguments[1], -decrement)
+    length = 0 if value is None else len(value)
+    if not data:
+        return replies.integer(length)
+    if offset + len(data) > session.server.config.proto_max_bulk_len:
+        raise CommandError(TOO_LONG)
+    database.commit(SetRange(key, offset, data))
+    return replies.integer(max(length, offset + len(data)))
 
 
 _WRITE = ("write", "denyoom")
+_FAST_WRITE = (*_WRITE, "fast")
+_FAST_READ = ("readonly", "fast")
 _KEY = (1, 1, 1)
+_PAIRS = (1, -1, 2)
+_READS, _OVERWRITES, _INSERTS = ("RO",), ("OW", "update"), ("OW", "insert")
+_SET_KEYS = "O(N) where N is the number of keys to set."
+_RANGE = "O(N) where N is the length of the returned string."
+
+_string = partial(Command, group="string")
 
 COMMANDS = (
-    Command(
+    _string(
         "set",
         _set,
         -3,
         "key value [NX | XX] [GET] [EX seconds | PX milliseconds | EXAT unix-time-seconds"
         " | PXAT unix-time-milliseconds | KEEPTTL]",
         "Sets the string value of a key, ignoring its type. The key is created if it doesn't exist.",
-        "string",
-        _WRITE,
-        _KEY,
+        flags=_WRITE,
+        keys=_KEY,
         key_flags=("RW", "access", "update", "variable_flags"),
     ),
-    Command(
-        "get", _get, 2, "key", "Returns the string value of a key.", "string", ("readonly", "fast"), _KEY
+    _string("get", _get, 2, "key", "Returns the string value of a key.", flags=_FAST_READ, keys=_KEY),
+    _string(
+        "mget",
+        _get_many,
+        -2,
+        "key [key ...]",
+        "Atomically returns the string values of one or more keys.",
+        flags=_FAST_READ,
+        keys=(1, -1, 1),
+        complexity="O(N) where N is the number of keys to retrieve.",
     ),
-    Command(
+    _string(
+        "mset",
+        _set_many,
+        -3,
+        "key value [key value ...]",
+        "Atomically creates or modifies the string values of one or more keys.",
+        flags=_WRITE,
+        keys=_PAIRS,
+        key_flags=_OVERWRITES,
+        since="1.0.1",
+        complexity=_SET_KEYS,
+    ),
+    _string(
+        "msetnx",
+        _set_many_new,
+        -3,
+        "key value [key value ...]",
+        "Atomically modifies the string values of one or more keys only when all keys don't exist.",
+        flags=_WRITE,
+        keys=_PAIRS,
+        key_flags=_INSERTS,
+        since="1.0.1",
+        complexity=_SET_KEYS,
+    ),
+    _string(
+        "setnx",
+        _set_new,
+        3,
+        "key value",
+        "Set the string value of a key only when the key doesn't exist.",
+        flags=_FAST_WRITE,
+        keys=_KEY,
+        key_flags=_INSERTS,
+    ),
+    _string(
+        "setex",
+        partial(_set_for, "setex", b"EX"),
+        4,
+        "key seconds value",
+        "Sets the string value and expiration time of a key. Creates the key if it doesn't exist.",
+        flags=_WRITE,
+        keys=_KEY,
+        key_flags=_OVERWRITES,
+        since="2.0.0",
+    ),
+    _string(
+        "psetex",
+        partial(_set_for, "psetex", b"PX"),
+        4,
+        "key milliseconds value",
+        "Sets both string value and expiration time in milliseconds of a key. The key is created if it"
+        " doesn't exist.",
+        flags=_WRITE,
+        keys=_KEY,
+        key_flags=_OVERWRITES,
+        since="2.6.0",
+    ),
+    _string(
+        "getset",
+        _get_and_set,
+        3,
+        "key value",
+        "Returns the previous string value of a key after setting it to a new value.",
+        flags=_FAST_WRITE,
+        keys=_KEY,
+    ),
+    _string(
+        "getdel",
+        _get_and_delete,
+        2,
+        "key",
+        "Returns the string value of a key after deleting the key.",
+        flags=("write", "fast"),
+        keys=_KEY,
+        key_flags=("RW", "access", "delete"),
+        since="6.2.0",
+    ),
+    _string(
+        "getex",
+        _get_and_expire,
+        -2,
+        "key [EX seconds | PX milliseconds | EXAT unix-time-seconds | PXAT unix-time-milliseconds | PERSIST]",
+        "Returns the string value of a key after setting its expiration time.",
+        flags=("write", "fast"),
+        keys=_KEY,
+        since="6.2.0",
+    ),
+    _string(
         "append",
         _append,
         3,
         "key value",
         "Appends a string to the value of a key. Creates the key if it doesn't exist.",
-        "string",
-        (*_WRITE, "fast"),
-        _KEY,
+        flags=_FAST_WRITE,
+        keys=_KEY,
         key_flags=("RW", "insert"),
         since="2.0.0",
+        complexity="O(N) where N is the length of the string.",
     ),
-    Command(
+    _string(
         "strlen",
         _strlen,
         2,
         "key",
         "Returns the length of a string value.",
-        "string",
-        ("readonly", "fast"),
-        _KEY,
-        key_flags=("RO",),
+        flags=_FAST_READ,
+        keys=_KEY,
+        key_flags=_READS,
         since="2.2.0",
     ),
-    Command(
-        "incr",
-        _incr,
-        2,
-        "key",
-        "Increments the integer value of a key by one. Uses 0 as initial value if the key doesn't exist.",
-        "string",
-        (*_WRITE, "fast"),
-        _KEY,
+    _string(
+        "getrange",
+        _get_range,
+        4,
+        "key start end",
+        "Returns a substring of the string stored at a key.",
+        flags=("readonly",),
+        keys=_KEY,
+        since="2.4.0",
+        complexity=_RANGE,
     ),
-    Command(
-        "decr",
-        _decr,
-        2,
-        "key",
-        "Decrements the integer value of a key by one. Uses 0 as initial value if the key doesn't exist.",
-        "string",
-        (*_WRITE, "fast"),
-        _KEY,
+    _string(
+        "substr",
+        _get_range,
+        4,
+        "key start end",
+        "Returns a substring from a string value.",
+        flags=("readonly",),
+        keys=_KEY,
+        complexity=_RANGE,
     ),
-    Command(
-        "incrby",
-        _incrby,
-        3,
-        "key increment",
-        "Increments the integer value of a key by a number. Uses 0 as initial value if the key doesn't"
-        " exist.",
-        "string",
-        (*_WRITE, "fast"),
-        _KEY,
-    ),
-    Command(
-        "decrby",
-        _decrby,
-        3,
-        "key decrement",
-        "Decrements a number from the integer value of a key. Uses 0 as initial value if the key doesn't"
-        " exist.",
-        "string",
-        (*_WRITE, "fast"),
-        _KEY,
+    _string(
+        "setrange",
+        _set_range,
+        4,
+        "key offset value",
+        "Overwrites a part of a string value with another by an offset. Creates the key if it doesn't exist.",
+        flags=_WRITE,
+        keys=_KEY,
+        key_flags=("RW", "update"),
+        since="2.2.0",
+        complexity="O(N) where N is the length of the string.",
     ),
 )

@@ -16,7 +16,12 @@ Handler = Callable[[Session, list[bytes]], Reply]
 Throttle = Callable[[Session, list[bytes]], float]
 
 _KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
-_CATEGORIES = {"generic": ("@keyspace",), "server": (), "vector": ("@vectorset",)}
+_CATEGORIES = {
+    "generic": ("@keyspace",),
+    "server": (),
+    "transactions": ("@transaction",),
+    "vector": ("@vectorset",),
+}
 
 
 @attrs.frozen(eq=False)
@@ -49,6 +54,8 @@ class Command:
     writes: bool = attrs.field(init=False)
     # Whether replies may tell of what clients have stored.
     shows_data: bool = attrs.field(init=False)
+    # Whether one call may take much longer than another, so that each has to be timed.
+    varies: bool = attrs.field(init=False)
     arguments: tuple[Argument, ...] = attrs.field(init=False)
 
     @key_flags.default
@@ -60,6 +67,7 @@ class Command:
         object.__setattr__(self, "minimum", abs(self.arity))
         object.__setattr__(self, "maximum", self.arity if self.arity > 0 else unbounded)
         object.__setattr__(self, "writes", "write" in self.flags)
+        object.__setattr__(self, "varies", self.complexity != "O(1)")
         object.__setattr__(self, "shows_data", self.group != "connection")
         object.__setattr__(self, "arguments", parse_usage(self.usage))
 
@@ -78,6 +86,19 @@ class Command:
         found.append("@fast" if "fast" in self.flags else "@slow")
         return tuple(found)
 
+    def resolve(self, request: Sequence[bytes]) -> Command:
+        """The command that a request for this one means: of a container the subcommand.
+
+        Raises CommandError when there is no such subcommand.
+        """
+        if not self.subcommands or len(request) < 2:
+            return self
+        command = self.subcommands.get(request[1].lower())
+        if command is None:
+            word = request[1][:128].decode("utf-8", "surrogateescape")
+            raise CommandError(f"ERR unknown subcommand '{word}'. Try {self.name.upper()} HELP.")
+        return command
+
     def key_positions(self, arguments: Sequence[bytes]) -> list[int]:
         """Where the keys are in a request, name included."""
         first, last, step = self.keys
@@ -92,12 +113,7 @@ def container(name: str, subcommands: Iterable[Command], **fields: str) -> Comma
     table = {command.name.partition("|")[2].encode(): command for command in subcommands}
 
     def handle(session: Session, arguments: list[bytes]) -> Reply:
-        command = table.get(arguments[1].lower())
-        if command is None:
-            word = arguments[1][:128].decode("utf-8", "surrogateescape")
-            raise CommandError(f"ERR unknown subcommand '{word}'. Try {name.upper()} HELP.")
-        check_arity(command, arguments)
-        return command.handler(session, arguments)
+        raise wrong_arity(name)
 
     return Command(
         name,

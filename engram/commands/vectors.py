@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from engram.commands.arguments import options, scan_count, scan_cursor
 from engram.commands.indices import existing_index
+from engram.commands.limits import check, check_members
 from engram.commands.session import Session
 from engram.commands.table import Command, wrong_arity
 from engram.errors import CommandError
@@ -31,6 +32,9 @@ def _add(session: Session, arguments: list[bytes]) -> bytes:
     index = existing_index(session, arguments[1])
     key, vector = arguments[2], arguments[3]
     decode_vector(vector, index.parameters.dimension)
+    config = session.server.config
+    if len(key) > config.max_key_length:
+        check_members((key,), config)
     reply = ZERO if key in index else ONE
     database.commit(AddVectors(index.id, (key,), vector))
     database.changed(index)
@@ -41,6 +45,9 @@ def _add_many(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     index = existing_index(session, arguments[1])
     keys, blobs, attributes = _rows(arguments, index.parameters.dimension)
+    config = session.server.config
+    check(len(keys), config.vector_max_rows, "the number of vectors")
+    check_members(keys, config)
     vectors = join_vectors(blobs, index.parameters.dimension)
     last = {key: position for position, key in enumerate(keys)}
     if len(last) < len(keys):

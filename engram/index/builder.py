@@ -63,6 +63,7 @@ class Builder:
     find that the index has been dropped, and then does nothing. A build that fails is tried again later.
 
     Counters: `running` and `waiting` builds, `builds` done, `failures`, and the text of the `last_error`.
+    `on_built` is called after each that is done, with the seconds that it took.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Builder:
         self.builds = 0
         self.failures = 0
         self.last_error: str | None = None
+        self.on_built: Callable[[float], None] = lambda seconds: None
 
     @property
     def waiting(self) -> int:
@@ -216,6 +218,7 @@ class Builder:
                     InstallSegment(index.id, name if rows else "", checksum, plan.through, replaced),
                 )
                 self.builds += 1
+                self.on_built(trio.current_time() - began)
         finally:
             self._store.discard(name)
             if all(installed.id != name for installed in index.segments):

@@ -88,6 +88,11 @@ class RowCodes:
         return ranks, (1.0 + _ROUNDING) * bound + self._error
 
 
+def coded_row_bytes(dimension: int) -> int:
+    """What `GrowingCodes` take for a row: codes, the same packed, scale and residual, and their factor."""
+    return 2 * dimension + 4 + 8 + 4
+
+
 class GrowingCodes:
     """The codes of rows to which more are appended: each row is encoded once."""
 

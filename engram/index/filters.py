@@ -211,11 +211,14 @@ def _read_tuple(text: bytes, offset: int) -> tuple[tuple[Value, ...], int]:
     return tuple(values), offset + 1
 
 
-def _to_postfix(steps: list[Step]) -> tuple[Step, ...]:
-    """Dijkstra's shunting yard; where values and operators stand is free as long as each finds its values."""
+def _to_postfix(steps: list[Step]) -> tuple[tuple[Step, ...], int]:
+    """Dijkstra's shunting yard; where values and operators stand is free as long as each finds its values.
+
+    Returns the program, and how many values wait at once at most.
+    """
     program: list[Step] = []
     waiting: list[Operator] = []
-    depth = 0
+    depth = deepest = 0
 
     def emit(each: Operator) -> None:
         nonlocal depth
@@ -228,6 +231,7 @@ def _to_postfix(steps: list[Step]) -> tuple[Step, ...]:
         if not isinstance(step, Operator):
             program.append(step)
             depth += 1
+            deepest = max(deepest, depth)
             if depth > DEEPEST_EXPRESSION:
                 raise CommandError("ERR FILTER expression is nested too deeply")
             continue
@@ -250,7 +254,7 @@ def _to_postfix(steps: list[Step]) -> tuple[Step, ...]:
         emit(waiting.pop())
     if depth != 1:
         raise _UnreadableError(0)
-    return tuple(program)
+    return tuple(program), deepest
 
 
 # Values one by one
@@ -594,10 +598,11 @@ def _is_in(numbers: Doubles, values: list[float]) -> Mask:
 
 @attrs.frozen
 class Filter:
-    """A compiled expression; two are equal when their texts are."""
+    """A compiled expression; two are equal when their texts are. `depth` values at most wait at once."""
 
     text: bytes
     program: tuple[Step, ...] = attrs.field(eq=False, repr=False)
+    depth: int = attrs.field(eq=False, repr=False)
 
     def mask(self, columns: AttributeColumns) -> Mask:
         """Which rows satisfy it; shape (rows,)."""
@@ -643,7 +648,7 @@ def _compile(expression: bytes) -> Filter:
     if len(expression) > LONGEST_EXPRESSION:
         raise CommandError(f"ERR FILTER expression is longer than {LONGEST_EXPRESSION} bytes")
     try:
-        return Filter(expression, _to_postfix(_split(expression)))
+        return Filter(expression, *_to_postfix(_split(expression)))
     except _UnreadableError as problem:
         # Where nothing is left to show, all is shown.
         near = (expression[problem.offset :] or expression).decode(errors="surrogateescape")

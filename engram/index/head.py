@@ -6,15 +6,22 @@ import numpy as np
 import numpy.typing as npt
 
 from engram.index.attributes import AttributeColumns, GrowingAttributes
-from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes
+from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes, coded_row_bytes
 from engram.index.distances import Doubles, Floats, Queries, row_norms
 from engram.index.masks import MaskCache
 from engram.index.texts import Positions, Texts
+from engram.sizes import BYTES_OBJECT
 
 # The death of a row that lives.
 ALIVE = np.iinfo(np.int64).max
 
 _FIRST_CAPACITY = 16
+
+# What a row takes in a chunk beside its vector: its id, birth, death and norm, and its place in the keys.
+_ROW_BYTES = 5 * 8
+# The objects of a chunk and of its arrays; and of a JSON text, with what it takes in a dictionary.
+_CHUNK_OBJECT_BYTES = 1500
+_ATTRIBUTES_OBJECT_BYTES = BYTES_OBJECT + 96
 
 RowIds = npt.NDArray[np.int64]
 Lsns = npt.NDArray[np.int64]
@@ -36,6 +43,7 @@ class Chunk:
         "_attribute_columns",
         "_codes",
         "_norms",
+        "attribute_bytes",
         "attributes",
         "births",
         "capacity",
@@ -59,6 +67,8 @@ class Chunk:
         self.deaths: Lsns = np.full(capacity, ALIVE, np.int64)
         self.keys: list[bytes] = []
         self.attributes: dict[int, bytes] = {}
+        # What the texts of attributes take.
+        self.attribute_bytes = 0
         self._norms: Doubles = np.empty(capacity, np.float64)
         self._attribute_columns: GrowingAttributes | None = None
         self._codes: GrowingCodes | None = None
@@ -86,6 +96,23 @@ class Chunk:
             + self._norms.nbytes
             + codes
         )
+
+    @property
+    def bytes_reserved(self) -> int:
+        """What the arrays take once they have been searched, codes included, and attributes; without keys."""
+        capacity = self.capacity
+        dimension = int(self.vectors.shape[1])
+        row = 4 * dimension + _ROW_BYTES
+        if capacity >= UNCODED_ROWS:
+            row += coded_row_bytes(dimension)
+        return _CHUNK_OBJECT_BYTES + capacity * row + self.attribute_bytes
+
+    def describe(self, position: int, text: bytes) -> int:
+        """Gives a row that has none its attributes, a JSON text; returns the bytes they take."""
+        self.attributes[position] = text
+        size = _ATTRIBUTES_OBJECT_BYTES + len(text)
+        self.attribute_bytes += size
+        return size
 
     def norms(self, count: int) -> Doubles:
         """The norms of the first `count` rows, computed at the first search that needs them.
@@ -176,6 +203,9 @@ class Chunk:
         copied.attributes = {
             position - start: text for position, text in self.attributes.items() if position >= start
         }
+        copied.attribute_bytes = _ATTRIBUTES_OBJECT_BYTES * len(copied.attributes) + sum(
+            map(len, copied.attributes.values())
+        )
         return copied
 
 
@@ -187,13 +217,26 @@ class Head:
         self.chunk_rows = chunk_rows
         # Replaced, not changed, when a chunk comes or goes: views hold it.
         self.chunks: tuple[Chunk, ...] = ()
-        # Rows in all chunks but the last.
+        # Rows in all chunks but the last, and the bytes reserved for those.
         self.rows_before_tail = 0
+        self._bytes_before_tail = 0
 
     @property
     def rows(self) -> int:
         """How many rows there are, dead ones included."""
         return self.rows_before_tail + (self.chunks[-1].count if self.chunks else 0)
+
+    @property
+    def bytes_reserved(self) -> int:
+        """What the chunks take once they have been searched; without keys."""
+        return self._bytes_before_tail + (self.chunks[-1].bytes_reserved if self.chunks else 0)
+
+    def describe(self, row_id: int, text: bytes) -> None:
+        """Gives a row that has none its attributes, a JSON text."""
+        chunk, position = self.find(row_id)
+        size = chunk.describe(position, text)
+        if chunk is not self.chunks[-1]:
+            self._bytes_before_tail += size
 
     def rows_born_by(self, lsn: int) -> int:
         """How many rows there were at `lsn`, which no row has left since."""
@@ -223,6 +266,7 @@ class Head:
             self.chunks = (*chunks[:-1], tail)
             return tail
         self.rows_before_tail += tail.count
+        self._bytes_before_tail += tail.bytes_reserved
         tail = Chunk(self.chunk_rows, self.dimension)
         self.chunks = (*chunks, tail)
         return tail
@@ -262,3 +306,4 @@ class Head:
             chunks[0] = first.copy(start, max(first.count - start, _FIRST_CAPACITY), self.dimension)
         self.chunks = tuple(chunks)
         self.rows_before_tail = sum(chunk.count for chunk in chunks[:-1])
+        self._bytes_before_tail = sum(chunk.bytes_reserved for chunk in chunks[:-1])

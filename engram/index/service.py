@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import attrs
 import numpy as np
 import trio
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from engram.errors import CommandError
 from engram.index.distances import Floats
 from engram.index.search import SearchOptions, SearchResult, Share, call_in_turn, search_batch
 from engram.index.vector_index import View
@@ -22,14 +24,41 @@ Done = Callable[[list[SearchResult] | Exception], None]
 
 T = TypeVar("T")
 
+BUSY = "BUSY The search waited for its turn longer than search-queue-timeout, and was not begun."
 
-@attrs.frozen(eq=False)
+# Searches that have waited for too long are looked for so many times before they have waited as long again,
+# but with pauses, in seconds, within these bounds.
+_LOOKS = 10
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
+
+
+class _Whole:
+    """What the parts of a search share."""
+
+    __slots__ = ("begun",)
+
+    def __init__(self) -> None:
+        self.begun = False
+
+
+@attrs.define(eq=False)
 class _Search:
     view: View
     queries: Floats
     options: SearchOptions
     done: Done
     wanted: Callable[[], bool]
+    queued: float
+    whole: _Whole | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.queries)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is the rest of a search that is under way."""
+        return self.whole is not None and self.whole.begun
 
     def parts(self, size: int) -> Sequence[_Search]:
         """Searches of at most `size` queries each that together are this one."""
@@ -39,6 +68,7 @@ class _Search:
         starts = range(0, count, size)
         outcomes: list[list[SearchResult] | Exception] = [[]] * len(starts)
         left = set(range(len(starts)))
+        whole = _Whole()
 
         def done(number: int, outcome: list[SearchResult] | Exception) -> None:
             outcomes[number] = outcome
@@ -54,16 +84,74 @@ class _Search:
             self.done(results)
 
         return [
-            attrs.evolve(self, queries=self.queries[start : start + size], done=partial(done, number))
+            attrs.evolve(
+                self, queries=self.queries[start : start + size], done=partial(done, number), whole=whole
+            )
             for number, start in enumerate(starts)
         ]
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Work:
     function: Callable[[], Any]
     done: Callable[[Any], None]
     wanted: Callable[[], bool]
+    queued: float
+    size = 1
+    begun = False
+
+
+_Waiting = TypeVar("_Waiting", _Search, _Work)
+
+
+class _Turns(Generic[_Waiting]):
+    """What clients wait for: the clients take turns, and each has its own in order. False without any."""
+
+    __slots__ = ("_clients", "_queues")
+
+    def __init__(self) -> None:
+        # Whose turn it is comes first; each has something in its queue.
+        self._clients: deque[int] = deque()
+        self._queues: dict[int, deque[_Waiting]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
+    def add(self, client: int, items: Iterable[_Waiting]) -> None:
+        """Queues something for a client."""
+        queue = self._queues.get(client)
+        if queue is None:
+            self._clients.append(client)
+            self._queues[client] = deque(items)
+        else:
+            queue.extend(items)
+
+    def first(self) -> _Waiting:
+        """What `take` will return."""
+        return self._queues[self._clients[0]][0]
+
+    def take(self) -> _Waiting:
+        """Takes what is next, of the client whose turn it is."""
+        client = self._clients[0]
+        queue = self._queues[client]
+        item = queue.popleft()
+        if queue:
+            self._clients.rotate(-1)
+        else:
+            self._clients.popleft()
+            del self._queues[client]
+        return item
+
+    def take_older(self, queued: float) -> list[_Waiting]:
+        """Takes what was queued before a time; what is under way stays, and what is behind it."""
+        taken: list[_Waiting] = []
+        for client, queue in list(self._queues.items()):
+            while queue and queue[0].queued < queued and not queue[0].begun:
+                taken.append(queue.popleft())
+            if not queue:
+                self._clients.remove(client)
+                del self._queues[client]
+        return taken
 
 
 class _Shared:
@@ -110,17 +198,25 @@ class SearchService:
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
     a turn of the loop in between. Threads that are idle, and `helpers` more that do nothing else, help one
-    that walks several graphs. The counters are `searches` (queries) and `batches` run, and what is `waiting`.
+    that walks several graphs.
+
+    Clients take turns: each has a search in a batch before any has its next. What is not begun within
+    `timeout` seconds is answered with a CommandError, `BUSY`; with a timeout of 0 it waits.
+
+    The counters are `searches` (queries) and `batches` run, what is `waiting`, and what was `refused`.
     """
 
-    def __init__(self, threads: int, max_batch: int, helpers: int = 0) -> None:
+    def __init__(
+        self, threads: int, max_batch: int, helpers: int = 0, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._threads = threads
         self._workers = threads + helpers
         self._max_batch = max_batch
         # Guards the queues, `waiting` and the numbers of threads; held for a few steps only.
         self._lock = Lock()
-        # In the order in which they are next; work is on its own, indices have their id as the key.
-        self._queues: dict[object, deque[_Search] | _Work] = {}
+        self._now = now
+        # In the order in which they are next, by the id of an index; and by client.
+        self._queues: dict[tuple[str, int], _Turns[_Search] | _Turns[_Work]] = {}
         self._shared: deque[_Shared] = deque()
         self._idle = 0
         self._busy = 0
@@ -129,6 +225,8 @@ class SearchService:
         self.searches = 0
         self.batches = 0
         self.waiting = 0
+        self.refused = 0
+        self.timeout = 0.0
 
     @property
     def idle(self) -> int:
@@ -143,30 +241,33 @@ class SearchService:
         options: SearchOptions,
         done: Done,
         wanted: Callable[[], bool] = lambda: True,
+        client: int = 0,
     ) -> None:
         """Queues a search for each of `queries`, (n, dimension), all of which see the same view.
 
         `done` is called once on the loop, with a result for each query, or with what went wrong. What is
         not `wanted` any more when its turn comes is dropped; a search thread asks.
         """
-        parts = _Search(view, queries, options, done, wanted).parts(self._max_batch)
-        with self._lock:
-            queue = self._queues.setdefault(index_id, deque())
-            assert isinstance(queue, deque)
-            queue.extend(parts)
-            self.waiting += len(queries)
-            self._call_for_queue()
+        parts = _Search(view, queries, options, done, wanted, self._now()).parts(self._max_batch)
+        self._queue(("index", index_id), client, parts, len(queries))
 
     def submit_work(
         self,
         function: Callable[[], T],
         done: Callable[[T | Exception], None],
         wanted: Callable[[], bool] = lambda: True,
+        client: int = 0,
     ) -> None:
         """Queues a call that only reads; `done` is called on the loop with what it returns or raises."""
+        self._queue(("client", client), client, [_Work(function, done, wanted, self._now())], 1)
+
+    def _queue(self, key: tuple[str, int], client: int, items: Sequence[Any], size: int) -> None:
         with self._lock:
-            self._queues[object()] = _Work(function, done, wanted)
-            self.waiting += 1
+            turns = self._queues.get(key)
+            if turns is None:
+                turns = self._queues[key] = _Turns()
+            turns.add(client, items)
+            self.waiting += size
             self._call_for_queue()
 
     def _call_for_queue(self) -> None:
@@ -190,6 +291,7 @@ class SearchService:
                 nursery.start_soon(
                     partial(trio.to_thread.run_sync, self._serve, worker, token, limiter=limiter)
                 )
+            nursery.start_soon(self._refuse_what_is_late)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -200,6 +302,29 @@ class SearchService:
                     self.waiting = 0
                 for _ in range(self._workers):
                     self._calls.put(False)
+
+    async def _refuse_what_is_late(self) -> None:
+        while True:
+            pause = self.timeout / _LOOKS or _LONGEST_PAUSE
+            await trio.sleep(max(_SHORTEST_PAUSE, min(pause, _LONGEST_PAUSE)))
+            self.refuse_late()
+
+    def refuse_late(self) -> None:
+        """Answers what has waited for too long."""
+        if not self.timeout or not self.waiting:
+            return
+        oldest = self._now() - self.timeout
+        late: list[_Search | _Work] = []
+        with self._lock:
+            for key, turns in list(self._queues.items()):
+                late += turns.take_older(oldest)
+                if not turns:
+                    del self._queues[key]
+            self.waiting -= sum(each.size for each in late)
+        for each in late:
+            if each.wanted():
+                self.refused += each.size
+                each.done(CommandError(BUSY))
 
     def _serve(self, worker: int, token: trio.lowlevel.TrioToken) -> None:
         while self._run_next(worker, token) or self._calls.get():
@@ -251,22 +376,27 @@ class SearchService:
 
     def _take(self) -> list[_Search] | _Work:
         key = next(iter(self._queues))
-        queue = self._queues.pop(key)
-        if isinstance(queue, _Work):
-            self.waiting -= 1
-            return queue
+        turns = self._queues.pop(key)
         batch: list[_Search] = []
         room = self._max_batch
-        while queue and len(queue[0].queries) <= room:
-            search = queue.popleft()
-            self.waiting -= len(search.queries)
-            if search.wanted():
-                room -= len(search.queries)
-                batch.append(search)
-        if queue:
-            self._queues[key] = queue
-            self._call_for_queue()
+        while turns and turns.first().size <= room:
+            item = turns.take()
+            self.waiting -= item.size
+            if isinstance(item, _Work):
+                self._put_back(key, turns)
+                return item
+            if item.whole is not None:
+                item.whole.begun = True
+            if item.wanted():
+                room -= item.size
+                batch.append(item)
+        self._put_back(key, turns)
         return batch
+
+    def _put_back(self, key: tuple[str, int], turns: _Turns[Any]) -> None:
+        if turns:
+            self._queues[key] = turns
+            self._call_for_queue()
 
 
 def _attempt(function: Callable[[], T]) -> T | Exception:

@@ -18,6 +18,7 @@ from engram.index.head import ALIVE, Chunk, Head, Lsns, RowIds
 from engram.index.merging import DEAD_FRACTION, LARGEST_SEGMENT, next_merge
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
+from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
 
 # The head is sealed when it has so many rows, or takes so many bytes.
 SEAL_ROWS = 8192
@@ -36,6 +37,10 @@ _SCANNED_ROWS = 4096
 # dictionary of row ids beyond its bytes and the table: the objects of the key and of the number.
 _KEY_SAMPLING = 32
 _KEY_OBJECT_BYTES = sys.getsizeof(b"") + sys.getsizeof(1 << 30)
+# The same with what the allocator rounds up on average; the index itself; and a row of a segment: its death.
+_LIVE_KEY_BYTES = BYTES_OBJECT + INTEGER_OBJECT
+_INDEX_OBJECT_BYTES = 2500
+_SEGMENT_ROW_BYTES = 8
 
 
 @attrs.define(eq=False)
@@ -224,6 +229,8 @@ class VectorIndex:
         self.on_drop: Callable[[], None] | None = None
         self.segments: tuple[InstalledSegment, ...] = ()
         self.live: dict[bytes, int] = {}
+        # The lengths of the keys in it.
+        self._key_bytes = 0
         self._seal_rows = min(seal_rows, max(16, _HEAD_BYTES // row_bytes))
         self._largest_segment = largest_segment
         chunk_rows = min(_CHUNK_ROWS, max(1, self._seal_rows // 2), max(4, _CHUNK_BYTES // row_bytes))
@@ -270,6 +277,22 @@ class VectorIndex:
         """Bytes of the segments' files."""
         return sum(installed.segment.size for installed in self.segments)
 
+    @property
+    def bytes_reserved(self) -> int:
+        """What the index takes in memory once it has been searched, in a few steps.
+
+        That is its live keys, the head with codes, attributes and norms, and the deaths of rows in segments.
+        What the system maps is not counted: it can be had back at any time.
+        """
+        return (
+            _INDEX_OBJECT_BYTES
+            + self._head.bytes_reserved
+            + table_bytes(self.live)
+            + len(self.live) * _LIVE_KEY_BYTES
+            + self._key_bytes
+            + self._rows_in_segments * _SEGMENT_ROW_BYTES
+        )
+
     def add(
         self,
         lsn: int,
@@ -288,12 +311,13 @@ class VectorIndex:
             self._next_row = row_id + 1
             tail = self._head.tail()
             if attributes and (text := attributes[0]) is not None:
-                tail.attributes[tail.count] = text
+                tail.describe(tail.count, text)
             tail.append(row_id, key, vectors[0], lsn)
             live = self.live
             old = live.get(key)
             live[key] = row_id
             if old is None:
+                self._key_bytes += len(key)
                 return 1
             self._kill(old, lsn)
             return 0
@@ -328,14 +352,20 @@ class VectorIndex:
         self._head.extend(row_ids, keys, vectors, lsn)
         for row_id, text in zip(row_ids.tolist(), attributes, strict=False):
             if text:
-                chunk, position = self._head.find(row_id)
-                chunk.attributes[position] = text
-        self.live.update(zip(keys, row_ids.tolist(), strict=True))
+                self._head.describe(row_id, text)
+        live = self.live
+        self._key_bytes += sum(len(key) for key in keys if key not in live)
+        live.update(zip(keys, row_ids.tolist(), strict=True))
 
     def delete(self, lsn: int, keys: Sequence[bytes]) -> int:
         """Kills the rows of these keys; returns how many there were."""
         live = self.live
-        row_ids = [row_id for key in keys if (row_id := live.pop(key, None)) is not None]
+        row_ids = []
+        for key in keys:
+            row_id = live.pop(key, None)
+            if row_id is not None:
+                self._key_bytes -= len(key)
+                row_ids.append(row_id)
         self._kill_many(row_ids, lsn)
         return len(row_ids)
 
@@ -605,6 +635,7 @@ class VectorIndex:
                 # A later row may have the key.
                 if live[key] == row_id:
                     del live[key]
+        index._key_bytes = sum(map(len, index.live))
         index._set_segments(installed)
         index._append(0, state.row_ids, state.keys, state.vectors, state.attributes)
         index._next_row = state.next_row

@@ -348,6 +348,10 @@ class Examination:
     def _examine_rest(self) -> Iterator[FileReport]:
         layout = self._layout
         current = {layout.lock.name, layout.manifest.name, layout.segments.name}
+        unfinished = {
+            f"{layout.manifest.name}.new": "a manifest",
+            f"{layout.users.name}.new": "a file of users",
+        }
         if self._manifest is not None:
             current.add(self._manifest.snapshot)
         snapshots = {path.name for path in layout.snapshots()}
@@ -365,8 +369,10 @@ class Examination:
                 yield FileReport(name, "kept", f"put aside by a start or a repair, {_size(path)} bytes")
             elif _PREPARED_NAME.fullmatch(name):
                 yield FileReport(name, "unused", "space for the log; removed at the next start")
-            elif name == f"{layout.manifest.name}.new":
-                yield FileReport(name, "unused", "a manifest that was not finished")
+            elif name in unfinished:
+                yield FileReport(name, "unused", f"{unfinished[name]} that was not finished")
+            elif name == layout.users.name:
+                yield FileReport(name, "ok", f"users, {_size(path)} bytes")
             else:
                 yield FileReport(name, "other", "not a file of engram's")
 

@@ -7,6 +7,7 @@ prepared-<n>.log       space allocated for a coming file of the log; holds nothi
 snapshot-<lsn>/        the state as of that LSN, a folder of columns
 segments/<id>/         one segment of an index, a folder of columns
 segments/<id>.building/   a segment not finished
+users.acl              the users, and the rules for them (engram/access.py)
 wal-<number>.log.broken-<unix time>   what recovery cut from that file
 """
 
@@ -33,6 +34,10 @@ class Layout:
     """The paths of one data directory."""
 
     directory: Path
+
+    @property
+    def users(self) -> Path:
+        return self.directory / "users.acl"
 
     @property
     def lock(self) -> Path:

@@ -134,6 +134,8 @@ class Persistence:
         snapshot_command: Callable[[int], list[str]],
     ) -> None:
         self.settings = settings
+        # Called with the seconds that a sync of the log took.
+        self.on_sync: Callable[[float], None] = lambda seconds: None
         self._layout = Layout(directory)
         self._files = files
         self._snapshot_command = snapshot_command
@@ -457,6 +459,7 @@ class Persistence:
             self._last_sync_time = now
         if commit.sync_seconds is not None:
             self._last_sync_seconds = commit.sync_seconds
+            self.on_sync(commit.sync_seconds)
         self._batches += 1
         self._queued_bytes -= queued_bytes
         self._written_lsn = lsn

@@ -36,6 +36,18 @@ QUERY_BUFFER_LIMIT: Final = 1024 * 1024 * 1024
 INLINE_LIMIT: Final = 64 * 1024
 """Bytes of one line, be it an inline command or a length (Redis: PROTO_INLINE_MAX_SIZE)."""
 
+UNAUTHENTICATED_ARGUMENTS: Final = 10
+"""Arguments of one request of a client that has yet to authenticate (processMultibulkBuffer)."""
+
+UNAUTHENTICATED_BULK_LENGTH: Final = 16 * 1024
+"""Bytes of one argument of such a client (processMultibulkBuffer)."""
+
+UNAUTHENTICATED_REQUESTS: Final = 128
+"""Requests of such a client that are returned at once: to refuse thousands would hold up the others."""
+
+CROSS_PROTOCOL: Final = frozenset({b"post", b"host:"})
+"""What an HTTP request sends as commands, in small letters (Redis: securityWarningCommand)."""
+
 _ARRAY: Final = ord("*")
 _BULK_LENGTHS: Final = {b"$%d" % length: length for length in range(4096)}
 _ARRAY_LENGTHS: Final = {b"*%d" % length: length for length in range(64)}
@@ -74,6 +86,11 @@ class RequestParser:
     """Requests of one connection, from bytes cut anywhere.
 
     After the first violation `error` holds it, and nothing more is parsed.
+
+    While `authenticated` is false, requests and arguments must be small. As the requests before one that is
+    not may be what authenticates the client, they are returned first: `suspended` is true then, and the next
+    `feed`, of nothing if need be, judges the rest by what `authenticated` is by that time. So it is after
+    some requests that are small.
     """
 
     def __init__(
@@ -85,8 +102,11 @@ class RequestParser:
         inline_limit: int = INLINE_LIMIT,
     ) -> None:
         self.error: ProtocolError | None = None
-        self._max_bulk_length = max_bulk_length
-        self._max_arguments = max_arguments
+        self.suspended = False
+        self._authenticated = True
+        self._authenticated_limits = max_arguments, max_bulk_length
+        # The limits in force: those of the state that `authenticated` says.
+        self._max_arguments, self._max_bulk_length = self._authenticated_limits
         self._query_buffer_limit = query_buffer_limit
         self._inline_limit = inline_limit
         self._arguments: list[bytes] = []  # of the request that is arriving
@@ -96,6 +116,20 @@ class RequestParser:
         self._bulk = bytearray()  # the part received of an argument
         self._bulk_length = -1  # of that argument; -1 when none is arriving
         self._reader: hiredis.Reader | None = None  # one that stands between two requests
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether the client may send large requests."""
+        return self._authenticated
+
+    @authenticated.setter
+    def authenticated(self, authenticated: bool) -> None:
+        self._authenticated = authenticated
+        arguments, bulk_length = self._authenticated_limits
+        if not authenticated:
+            arguments = min(arguments, UNAUTHENTICATED_ARGUMENTS)
+            bulk_length = min(bulk_length, UNAUTHENTICATED_BULK_LENGTH)
+        self._max_arguments, self._max_bulk_length = arguments, bulk_length
 
     @property
     def buffered(self) -> int:
@@ -116,6 +150,7 @@ class RequestParser:
                     raise ProtocolError("query buffer limit exceeded")
             except ProtocolError as error:
                 self.error = error
+                self.suspended = False
                 self._line = b""
                 self._bulk = bytearray()
                 self._arguments = []
@@ -126,6 +161,7 @@ class RequestParser:
         if self._line:
             data = self._line + data
             self._line = b""
+            self.suspended = False
         position = 0
         if self._missing:
             position = self._read_arguments(data, position, requests)
@@ -136,6 +172,8 @@ class RequestParser:
                 position = self._read_array(data, position, requests)
             else:
                 position = self._read_inline(data, position, requests)
+            if not self._authenticated and len(requests) >= UNAUTHENTICATED_REQUESTS and position < len(data):
+                position = self._suspend(data, position)
 
     def _read_array(self, data: bytes, position: int, requests: list[list[bytes]]) -> int:
         line_end = data.find(b"\r", position)
@@ -146,7 +184,11 @@ class RequestParser:
         header = data[position:line_end]
         count = _ARRAY_LENGTHS.get(header) or _length(header)
         if count is None or count > self._max_arguments:
-            raise ProtocolError("invalid multibulk length")
+            if count is None or count > self._authenticated_limits[0]:
+                raise ProtocolError("invalid multibulk length")
+            if not requests:
+                raise ProtocolError("unauthenticated multibulk length")
+            return self._suspend(data, position)
         if count <= 0:
             return line_end + 2
         self._missing = count
@@ -173,6 +215,12 @@ class RequestParser:
             length = _BULK_LENGTHS.get(header)
             if length is None or length > self._max_bulk_length:
                 length = self._check_bulk_length(header)
+                if length > self._max_bulk_length:
+                    if not requests:
+                        raise ProtocolError("unauthenticated bulk length")
+                    self._missing = missing
+                    self._consumed += position - start
+                    return self._suspend(data, position)
             position = line_end + 2
             stop = position + length
             if stop >= last:
@@ -210,9 +258,15 @@ class RequestParser:
             got = (header[:1] or b"\r").decode(errors="surrogateescape")
             raise ProtocolError(f"expected '$', got '{got}'")
         length = _length(header)
-        if length is None or not 0 <= length <= self._max_bulk_length:
+        if length is None or not 0 <= length <= self._authenticated_limits[1]:
             raise ProtocolError("invalid bulk length")
         return length
+
+    def _suspend(self, data: bytes, position: int) -> int:
+        """Keep for later all from a line on, of a client that has yet to authenticate; return the end."""
+        self.suspended = True
+        self._line = data[position:]
+        return len(data)
 
     def _read_inline(self, data: bytes, position: int, requests: list[list[bytes]]) -> int:
         line_end = data.find(b"\n", position)

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from engram.commands.arguments import (
     INTEGER_HIGH,
     INTEGER_LOW,
+    clamp_range,
     expiry,
     integer,
     number,
     options,
     scan_count,
     scan_cursor,
+    small_integer,
     text,
 )
 from engram.errors import CommandError
@@ -51,12 +53,14 @@ def test_text_survives_a_round_trip(argument: bytes) -> None:
 
 
 def test_expiries() -> None:
-    assert expiry(b"5", 1000, 70, "set") == 5070
-    assert expiry(b"5", 1, 0, "set") == 5
-    assert expiry(b"%d" % INTEGER_HIGH, 1, 0, "set") == INTEGER_HIGH
-    for argument, base in ((b"0", 0), (b"-1", 10), (b"%d" % INTEGER_HIGH, 1)):
+    assert expiry(b"EX", b"5", 70, "set") == 5070
+    assert expiry(b"PX", b"5", 70, "set") == 75
+    assert expiry(b"EXAT", b"5", 70, "set") == 5000
+    assert expiry(b"PXAT", b"5", 70, "set") == 5
+    assert expiry(b"PXAT", b"%d" % INTEGER_HIGH, 70, "set") == INTEGER_HIGH
+    for option, argument in ((b"PX", b"0"), (b"PXAT", b"-1"), (b"PX", b"%d" % INTEGER_HIGH)):
         with pytest.raises(CommandError, match=r"^ERR invalid expire time in 'set' command$"):
-            expiry(argument, 1, base, "set")
+            expiry(option, argument, 1, "set")
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -97,3 +101,37 @@ def test_cursors_and_counts_of_scans() -> None:
     assert scan_count(b"1") == 1
     with pytest.raises(CommandError, match=r"^ERR syntax error$"):
         scan_count(b"0")
+
+
+def test_small_integers() -> None:
+    for argument in (b"-2147483648", b"0", b"2147483647"):
+        assert small_integer(argument) == int(argument)
+    wrong = r"^ERR value is out of range, value must between -2147483648 and 2147483647$"
+    for argument in (b"-2147483649", b"2147483648", b"9223372036854775807"):
+        with pytest.raises(CommandError, match=wrong):
+            small_integer(argument)
+
+
+@given(st.binary(max_size=8), st.integers(-12, 12), st.integers(-12, 12))
+def test_a_range_is_clamped_as_redis_does(value: bytes, start: int, end: int) -> None:
+    first, stop = clamp_range(start, end, len(value))
+    assert 0 <= first <= stop <= len(value)
+    low = start if start >= 0 else max(0, start + len(value))
+    high = end if end >= 0 else max(0, end + len(value))
+    expected = b"" if end < start < 0 else value[low : high + 1]
+    assert value[first:stop] == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "cursor"),
+    [
+        (b" 7", 7),
+        (b"+7", 7),
+        (b"007", 7),
+        (b"-00", 0),
+        (b"-07", (1 << 64) - 7),
+        (b"18446744073709551615", (1 << 64) - 1),
+    ],
+)
+def test_cursors_in_forms_that_c_reads(argument: bytes, cursor: int) -> None:
+    assert scan_cursor(argument) == cursor

@@ -3,6 +3,8 @@ from __future__ import annotations
 import re
 
 import pytest
+import trio
+import trio.testing
 
 from engram import REDIS_VERSION
 from tests.commands.conftest import Conversation, Converse
@@ -107,6 +109,44 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("CLIENT KILL MAXAGE 0", b"-ERR maxage should be greater than 0\r\n"),
         ("CLIENT KILL MAXAGE 1000000", b":0\r\n"),
     ),
+    "pause misused": (
+        ("CLIENT PAUSE abc", b"-ERR timeout is not an integer or out of range\r\n"),
+        ("CLIENT PAUSE -1", b"-ERR timeout is negative\r\n"),
+        ("CLIENT PAUSE 9223372036854775807", b"-ERR timeout is out of range\r\n"),
+        ("CLIENT PAUSE 1 FOO", b"-ERR CLIENT PAUSE mode must be WRITE or ALL\r\n"),
+        (
+            "CLIENT pause 1 ALL x",
+            b"-ERR unknown subcommand or wrong number of arguments for 'pause'. Try CLIENT HELP.\r\n",
+        ),
+        ("CLIENT UNPAUSE", b"+OK\r\n"),
+        ("CLIENT UNPAUSE x", b"-ERR wrong number of arguments for 'client|unpause' command\r\n"),
+    ),
+    "unblock": (
+        ("CLIENT UNBLOCK a", b"-ERR value is not an integer or out of range\r\n"),
+        ("CLIENT UNBLOCK 1", b":0\r\n"),
+        ("CLIENT UNBLOCK 99 TIMEOUT", b":0\r\n"),
+        ("CLIENT UNBLOCK 1 FOO", b"-ERR CLIENT UNBLOCK reason should be TIMEOUT or ERROR\r\n"),
+    ),
+    "switches": (
+        ("CLIENT NO-EVICT on", b"+OK\r\n"),
+        ("CLIENT NO-EVICT foo", b"-ERR syntax error\r\n"),
+        ("CLIENT NO-TOUCH off", b"+OK\r\n"),
+        ("CLIENT NO-TOUCH foo", b"-ERR syntax error\r\n"),
+    ),
+    "tracking": (
+        ("CLIENT GETREDIR", b":-1\r\n"),
+        ("CLIENT TRACKING OFF", b"+OK\r\n"),
+        ("CLIENT TRACKING foo", b"-ERR syntax error\r\n"),
+        (
+            "CLIENT TRACKING ON BCAST",
+            b"-ERR client-side caching is not supported: keys are not tracked\r\n",
+        ),
+        (
+            "CLIENT CACHING yes",
+            b"-ERR CLIENT CACHING can be called only when the client is in tracking mode with OPTIN or"
+            b" OPTOUT mode enabled\r\n",
+        ),
+    ),
     "reply": (
         ("CLIENT REPLY ON", b"+OK\r\n"),
         ("CLIENT REPLY foo", b"-ERR syntax error\r\n"),
@@ -178,8 +218,9 @@ async def test_client_info_and_list(house: House) -> None:
     info = (await client.call("CLIENT INFO")).decode()
     assert re.fullmatch(
         r"=\d+\r\ntxt:id=1 addr=127.0.0.1:1000 laddr=127.0.0.1:6380 fd=1000 name=me age=\d+ idle=0 flags=N"
-        r" db=0 sub=0 psub=0 ssub=0 multi=-1 watch=0 qbuf=0 qbuf-free=0 obl=0 oll=0 omem=0 tot-mem=0"
-        r" events=r cmd=\S+ user=default redir=-1 resp=3 lib-name=tests lib-ver=1.2\n\r\n",
+        r" db=0 sub=0 psub=0 ssub=0 multi=-1 watch=0 qbuf=0 qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0"
+        r" rbp=0 obl=0 oll=0 omem=0 tot-mem=\d+ events=r cmd=client\|info user=default redir=-1 resp=3"
+        r" lib-name=tests lib-ver=1.2 io-thread=0\n\r\n",
         info,
     )
     listed = (await other.call("CLIENT LIST")).decode()
@@ -187,7 +228,7 @@ async def test_client_info_and_list(house: House) -> None:
     assert listed.startswith("$")
     for request, ids in {
         "CLIENT LIST ID 2": ["id=2"],
-        "CLIENT LIST ID 1 7 2 1": ["id=1", "id=2"],
+        "CLIENT LIST ID 2 7 1 2": ["id=2", "id=1", "id=2"],
         "CLIENT LIST TYPE normal": ["id=1", "id=2"],
         "CLIENT LIST TYPE pubsub": [],
     }.items():
@@ -209,3 +250,104 @@ async def test_kill_by_what_clients_are(house: House) -> None:
     assert await client.call("CLIENT KILL TYPE normal SKIPME yes") == b":0\r\n"
     assert await client.call("CLIENT KILL SKIPME no") == b":1\r\n"
     assert await client.ended() == b""
+
+
+async def test_of_a_filter_given_twice_the_last_counts(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    await other.call("PING")
+    assert await client.call("CLIENT KILL ID 77 ID 2") == b":1\r\n"
+    assert await other.ended() == b""
+    assert await client.call("CLIENT KILL MAXAGE 99999999999999999999 ID 1") == (
+        b"-ERR maxage is not an integer or out of range\r\n"
+    )
+
+
+async def test_kill_by_user(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    await client.call("ACL SETUSER alice on nopass allcommands allkeys")
+    assert await other.call("AUTH alice x") == b"+OK\r\n"
+    assert b" user=alice " in await client.call("CLIENT LIST ID 2")
+    assert await client.call("CLIENT KILL USER alice") == b":1\r\n"
+    assert await other.ended() == b""
+
+
+async def test_flags_say_what_a_client_is_doing(house: House) -> None:
+    client, other = house.connect(), house.connect()
+
+    async def flags() -> str:
+        found = re.search(r" flags=(\S+) ", (await client.call("CLIENT LIST ID 2")).decode())
+        assert found is not None
+        return found[1]
+
+    await other.call("CLIENT NO-EVICT on")
+    await other.call("CLIENT NO-TOUCH on")
+    assert await flags() == "eT"
+    await other.call("RESET")
+    assert await flags() == "N"
+    await other.call("WATCH a")
+    await client.call("SET a 1")
+    assert await flags() == "d"
+    await other.call("MULTI")
+    await other.call("GET abc")
+    assert await flags() == "xd"
+    line = (await client.call("CLIENT LIST ID 2")).decode()
+    assert re.search(r" multi=1 watch=1 .* multi-mem=6 ", line)
+    await other.call("DISCARD")
+    await other.call("MONITOR")
+    assert await flags() == "O"
+
+
+async def test_what_tracking_is_asked_about(house: House) -> None:
+    client = house.connect()
+    assert await client.call("CLIENT TRACKINGINFO") == (
+        b"*6\r\n$5\r\nflags\r\n*1\r\n$3\r\noff\r\n$8\r\nredirect\r\n:-1\r\n$8\r\nprefixes\r\n*0\r\n"
+    )
+    await client.call("HELLO 3")
+    assert await client.call("CLIENT TRACKINGINFO") == (
+        b"%3\r\n$5\r\nflags\r\n~1\r\n$3\r\noff\r\n$8\r\nredirect\r\n:-1\r\n$8\r\nprefixes\r\n*0\r\n"
+    )
+
+
+async def test_a_pause_holds_all_commands_for_its_time(
+    house: House, autojump_clock: trio.testing.MockClock
+) -> None:
+    client, other = house.connect(), house.connect()
+    assert await client.call("CLIENT PAUSE 3000") == b"+OK\r\n"
+    began = trio.current_time()
+    # As in Redis, what would end it waits for its end, too.
+    assert await other.call("CLIENT UNPAUSE") == b"+OK\r\n"
+    assert trio.current_time() - began == pytest.approx(3)
+    assert await client.call("PING") == b"+PONG\r\n"
+    assert not house.server.guarded
+
+
+async def test_a_pause_of_writes_holds_no_reads(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    assert await client.call("CLIENT PAUSE 100000 WRITE") == b"+OK\r\n"
+    await other.send("GET a", "SET a 1", "GET a")
+    assert await other.arrived() == b"$-1\r\n"
+    assert await client.call("GET a") == b"$-1\r\n"
+    assert await client.call("CLIENT UNPAUSE") == b"+OK\r\n"
+    assert await other.arrived() == b"+OK\r\n$1\r\n1\r\n"
+
+
+async def test_the_stricter_and_longer_pause_counts(
+    house: House, autojump_clock: trio.testing.MockClock
+) -> None:
+    client, other = house.connect(), house.connect()
+    began = trio.current_time()
+    assert await client.call("CLIENT PAUSE 2000 WRITE") == b"+OK\r\n"
+    assert await client.call("CLIENT PAUSE 1000 ALL") == b"+OK\r\n"
+    await other.call("PING")
+    assert trio.current_time() - began == pytest.approx(2)
+
+
+async def test_a_paused_client_can_be_killed(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    await client.call("CLIENT PAUSE 100000 WRITE")
+    await other.send("SET a 1")
+    await trio.testing.wait_all_tasks_blocked()
+    assert await client.call("CLIENT KILL ID 2") == b":1\r\n"
+    assert await other.ended() == b""
+    await client.call("CLIENT UNPAUSE")
+    assert await client.call("GET a") == b"$-1\r\n"

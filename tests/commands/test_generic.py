@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.commands.conftest import Conversation, Converse
+from tests.commands.conftest import Conversation, Converse, add, bulks, search
+from tests.conftest import Client, House, ManualJournal, OpenHouse, vector
 
 CONVERSATIONS: dict[str, Conversation] = {
     "del and exists": (
@@ -132,6 +133,154 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("SCAN 0 foo", b"-ERR syntax error\r\n"),
         ("SCAN 0 foo bar", b"-ERR syntax error\r\n"),
     ),
+    "rename": (
+        ("SET a 1 EX 100", b"+OK\r\n"),
+        ("SET b 2", b"+OK\r\n"),
+        ("RENAME a b", b"+OK\r\n"),
+        ("MGET a b", b"*2\r\n$-1\r\n$1\r\n1\r\n"),
+        ("TTL b", b":100\r\n"),
+        ("SET a 3", b"+OK\r\n"),
+        ("RENAME a b", b"+OK\r\n"),
+        ("GET b", b"$1\r\n3\r\n"),
+        ("TTL b", b":-1\r\n"),
+        ("RENAME b b", b"+OK\r\n"),
+        ("GET b", b"$1\r\n3\r\n"),
+        ("RENAME nosuch b", b"-ERR no such key\r\n"),
+        ("RENAME nosuch nosuch", b"-ERR no such key\r\n"),
+        ("RENAME b", b"-ERR wrong number of arguments for 'rename' command\r\n"),
+        ("VNEW v 2", b"+OK\r\n"),
+        ("RENAME v w", b"+OK\r\n"),
+        ("EXISTS v", b":0\r\n"),
+        ("TYPE w", b"+vectorset\r\n"),
+        ("RENAME w b", b"+OK\r\n"),
+        ("TYPE b", b"+vectorset\r\n"),
+        ("SET a 1", b"+OK\r\n"),
+        ("RENAME a b", b"+OK\r\n"),
+        ("TYPE b", b"+string\r\n"),
+    ),
+    "renamenx": (
+        ("SET a 1 EX 100", b"+OK\r\n"),
+        ("SET b 2", b"+OK\r\n"),
+        ("RENAMENX a b", b":0\r\n"),
+        ("RENAMENX a a", b":0\r\n"),
+        ("RENAMENX a c", b":1\r\n"),
+        ("TTL c", b":100\r\n"),
+        ("MGET a b c", b"*3\r\n$-1\r\n$1\r\n2\r\n$1\r\n1\r\n"),
+        ("RENAMENX nosuch a", b"-ERR no such key\r\n"),
+        ("RENAMENX nosuch nosuch", b"-ERR no such key\r\n"),
+        ("RENAMENX a", b"-ERR wrong number of arguments for 'renamenx' command\r\n"),
+    ),
+    "copy": (
+        ("SET a 1 EX 100", b"+OK\r\n"),
+        ("COPY a b", b":1\r\n"),
+        ("MGET a b", b"*2\r\n$1\r\n1\r\n$1\r\n1\r\n"),
+        ("TTL b", b":100\r\n"),
+        ("SET a 2", b"+OK\r\n"),
+        ("COPY a b", b":0\r\n"),
+        ("COPY a b REPLACE", b":1\r\n"),
+        ("GET b", b"$1\r\n2\r\n"),
+        ("TTL b", b":-1\r\n"),
+        ("COPY a c DB 0 REPLACE DB 0 replace", b":1\r\n"),
+        ("COPY nosuch a", b":0\r\n"),
+        ("COPY nosuch a REPLACE", b":0\r\n"),
+        ("GET a", b"$1\r\n2\r\n"),
+        ("VNEW v 2", b"+OK\r\n"),
+        ("COPY v a", b":0\r\n"),
+        ("COPY v w", b"-ERR not supported for this module key\r\n"),
+        ("COPY v a REPLACE", b"-ERR not supported for this module key\r\n"),
+        ("GET a", b"$1\r\n2\r\n"),
+        ("COPY a v", b":0\r\n"),
+        ("COPY a v REPLACE", b":1\r\n"),
+        ("TYPE v", b"+string\r\n"),
+    ),
+    "copy misused": (
+        ("SET a 1", b"+OK\r\n"),
+        ("COPY a a", b"-ERR source and destination objects are the same\r\n"),
+        ("COPY a a REPLACE", b"-ERR source and destination objects are the same\r\n"),
+        ("COPY nosuch nosuch", b"-ERR source and destination objects are the same\r\n"),
+        ("COPY a b DB", b"-ERR syntax error\r\n"),
+        ("COPY a b FOO", b"-ERR syntax error\r\n"),
+        ("COPY nosuch b FOO", b"-ERR syntax error\r\n"),
+        ("COPY a b DB a", b"-ERR value is not an integer or out of range\r\n"),
+        ("COPY a b DB 1", b"-ERR DB index is out of range\r\n"),
+        ("COPY a b DB -1", b"-ERR DB index is out of range\r\n"),
+        ("COPY a b DB 1 FOO", b"-ERR DB index is out of range\r\n"),
+        ("COPY nosuch b DB 1", b"-ERR DB index is out of range\r\n"),
+        (
+            "COPY a b DB 99999999999",
+            b"-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
+        ),
+        ("COPY a", b"-ERR wrong number of arguments for 'copy' command\r\n"),
+        ("EXISTS b", b":0\r\n"),
+    ),
+    "one database": (
+        ("SET a 1", b"+OK\r\n"),
+        ("SELECT 0", b"+OK\r\n"),
+        ("SELECT 1", b"-ERR DB index is out of range\r\n"),
+        ("SELECT -1", b"-ERR DB index is out of range\r\n"),
+        ("SELECT a", b"-ERR value is not an integer or out of range\r\n"),
+        (
+            "SELECT 4294967296",
+            b"-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
+        ),
+        ("SELECT 99999999999999999999", b"-ERR value is not an integer or out of range\r\n"),
+        ("SWAPDB 0 0", b"+OK\r\n"),
+        ("SWAPDB 0 1", b"-ERR DB index is out of range\r\n"),
+        ("SWAPDB -1 0", b"-ERR DB index is out of range\r\n"),
+        ("SWAPDB a 0", b"-ERR invalid first DB index\r\n"),
+        ("SWAPDB a b", b"-ERR invalid first DB index\r\n"),
+        ("SWAPDB 0 b", b"-ERR invalid second DB index\r\n"),
+        ("SWAPDB 99999999999999 0", b"-ERR invalid first DB index\r\n"),
+        ("SWAPDB 0", b"-ERR wrong number of arguments for 'swapdb' command\r\n"),
+        ("MOVE a 0", b"-ERR source and destination objects are the same\r\n"),
+        ("MOVE nosuch 0", b"-ERR source and destination objects are the same\r\n"),
+        ("MOVE a 1", b"-ERR DB index is out of range\r\n"),
+        ("MOVE a -1", b"-ERR DB index is out of range\r\n"),
+        ("MOVE a b", b"-ERR value is not an integer or out of range\r\n"),
+        (
+            "MOVE a 99999999999999",
+            b"-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
+        ),
+        ("MOVE a", b"-ERR wrong number of arguments for 'move' command\r\n"),
+        ("GET a", b"$1\r\n1\r\n"),
+    ),
+    "touch and randomkey": (
+        ("RANDOMKEY", b"$-1\r\n"),
+        ("TOUCH a", b":0\r\n"),
+        ("SET a 1", b"+OK\r\n"),
+        ("RANDOMKEY", b"$1\r\na\r\n"),
+        ("TOUCH a a b", b":2\r\n"),
+        ("TOUCH", b"-ERR wrong number of arguments for 'touch' command\r\n"),
+        ("RANDOMKEY x", b"-ERR wrong number of arguments for 'randomkey' command\r\n"),
+        ("PEXPIREAT a 99999999999999", b":1\r\n"),
+        ("RANDOMKEY", b"$1\r\na\r\n"),
+    ),
+    "cursors of scan": (
+        ("SCAN 00", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("SCAN +0", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("SCAN -0", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("SCAN ' 0'", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("SCAN '0 '", b"-ERR invalid cursor\r\n"),
+        ("SCAN ''", b"-ERR invalid cursor\r\n"),
+        ("SCAN 0x10", b"-ERR invalid cursor\r\n"),
+        ("SCAN 1e1", b"-ERR invalid cursor\r\n"),
+        ("SCAN -1", b"-ERR invalid cursor\r\n"),
+        ("SCAN a FOO", b"-ERR invalid cursor\r\n"),
+        ("SCAN 18446744073709551615", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("SCAN 0 COUNT a MATCH", b"-ERR value is not an integer or out of range\r\n"),
+        ("SCAN 0 COUNT 9223372036854775807", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("SCAN 0 COUNT 9223372036854775808", b"-ERR value is not an integer or out of range\r\n"),
+    ),
+    "a type that is a vector set": (
+        ("VNEW v 2", b"+OK\r\n"),
+        ("TYPE v", b"+vectorset\r\n"),
+        ("SCAN 0 TYPE vectorset", b"*2\r\n$1\r\n0\r\n*1\r\n$1\r\nv\r\n"),
+        ("SCAN 0 TYPE string", b"*2\r\n$1\r\n0\r\n*0\r\n"),
+        ("EXPIRETIME v", b":-1\r\n"),
+        ("PERSIST v", b":0\r\n"),
+        ("EXPIRE v 100", b":1\r\n"),
+        ("TTL v", b":100\r\n"),
+    ),
     "numbers of arguments": (
         ("DEL", b"-ERR wrong number of arguments for 'del' command\r\n"),
         ("UNLINK", b"-ERR wrong number of arguments for 'unlink' command\r\n"),
@@ -151,3 +300,49 @@ CONVERSATIONS: dict[str, Conversation] = {
 @pytest.mark.parametrize("topic", CONVERSATIONS)
 async def test_replies(topic: str, converse: Converse) -> None:
     await converse(CONVERSATIONS[topic])
+
+
+async def test_an_index_answers_under_its_new_name(house: House) -> None:
+    client = house.connect()
+    await client.call("VNEW i 2 METRIC l2")
+    await client.call("VNEW other 3")
+    await add(client, "i", "x", 1, 0)
+    await client.call("EXPIRE i 100")
+    assert await client.call("RENAME i other") == b"+OK\r\n"
+    assert await search(client, "other", vector(1, 0), b"1") == bulks("x", "0")
+    assert await search(client, "i", vector(1, 0), b"1") == b"-ERR no such index\r\n"
+    assert await add(client, "other", "y", 2, 0) == b":1\r\n"
+    assert await client.call("TTL other") == b":100\r\n"
+    assert await client.call("DBSIZE") == b":1\r\n"
+    assert len(house.engine.indices) == 1
+
+
+async def test_names_of_what_has_lapsed(house: House) -> None:
+    client = house.connect()
+    await client.call("SET a 1 PX 10")
+    await client.call("SET b 2 PX 10")
+    await client.call("SET c 3")
+    house.clock.time += 10
+    assert await client.call("RENAME a d") == b"-ERR no such key\r\n"
+    assert await client.call("COPY a d") == b":0\r\n"
+    assert await client.call("RENAMENX c b") == b":1\r\n"
+    assert await client.call("TTL b") == b":-1\r\n"
+    assert await client.call("TOUCH a b c") == b":1\r\n"
+    assert await client.call("RANDOMKEY") == b"$1\r\nb\r\n"
+
+
+async def test_a_random_key_is_never_one_that_has_lapsed(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client = house.connect()
+        await client.call("SET a 1 PX 10")
+        await client.call("SET b 2 PX 10")
+        house.clock.time += 10
+        journal.room = False
+        assert await client.call("RANDOMKEY") == b"$-1\r\n"
+
+
+async def test_random_keys_are_all_keys(client: Client) -> None:
+    await client.call("MSET a 1 b 2 c 3")
+    found = {await client.call("RANDOMKEY") for _ in range(200)}
+    assert found == {b"$1\r\na\r\n", b"$1\r\nb\r\n", b"$1\r\nc\r\n"}

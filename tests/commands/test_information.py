@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import hiredis
 import pytest
 
@@ -32,15 +34,87 @@ async def test_what_clients_look_for(house: House) -> None:
 
 async def test_sections(house: House) -> None:
     client = house.connect()
-    everything = "Server Clients Memory Persistence Stats Replication CPU Cluster Keyspace Vectors"
-    assert (await info(client))["sections"] == everything
-    assert (await info(client, "everything"))["sections"] == everything
-    assert (await info(client, "server", "default"))["sections"] == everything
-    assert (await info(client, "CPU", "server"))["sections"] == "Server CPU"
+    usual = "Server Clients Memory Persistence Stats Replication CPU Errorstats Cluster Keyspace Vectors"
+    everything = usual.replace("Errorstats", "Commandstats Errorstats Latencystats")
+    for sections, expected in {
+        "": usual,
+        "default": usual,
+        "all": everything,
+        "everything": everything,
+        "server default": usual,
+        "server commandstats server": "Server Commandstats",
+        "CPU server": "Server CPU",
+        "default latencystats": usual.replace("Errorstats", "Errorstats Latencystats"),
+        "keyspace all": everything,
+    }.items():
+        assert (await info(client, *sections.split()))["sections"] == expected
     assert await client.call("INFO nosuch") == b"$0\r\n\r\n"
     await client.call("HELLO 3")
     assert await client.call("INFO nosuch") == b"=4\r\ntxt:\r\n"
     assert (await client.call("INFO keyspace")) == b"=16\r\ntxt:# Keyspace\r\n\r\n"
+
+
+async def test_commands_and_their_errors(house: House) -> None:
+    client = house.connect()
+    await client.call("SET a x")
+    await client.call("GET a")
+    await client.call("GET a")
+    await client.call("INCR a")
+    await client.call("GET")
+    await client.call("CLIENT ID")
+    await client.call("CLIENT NOSUCH")
+    await client.call("HELLO 9")
+    fields = await info(client, "commandstats", "errorstats", "latencystats")
+    assert re.fullmatch(
+        r"calls=2,usec=\d+,usec_per_call=\d+\.\d\d,rejected_calls=1,failed_calls=0", fields["cmdstat_get"]
+    )
+    assert fields["cmdstat_incr"].endswith(",rejected_calls=0,failed_calls=1")
+    assert fields["cmdstat_client|id"].startswith("calls=1,")
+    assert fields["errorstat_ERR"] == "count=3"
+    assert fields["errorstat_NOPROTO"] == "count=1"
+    assert re.fullmatch(
+        r"p50=\d+\.\d{3},p99=\d+\.\d{3},p99\.9=\d+\.\d{3}", fields["latency_percentiles_usec_get"]
+    )
+    await client.call("CONFIG RESETSTAT")
+    fields = await info(client, "commandstats", "errorstats", "latencystats")
+    assert set(fields) == {
+        "cmdstat_config|resetstat",
+        "latency_percentiles_usec_config|resetstat",
+        "sections",
+    }
+
+
+async def test_lookups(house: House) -> None:
+    client = house.connect()
+    await client.call("SET a x")
+    await client.call("GET a")
+    await client.call("GET b")
+    await client.call("MGET a b c")
+    await client.call("EXISTS a a d")
+    fields = await info(client, "stats")
+    assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("4", "4")
+
+
+async def test_clients(house: House) -> None:
+    client, watching, blocked = house.connect(), house.connect(), house.connect()
+    await watching.call("WATCH a b")
+    await blocked.send("WAIT 1 0")
+    await blocked.arrived()
+    fields = await info(client, "clients")
+    assert fields["connected_clients"] == "3"
+    assert fields["watching_clients"] == fields["blocked_clients"] == "1"
+    assert fields["total_watched_keys"] == "2"
+
+
+async def test_memory(house: House) -> None:
+    client = house.connect()
+    await client.call([b"SET", b"a", bytes(1 << 20)])
+    fields = await info(client, "memory")
+    assert int(fields["used_memory"]) > 1 << 20
+    assert int(fields["used_memory_peak"]) >= int(fields["used_memory"])
+    assert int(fields["used_memory_rss"]) > 1 << 20
+    assert fields["maxmemory"] == "0"
+    assert fields["maxmemory_policy"] == "noeviction"
 
 
 async def test_counters(house: House) -> None:
@@ -55,7 +129,7 @@ async def test_counters(house: House) -> None:
     house.clock.time += 5
     await client.call("GET a")
     fields = await info(client)
-    assert fields["db0"] == "keys=3,expires=1,avg_ttl=0"
+    assert fields["db0"] == "keys=3,expires=1,avg_ttl=99995,subexpiry=0"
     assert fields["connected_clients"] == "1"
     assert fields["expired_keys"] == "1"
     assert fields["total_error_replies"] == "1"

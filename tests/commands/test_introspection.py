@@ -124,7 +124,13 @@ async def test_subcommands_have_entries_of_their_own(house: House) -> None:
     [entry] = reader.gets()
     assert entry[:2] == [b"config|get", -3]
     reader.feed(await client.call("COMMAND LIST FILTERBY PATTERN config|*"))
-    assert set(reader.gets()) == {b"config|get", b"config|set", b"config|resetstat", b"config|help"}
+    assert set(reader.gets()) == {
+        b"config|get",
+        b"config|set",
+        b"config|resetstat",
+        b"config|rewrite",
+        b"config|help",
+    }
 
 
 async def test_commands_of_a_category(house: House) -> None:

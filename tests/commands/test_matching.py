@@ -186,7 +186,10 @@ async def test_more_than_a_record_holds_is_refused(house: House, monkeypatch: py
 )
 async def test_a_search_that_fails(open_house: OpenHouse, request_: list[bytes], error: bytes) -> None:
     def fail(
-        function: object, done: Callable[[Exception], None], wanted: Callable[[], bool] = lambda: True
+        function: object,
+        done: Callable[[Exception], None],
+        wanted: Callable[[], bool] = lambda: True,
+        client: int = 0,
     ) -> None:
         done(ValueError("out of order"))
 

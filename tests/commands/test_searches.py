@@ -6,6 +6,7 @@ import pytest
 
 from engram.index.filters import compile_filter
 from engram.index.search import SearchOptions
+from engram.index.service import BUSY, SearchService
 from tests.commands.conftest import (
     EMPTY,
     NO_INDEX,
@@ -102,6 +103,23 @@ async def test_a_search_that_fails_is_answered_with_an_error(open_house: OpenHou
         searches.held.pop()(ValueError("out\nof order"))
         assert await client.arrived() == b"-ERR search failed: out of order\r\n+PONG\r\n"
         assert house.server.statistics.error_replies == 1
+
+
+async def test_a_search_that_has_waited_for_too_long_is_answered_with_busy(open_house: OpenHouse) -> None:
+    searches = SearchService(1, 64)
+    searches.timeout = 1e-9
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await add(client, "a", "x", 1)
+        many = [b"VMSEARCH", b"a", b"1", b"100", *[vector(1)] * 100]
+        requests = ([b"VSEARCH", b"a", vector(1), b"1"], many, [b"VCOUNT", b"a", b"FILTER", b".n"])
+        await client.send(*requests, [b"VDELBY", b"a", b"FILTER", b".n"])
+        assert await client.arrived() == b""
+        searches.refuse_late()
+        assert await client.arrived() == 4 * f"-{BUSY}\r\n".encode()
+        assert (searches.refused, searches.waiting) == (103, 0)
+        assert house.server.statistics.error_replies == 4
 
 
 async def fill(client: Client) -> None:
@@ -289,7 +307,8 @@ async def test_a_search_is_wanted_before_its_reply_has_a_place(
     answers = []
 
     def submit(*arguments: Any) -> None:
-        answers.append(arguments[-1]())
+        *_, wanted, _ = arguments
+        answers.append(wanted())
 
     monkeypatch.setattr(searches, "submit", submit)
     monkeypatch.setattr(searches, "submit_work", submit)

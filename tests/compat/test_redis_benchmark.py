@@ -24,13 +24,19 @@ def run_benchmark(program: str, server: ServerProcess, *arguments: str) -> dict[
 
 @pytest.mark.parametrize("protocol", [(), ("-3",)], ids=["RESP2", "RESP3"])
 def test_pipelined(protocol: tuple[str, ...], redis_benchmark: str, server: ServerProcess) -> None:
-    tests = ("-t", "ping,set,get,incr", "-c", "50", "-P", "16", "-r", str(KEYS))
+    tests = ("-t", "ping,set,get,incr,mset", "-c", "50", "-P", "16", "-r", str(KEYS))
     rates = run_benchmark(redis_benchmark, server, *tests, *protocol)
-    assert rates.keys() == {"PING_INLINE", "PING_MBULK", "SET", "GET", "INCR"}
+    assert rates.keys() == {"PING_INLINE", "PING_MBULK", "SET", "GET", "INCR", "MSET (10 keys)"}
     assert all(rate > 0 for rate in rates.values())
     with server.client() as client:
         counters = [client.get(key) for key in client.scan_iter("counter:*")]
         assert sum(int(counter or 0) for counter in counters) >= REQUESTS
+
+
+def test_request_by_request(redis_benchmark: str, server: ServerProcess) -> None:
+    rates = run_benchmark(redis_benchmark, server, "-t", "ping,set,get,incr,mset", "-c", "50")
+    assert len(rates) == 6
+    assert all(rate > 0 for rate in rates.values())
 
 
 def test_any_command(redis_benchmark: str, server: ServerProcess) -> None:

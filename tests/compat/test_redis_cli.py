@@ -109,6 +109,73 @@ def test_bigkeys(cli: Run) -> None:
     assert "Sampled 2 keys in the keyspace!" in report
 
 
+def test_bigkeys_counts_what_else_there_is(cli: Run) -> None:
+    cli("set", "text", "x")
+    cli("vnew", "colours", "3")
+    assert "Sampled 2 keys in the keyspace!" in cli("--bigkeys")
+
+
+def test_memkeys(cli: Run) -> None:
+    cli("set", "small", "x")
+    cli("set", "big", "x" * 100_000)
+    report = cli("--memkeys")
+    assert re.search(r"Biggest string found '\"big\"' has 1\d{5} bytes", report), report
+
+
+def test_transaction_from_standard_input(cli: Run) -> None:
+    lines = b"MULTI\nSET key 1\nINCR key\nEXEC\nMULTI\nSET key 5\nNOSUCH\nEXEC\nGET key\n"
+    printed = cli(stdin=lines).splitlines()
+    assert printed[:5] == ["OK", "QUEUED", "QUEUED", "OK", "2"]
+    assert "EXECABORT Transaction discarded because of previous errors." in printed
+    assert printed[-1] == "2"
+
+
+def test_password(cli: Run) -> None:
+    cli("acl", "setuser", "reader", "on", ">secret", "~*", "+@all")
+    try:
+        assert cli("--no-auth-warning", "--user", "reader", "-a", "secret", "acl", "whoami") == "reader\n"
+    finally:
+        assert cli("acl", "deluser", "reader") == "1\n"
+
+
+def test_mass_insertion(cli: Run) -> None:
+    count = 10_000
+    requests = b"".join(
+        b"*3\r\n$3\r\nSET\r\n$%d\r\n%d\r\n$5\r\nvalue\r\n" % (len(str(number)), number)
+        for number in range(count)
+    )
+    report = cli("--pipe", stdin=requests)
+    assert report.splitlines()[-1] == f"errors: 0, replies: {count}"
+    assert cli("dbsize") == f"{count}\n"
+
+
+def test_mass_insertion_reports_errors(redis_cli: str, server: ServerProcess) -> None:
+    command = [redis_cli, "-p", str(server.port), "--pipe"]
+    requests = b"SET key text\r\nINCR key\r\nGET key\r\n"
+    done = subprocess.run(command, input=requests, capture_output=True, timeout=DEADLINE_SECONDS)
+    assert done.returncode == 1
+    assert b"value is not an integer or out of range" in done.stderr + done.stdout
+    assert done.stdout.splitlines()[-1] == b"errors: 1, replies: 3"
+
+
+def test_monitor(cli: Run, redis_cli: str, server: ServerProcess, tmp_path: Path) -> None:
+    with interactive([redis_cli, "-p", str(server.port), "monitor"], tmp_path, endless=True) as terminal:
+        terminal.expect("OK\r\n")
+        cli("set", "key", 'a "quoted" value')
+        terminal.expect('] "set" "key" "a \\"quoted\\" value"\r\n')
+
+
+def test_stat(redis_cli: str, server: ServerProcess, tmp_path: Path) -> None:
+    with server.client() as client:
+        client.set("key", "value")
+    command = [redis_cli, "-p", str(server.port), "--stat", "-i", "0.05"]
+    with interactive(command, tmp_path, endless=True) as terminal:
+        terminal.expect("keys       mem      clients blocked requests            connections")
+        # Keys, memory, clients, blocked clients, requests, connections.
+        shown = terminal.search(rb"\n1 +[\d.]+[BKMG] +(\d+) +0 +(\d+) \(\+1\) +(\d+) +\r")
+        assert all(int(number) > 0 for number in shown.groups())
+
+
 def test_statistics(cli: Run) -> None:
     assert "redis_version:8.4.0\n" in cli("info", "server").replace("\r\n", "\n")
     assert cli("config", "get", "appendfsync").split() == ["appendfsync", "always"]
@@ -139,17 +206,25 @@ class Terminal:
 
     def expect(self, text: str, seconds: float = 10) -> None:
         """Waits until the program has shown a text, colours and cursor movements left out."""
+        self.search(re.escape(text.encode()), seconds)
+
+    def search(self, pattern: bytes, seconds: float = 10) -> re.Match[bytes]:
+        """As `expect`, for a regular expression."""
         deadline = time.monotonic() + seconds
-        while text.encode() not in _ESCAPE.sub(b"", self.output):
+        while (match := re.search(pattern, _ESCAPE.sub(b"", self.output))) is None:
             rest = deadline - time.monotonic()
             ready, _, _ = select.select([self.descriptor], [], [], max(0, rest))
-            assert ready, f"{text!r} was not shown, but {self.output!r}"
+            assert ready, f"{pattern!r} was not shown, but {self.output!r}"
             self.output += os.read(self.descriptor, 65536)
+        return match
 
 
 @contextmanager
-def interactive(command: list[str], home: Path) -> Iterator[Terminal]:
-    """Runs a program in a pseudo-terminal of its own; it must end by itself, and well, after the block."""
+def interactive(command: list[str], home: Path, *, endless: bool = False) -> Iterator[Terminal]:
+    """Runs a program in a pseudo-terminal of its own.
+
+    After the block it must end by itself, and well; one that is `endless` is ended.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, _COLUMNS, 0, 0))
     environment = {**os.environ, "TERM": "xterm", "HOME": str(home)}
@@ -157,16 +232,20 @@ def interactive(command: list[str], home: Path) -> Iterator[Terminal]:
         os.close(theirs)
         try:
             yield Terminal(ours)
-            assert process.wait(DEADLINE_SECONDS) == 0
+            if not endless:
+                assert process.wait(DEADLINE_SECONDS) == 0
         finally:
             if process.poll() is None:
                 process.kill()
             os.close(ours)
 
 
-def test_the_prompt_shows_hints(redis_cli: str, server: ServerProcess, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [(), ("-3",)], ids=["RESP2", "RESP3"])
+def test_the_prompt_shows_hints(
+    protocol: tuple[str, ...], redis_cli: str, server: ServerProcess, tmp_path: Path
+) -> None:
     prompt = f"{HOST}:{server.port}> "
-    with interactive([redis_cli, "-p", str(server.port)], tmp_path) as terminal:
+    with interactive([redis_cli, "-p", str(server.port), *protocol], tmp_path) as terminal:
         terminal.expect(prompt)
         terminal.type("VSEARCH ")
         terminal.expect("VSEARCH index query k [EF ef]")
@@ -195,6 +274,21 @@ def test_the_prompt_shows_hints(redis_cli: str, server: ServerProcess, tmp_path:
         terminal.expect("summary: Adds a vector")
         terminal.expect("group: vector")
         terminal.expect("\r\n" + prompt)
+        terminal.type("quit\r")
+
+
+def test_the_prompt_shows_a_transaction(redis_cli: str, server: ServerProcess, tmp_path: Path) -> None:
+    prompt = f"{HOST}:{server.port}"
+    with interactive([redis_cli, "-p", str(server.port)], tmp_path) as terminal:
+        terminal.expect(prompt + "> ")
+        terminal.type("mset ")
+        terminal.expect("mset key value [key value ...]")
+        terminal.type("\x15multi\r")
+        terminal.expect("OK\r\n" + prompt + "(TX)> ")
+        terminal.type("incr counter\r")
+        terminal.expect("QUEUED\r\n" + prompt + "(TX)> ")
+        terminal.type("exec\r")
+        terminal.expect("1) (integer) 1\r\n" + prompt + "> ")
         terminal.type("quit\r")
 
 

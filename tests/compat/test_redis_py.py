@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from redis import ConnectionPool, Redis
-from redis.exceptions import ResponseError
+from redis import BlockingConnectionPool, ConnectionPool, Redis
+from redis.cache import CacheConfig
+from redis.exceptions import (
+    AuthenticationError,
+    ExecAbortError,
+    NoPermissionError,
+    ResponseError,
+    WatchError,
+)
 
 from tests.crash.server_process import HOST, ServerProcess, running_server, wait_until
 
@@ -201,6 +208,13 @@ def test_server_commands(client: Redis) -> None:
         client.save()
 
 
+def test_before_the_first_snapshot_the_last_one_is_the_start(tmp_path: Path, protocol: int) -> None:
+    with running_server("--dir", str(tmp_path)) as server, server.client(protocol=protocol) as client:
+        saved = client.lastsave()
+        assert saved is not None
+        assert saved.timestamp() == client.info("persistence")["rdb_last_save_time"]
+
+
 def test_errors_leave_the_connection_usable(client: Redis) -> None:
     with pytest.raises(ResponseError, match=r"^unknown command 'FOOBAR', with args beginning with: 'x' $"):
         client.execute_command("FOOBAR", "x")
@@ -251,6 +265,174 @@ def test_threads_share_a_connection_pool(server: ServerProcess, protocol: int) -
     assert client.get("together") == b"%d" % (threads * rounds)
     assert client.dbsize() == threads * rounds + 1
     pool.disconnect()
+
+
+def test_transaction(client: Any) -> None:
+    with client.pipeline() as pipeline:
+        pipeline.set("key", 1).incr("key").get("key")
+        assert pipeline.execute() == [True, 2, b"2"]
+        pipeline.set("key", "text").incr("key").get("key")
+        with pytest.raises(ResponseError, match="value is not an integer or out of range"):
+            pipeline.execute()
+        assert client.get("key") == b"text"
+        pipeline.set("key", "unset").execute_command("GET")
+        with pytest.raises(ResponseError, match="wrong number of arguments for 'get' command"):
+            pipeline.execute()
+        assert client.get("key") == b"text"
+        assert pipeline.set("key", "later").execute() == [True]
+
+
+def test_an_error_while_queueing_discards_the_transaction(server: ServerProcess, protocol: int) -> None:
+    with server.client(protocol=protocol, single_connection_client=True) as client:
+        assert client.execute_command("MULTI")
+        with pytest.raises(ResponseError, match="unknown command 'FOOBAR'"):
+            client.execute_command("FOOBAR")
+        with pytest.raises(ExecAbortError, match="because of previous errors"):
+            client.execute_command("EXEC")
+        with pytest.raises(ResponseError, match=r"^EXEC without MULTI$"):
+            client.execute_command("EXEC")
+
+
+def test_watched_key_changes(client: Any) -> None:
+    client.set("key", 1)
+    with client.pipeline() as pipeline:
+        pipeline.watch("key")
+        value = int(pipeline.get("key"))
+        client.set("key", 10)
+        pipeline.multi()
+        pipeline.set("key", value + 1)
+        with pytest.raises(WatchError):
+            pipeline.execute()
+    assert client.get("key") == b"10"
+    tries = []
+
+    def increment(pipeline: Any) -> None:
+        value = int(pipeline.get("key"))
+        tries.append(value)
+        if len(tries) == 1:
+            client.set("key", 20)
+        pipeline.multi()
+        pipeline.set("key", value + 1)
+
+    assert client.transaction(increment, "key") == [True]
+    assert tries == [10, 20]
+    assert client.get("key") == b"21"
+
+
+def test_threads_increment_in_transactions(server: ServerProcess, protocol: int) -> None:
+    threads, rounds = 4, 25
+    pool = BlockingConnectionPool(host=HOST, port=server.port, protocol=protocol, max_connections=2 * threads)
+    client = Redis(connection_pool=pool)
+
+    def increment(pipeline: Any) -> None:
+        value = int(pipeline.get("watched") or 0)
+        pipeline.multi()
+        pipeline.set("watched", value + 1)
+
+    def work() -> None:
+        for _ in range(rounds):
+            client.transaction(increment, "watched")
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert client.get("watched") == b"%d" % (threads * rounds)
+    pool.disconnect()
+
+
+def test_client_side_caching_is_refused(server: ServerProcess) -> None:
+    client = server.client(protocol=3, cache_config=CacheConfig())
+    with pytest.raises(ResponseError, match="client-side caching is not supported"):
+        client.get("key")
+    client.close()
+
+
+def test_more_strings(client: Redis) -> None:
+    assert client.mset({"a": 1, "b": "two"})
+    assert client.mget("a", "missing", "b") == [b"1", None, b"two"]
+    assert not client.msetnx({"a": 2, "c": 3})
+    assert client.execute_command("GETSET", "a", 5) == b"1"
+    assert client.getdel("b") == b"two"
+    assert client.getex("a", ex=100) == b"5"
+    assert client.ttl("a") in (99, 100)
+    assert client.execute_command("SETEX", "c", 100, "x")
+    assert client.execute_command("PSETEX", "c", 100_000, "x")
+    assert not client.execute_command("SETNX", "c", "y")
+    assert client.setrange("c", 3, "z") == 4
+    assert client.getrange("c", 0, -1) == b"x\0\0z"
+    assert client.incrbyfloat("a", 0.25) == 5.25
+    assert client.setbit("bits", 9, 1) == 0
+    assert client.getbit("bits", 9) == 1
+    assert client.bitcount("bits", 0, 0) == 0
+    with pytest.raises(ResponseError, match=r"^value is not a valid float$"):
+        client.incrbyfloat("c", 1)
+
+
+def test_more_keys(client: Any) -> None:
+    client.set("key", "value", ex=100)
+    assert client.rename("key", "renamed")
+    with pytest.raises(ResponseError, match=r"^no such key$"):
+        client.rename("key", "renamed")
+    assert client.copy("renamed", "copied")
+    assert not client.renamenx("copied", "renamed")
+    assert client.ttl("copied") in (99, 100)
+    assert client.randomkey() in (b"copied", b"renamed")
+    assert client.touch("copied", "missing") == 1
+    assert client.object("ENCODING", "copied") in (b"embstr", "embstr")
+    assert client.memory_usage("copied") > 0
+    assert client.select(0)
+    with pytest.raises(ResponseError, match=r"^DB index is out of range$"):
+        client.swapdb(0, 1)
+
+
+def test_passwords_and_permissions(server: ServerProcess, client: Any, protocol: int) -> None:
+    assert client.acl_whoami() in (b"default", "default")
+    assert client.acl_setuser(
+        "reader", enabled=True, passwords=["+secret"], keys=["public:*"], commands=["+get", "+@connection"]
+    )
+    try:
+        user = client.acl_getuser("reader")
+        assert user is not None
+        assert "on" in user["flags"]
+        assert {text(name) for name in client.acl_users()} == {"default", "reader"}
+        assert "string" in {text(category) for category in client.acl_cat()}
+        with server.client(username="reader", password="secret", protocol=protocol) as reader:
+            assert reader.get("public:key") is None
+            with pytest.raises(NoPermissionError):
+                reader.get("private:key")
+            with pytest.raises(NoPermissionError):
+                reader.set("public:key", 1)
+        with (
+            server.client(username="reader", password="wrong", protocol=protocol) as stranger,
+            pytest.raises(AuthenticationError),
+        ):
+            stranger.ping()
+    finally:
+        assert client.acl_deluser("reader") == 1
+
+
+def test_monitor(server: ServerProcess, client: Redis) -> None:
+    with server.client().monitor() as monitor:
+        client.set("key", "a value")
+        command = monitor.next_command()
+        while command["command"] != "SET key a value":
+            command = monitor.next_command()
+    assert command["client_address"] == HOST
+    assert command["db"] == 0
+
+
+def test_slow_log(client: Any) -> None:
+    before = client.config_get("slowlog-log-slower-than")
+    assert client.config_set("slowlog-log-slower-than", 0)
+    try:
+        assert client.slowlog_reset()
+        client.get("slow")
+        assert b"GET slow" in [entry["command"] for entry in client.slowlog_get(10)]
+        assert client.slowlog_len() >= 1
+    finally:
+        client.config_set("slowlog-log-slower-than", before["slowlog-log-slower-than"])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "dot"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from redis.asyncio import ConnectionPool, Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import ResponseError, WatchError
 
 from tests.crash.server_process import HOST, ServerProcess
 
@@ -78,6 +78,49 @@ def test_pipeline(run: Callable[[Body], None]) -> None:
             assert await pipeline.execute() == list(range(1, count + 1))
 
     run(body)
+
+
+def test_transactions(run: Callable[[Body], None]) -> None:
+    async def body(client: Any) -> None:
+        async with client.pipeline(transaction=True) as pipeline:
+            assert await pipeline.set("key", 1).incr("key").get("key").execute() == [True, 2, b"2"]
+            pipeline.set("key", "text").incr("key")
+            replies = await pipeline.execute(raise_on_error=False)
+            assert replies[0] is True
+            assert isinstance(replies[1], ResponseError)
+            await pipeline.watch("key")
+            await client.set("key", "changed")
+            pipeline.multi()
+            pipeline.set("key", "lost")
+            with pytest.raises(WatchError):
+                await pipeline.execute()
+        assert await client.get("key") == b"changed"
+
+    run(body)
+
+
+def test_decode_responses(server: ServerProcess, protocol: int) -> None:
+    async def body() -> None:
+        async with Redis(host=HOST, port=server.port, protocol=protocol, decode_responses=True) as client:
+            assert await client.mset({"a": "ä", "b": 2})
+            assert await client.mget("a", "b", "c") == ["ä", "2", None]
+            assert (await client.config_get("databases")) == {"databases": "1"}
+
+    asyncio.run(body())
+
+
+def test_monitor(server: ServerProcess, protocol: int) -> None:
+    async def body() -> None:
+        async with (
+            Redis(host=HOST, port=server.port, protocol=protocol) as client,
+            Redis(host=HOST, port=server.port, protocol=protocol).monitor() as monitor,
+        ):
+            await client.set("key", "value")
+            async for command in monitor.listen():
+                if command["command"] == "SET key value":
+                    break
+
+    asyncio.run(body())
 
 
 def test_many_tasks_share_a_pool(server: ServerProcess, protocol: int) -> None:

@@ -51,15 +51,19 @@ from engram.index.vector_index import VectorIndex
 from engram.operations import (
     AddVectors,
     AppendString,
+    CopyKey,
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
     Flush,
     InstallSegment,
     Operation,
+    RenameKey,
     SetAttributes,
     SetExpiry,
+    SetRange,
     SetString,
+    SetStrings,
     encode,
 )
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover, task
@@ -76,6 +80,7 @@ from tests.crash.recorded_disk import (
     SEGMENT_RECORD,
     STEPS,
     SYNC,
+    TRANSACTION,
     WRITE,
     Acknowledged,
     Disk,
@@ -132,6 +137,17 @@ def after(state: State, lsn: int, operation: Operation) -> State:
                 new.pop(key, None)
         case SetExpiry(key, expires_at):
             new[key] = state[key][0], expires_at
+        case SetStrings(keys, values):
+            new.update(zip(keys, ((value, None) for value in values), strict=True))
+        case SetRange(key, offset, data):
+            old, expires_at = state.get(key, (b"", None))
+            assert isinstance(old, bytes)
+            padded = old.ljust(offset, b"\0")
+            new[key] = padded[:offset] + data + padded[offset + len(data) :], expires_at
+        case RenameKey(source, destination):
+            new[destination] = new.pop(source)
+        case CopyKey(source, destination):
+            new[destination] = state[source]
         case Flush():
             new.clear()
         case CreateIndex(key, _, metric):
@@ -161,10 +177,12 @@ def rows_after(
 
 
 class History:
-    """What was sent and acknowledged; `states` holds the state after each operation, by LSN."""
+    """What was sent and acknowledged; `states` holds the state after each operation, by LSN, None where that
+    is one that nobody may see, inside a transaction."""
 
     def __init__(self) -> None:
-        self.states: list[State] = [{}]
+        self.states: list[State | None] = [{}]
+        self._newest: State = {}
         self.acknowledged = 0
 
     @property
@@ -173,13 +191,17 @@ class History:
 
     def perform(self, mark: Mark) -> None:
         match mark:
-            case Sent(lsn, operation):
+            case Sent(lsn, operation, inside):
                 assert lsn == len(self.states)
-                self.states.append(after(self.states[-1], lsn, operation))
+                self._newest = after(self._newest, lsn, operation)
+                self.states.append(None if inside else self._newest)
             case Acknowledged(lsn):
                 self.acknowledged = max(self.acknowledged, lsn)
             case Recovered(lsn):
                 del self.states[lsn + 1 :]
+                newest = self.states[-1]
+                assert newest is not None, f"recovered up to {lsn}, inside a transaction"
+                self._newest = newest
 
 
 @attrs.frozen
@@ -242,6 +264,7 @@ def check(tree: Tree, history: History, directory: Path) -> bool:
     lsn = first.recovery.lsn
     assert lsn >= history.acknowledged, f"recovered up to {lsn}, but {history.acknowledged} was acknowledged"
     assert lsn <= history.sent, f"recovered up to {lsn}, but only {history.sent} were sent"
+    assert history.states[lsn] is not None, f"recovered up to {lsn}, inside a transaction"
     assert first.state == history.states[lsn], f"not the state after operation {lsn}"
     second = start(directory)
     assert second.recovery.lsn == lsn, f"recovered up to {second.recovery.lsn} after {lsn}"
@@ -279,6 +302,14 @@ class RecordedPersistence(Persistence):
             self._recording.segment_records.add(encode(operation))
         super().append(lsn, operation)
         self.on_release(lsn, self._acknowledge)
+
+    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
+        last_lsn = first_lsn + len(operations) - 1
+        for lsn, operation in enumerate(operations, first_lsn):
+            self._recording.mark(Sent(lsn, operation, inside=lsn < last_lsn))
+        self._recording.transactions.add(b"".join(map(encode, operations)))
+        super().append_together(first_lsn, operations)
+        self.on_release(last_lsn, self._acknowledge)
 
     def _acknowledge(self) -> None:
         # Under other policies than "always" more is released than that.
@@ -326,11 +357,15 @@ class Client:
 
     async def run(self, requests: int) -> None:
         for _ in range(requests):
-            await self._persistence.admit(6000)
-            operation = self._operation()
-            lsn = self._database.commit(operation)
-            if isinstance(operation, AddVectors | DeleteVectors | SetAttributes):
-                self._database.changed(self._database.engine.indices[operation.index])
+            count = self._random.choice([1, 1, 1, 1, 2, 5])
+            await self._persistence.admit(6000 * count)
+            if count == 1:
+                self._commit()
+            else:
+                with self._database.together():
+                    for _ in range(count):
+                        self._commit()
+            lsn = self._database.lsn
             chance = self._random.random()
             if chance < 0.06:
                 with suppress(CommandError):
@@ -343,6 +378,12 @@ class Client:
                 await self._released(lsn)
             if chance > 0.95:
                 await trio.sleep(self._random.choice([0.05, 0.3, 1.5]))
+
+    def _commit(self) -> None:
+        operation = self._operation()
+        self._database.commit(operation)
+        if isinstance(operation, AddVectors | DeleteVectors | SetAttributes):
+            self._database.changed(self._database.engine.indices[operation.index])
 
     async def _released(self, lsn: int) -> None:
         released = trio.Event()
@@ -380,13 +421,22 @@ class Client:
             return DeleteVectors(value.id, tuple(present))
         if chance < 0.55 and present:
             return SetAttributes(value.id, tuple(present), tuple(b'{"tag": "new"}' for _ in present))
-        key = b"key-%d" % random.randrange(30)
+        key, other = (b"key-%d" % random.randrange(30) for _ in range(2))
+        if chance < 0.65:
+            keys = tuple({b"key-%d" % random.randrange(30): None for _ in range(random.randint(1, 6))})
+            return SetStrings(keys, tuple(random.randbytes(random.choice([1, 50])) for _ in keys))
+        if chance < 0.7:
+            return SetRange(key, random.choice([0, 3, 300]), random.randbytes(random.choice([1, 60])))
         if chance < 0.85 or key not in engine.keyspace.values:
             size = random.choice([1, 10, 100, 1000, 3000])
             return SetString(key, random.randbytes(size), random.choice([None, None, 1 << 42]))
         if chance < 0.9:
             return AppendString(key, random.randbytes(random.choice([3, 600])))
-        if chance < 0.94:
+        if chance < 0.91:
+            return RenameKey(*random.choice([(key, other), (name, b"index-%d" % random.randrange(2))]))
+        if chance < 0.92:
+            return CopyKey(key, other)
+        if chance < 0.95:
             return SetExpiry(key, random.choice([None, 1 << 42]))
         if chance < 0.995:
             return DeleteKeys((random.choice([key, key, name]),))
@@ -584,7 +634,7 @@ class Life:
         points = [
             point
             for point, entry in enumerate(entries, 1)
-            if entry.step in (WRITE, SEGMENT_RECORD)
+            if entry.step in (WRITE, SEGMENT_RECORD, TRANSACTION)
             and isinstance(entry.what, Write)
             and len(entry.what.data) > BLOCK_SIZES[0]
         ]

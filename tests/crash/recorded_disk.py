@@ -31,6 +31,7 @@ PREPARATION = "log space"
 ROTATION = "rotation"
 SEGMENT_FOLDER = "segment folder"
 SEGMENT_RECORD = "segment record"
+TRANSACTION = "EXEC"
 SNAPSHOT_FOLDER = "snapshot folder"
 MANIFEST = "manifest"
 DELETION = "deletion"
@@ -38,8 +39,8 @@ RECOVERY = "recovery"
 TAIL_CUT = "cut of a torn tail"
 NEW_DIRECTORY = "new directory"
 STEPS = (
-    *(NEW_DIRECTORY, PREPARATION, WRITE, SYNC, ROTATION, SEGMENT_FOLDER, SEGMENT_RECORD, SNAPSHOT_FOLDER),
-    *(MANIFEST, DELETION, RECOVERY, TAIL_CUT),
+    *(NEW_DIRECTORY, PREPARATION, WRITE, TRANSACTION, SYNC, ROTATION, SEGMENT_FOLDER, SEGMENT_RECORD),
+    *(SNAPSHOT_FOLDER, MANIFEST, DELETION, RECOVERY, TAIL_CUT),
 )
 # What was there before, or is no event of the disk.
 BEFORE = ""
@@ -92,8 +93,11 @@ class SyncFolder:
 
 @attrs.frozen
 class Sent:
+    """An operation; `inside` when another follows that must be recovered with it."""
+
     lsn: int
     operation: Operation
+    inside: bool = False
 
 
 @attrs.frozen
@@ -137,6 +141,8 @@ class RecordingFiles(DiskFiles):
         self._doom: tuple[int, str] | None = None
         self.recovering = False
         self.segment_records: set[bytes] = set()
+        # The operations of each, joined.
+        self.transactions: set[bytes] = set()
         self._target = self.entries
         self.killed = False
         self._count = ROOT
@@ -274,7 +280,10 @@ class RecordingFiles(DiskFiles):
         path = self._path(file)
         content = bytes(data)
         if path.name.startswith("wal-") and not self.recovering:
-            self._log_step = SEGMENT_RECORD if any(map(content.__contains__, self.segment_records)) else WRITE
+            self._log_step = WRITE
+            for step, marks in ((SEGMENT_RECORD, self.segment_records), (TRANSACTION, self.transactions)):
+                if any(map(content.__contains__, marks)):
+                    self._log_step = step
         step = self._step("write_at", path)
         self.killed = self._doom is not None and self._doom[1] in (step, ANY) and self._is_due(1)
         if self.killed:

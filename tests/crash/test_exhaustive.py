@@ -189,7 +189,7 @@ def specimen(tmp_path_factory: pytest.TempPathFactory) -> Specimen:
     return Specimen(
         {str(path.relative_to(directory)): path.read_bytes() for path in paths if path.is_file()},
         tuple(str(path.relative_to(directory)) for path in paths if path.is_dir()),
-        maker.history.states,
+        [state for state in maker.history.states if state is not None],
         closed,
         durable,
         [size_of(last_file[:count]) for count in range(1, len(last_file) + 1)],

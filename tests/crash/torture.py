@@ -90,7 +90,7 @@ _LATEST_SAVE_SECONDS = 0.5
 _PIPELINE = 500
 
 Vector = npt.NDArray[np.float32]
-Reply = int | bytes | None | list[bytes | None]
+Reply = int | bytes | None | list[Any]
 
 
 @attrs.frozen
@@ -129,15 +129,29 @@ class Model:
 
 @attrs.frozen(eq=False)
 class Step:
-    """A request, its reply, what it does to a model, and the rows it writes: indices and members."""
+    """A request, its reply, what it does to a model, and the rows it writes: indices and members.
+
+    EXEC is a step with the requests since MULTI in `queued`.
+    """
 
     request: tuple[bytes, ...]
     reply: Reply
     apply: Callable[[Model], None]
     rows: tuple[tuple[bytes, bytes], ...] = ()
+    queued: tuple[tuple[bytes, ...], ...] = ()
 
     def __str__(self) -> str:
         return " ".join(repr(word[:40]) for word in self.request)
+
+    @property
+    def requests(self) -> list[tuple[bytes, ...]]:
+        """All that is sent for it."""
+        return [(b"MULTI",), *self.queued, self.request] if self.queued else [self.request]
+
+    @property
+    def replies(self) -> list[Reply]:
+        """All that is answered to it."""
+        return [b"OK", *[b"QUEUED"] * len(self.queued), self.reply] if self.queued else [self.reply]
 
 
 @attrs.frozen
@@ -160,7 +174,10 @@ class Script:
     def steps(self, model: Model) -> Iterator[Step]:
         """Endless; `model` is the state before the next one, and each is applied to it."""
         weights: dict[Callable[[Model], Step | None], float] = {
+            self._exec: 8,
             self._set: 20,
+            self._set_many: 4,
+            self._rename: 3,
             self._set_lapsing: 3,
             self._get: 5,
             self._increment: 15,
@@ -202,6 +219,48 @@ class Script:
         [largest] = self.random.choices((20, 200, 5_000, 300_000), (600, 350, 50, 1))
         key, value = self._name(b"string"), self.random.randbytes(self.random.randint(0, largest))
         return Step((b"SET", key, value), b"OK", _put(key, String(value)))
+
+    def _exec(self, model: Model) -> Step:
+        makers: list[Callable[[Model], Step | None]] = [
+            *(self._set, self._set_many, self._rename, self._get, self._increment, self._append),
+            *(self._delete, self._expire, self._add, self._add_many, self._set_attributes, self._remove),
+            self._find,
+        ]
+        inside = model.copy()
+        steps: list[Step] = []
+        while len(steps) < 2 or self.random.random() < 0.7:
+            step = self.random.choice(makers)(inside)
+            if step is not None:
+                step.apply(inside)
+                steps.append(step)
+
+        def apply(model: Model) -> None:
+            for step in steps:
+                step.apply(model)
+
+        return Step(
+            (b"EXEC",),
+            [step.reply for step in steps],
+            apply,
+            tuple(row for step in steps for row in step.rows),
+            tuple(step.request for step in steps),
+        )
+
+    def _set_many(self, model: Model) -> Step:
+        keys = {self._name(b"string") for _ in range(self.random.randint(1, 5))}
+        strings = {key: String(self.random.randbytes(self.random.randint(0, 50))) for key in sorted(keys)}
+        words = [word for key, string in strings.items() for word in (key, string.value)]
+        return Step((b"MSET", *words), b"OK", lambda model: model.strings.update(strings))
+
+    def _rename(self, model: Model) -> Step | None:
+        source, destination = self._name(b"string"), self._name(b"string")
+        if source not in model.strings:
+            return None
+
+        def apply(model: Model) -> None:
+            model.strings[destination] = model.strings.pop(source)
+
+        return Step((b"RENAME", source, destination), b"OK", apply)
 
     def _set_lapsing(self, model: Model) -> Step:
         # Never touched again, for it depends on the moment whether it is there.
@@ -512,12 +571,15 @@ class Writer:
                 size = self.script.random.randint(1, LARGEST_BATCH)
                 self.in_flight.extend(itertools.islice(steps, size))
                 connection.send_packed_command(
-                    connection.pack_commands([step.request for step in self.in_flight])
+                    connection.pack_commands(
+                        [request for step in self.in_flight for request in step.requests]
+                    )
                 )
                 while self.in_flight:
                     step = self.in_flight[0]
-                    reply = connection.read_response()
-                    assert reply == step.reply, f"{step} was answered {reply!r} instead of {step.reply!r}"
+                    for expected in step.replies:
+                        reply = connection.read_response()
+                        assert reply == expected, f"{step} was answered {reply!r} instead of {expected!r}"
                     self._acknowledge(step)
                     self.acknowledgements += 1
         finally:
@@ -718,9 +780,11 @@ class Torture:
                 assert Path(cut[1]).stat().st_size > 0
                 self.torn_tails += 1
                 continue
-            expected = [r"\S+ \S+ WARNING (reading|opening) .*: \d+ of \d+ MiB"]
+            expected = [r'time=\S+ level=warning message="(reading|opening) .*: \d+ of \d+ MiB"']
             if point.startswith(CHILD_ONLY):
-                expected.append(r"\S+ \S+ WARNING building a segment .* ended with code -9: ")
+                expected.append(
+                    r'time=\S+ level=warning message="building a segment .* ended with code -9: "'
+                )
             assert any(re.fullmatch(each, line) for each in expected), f"on standard error: {server.errors}"
         server.close()
 

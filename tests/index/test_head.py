@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engram.index.head import ALIVE, Head
 
@@ -97,3 +99,33 @@ def test_norms_are_those_of_the_rows_however_they_are_asked_for() -> None:
     for count in (1, 10, 5, 30):
         expected = np.linalg.norm(chunk.vectors[:count].astype(np.float64), axis=1)
         assert chunk.norms(count) == pytest.approx(expected)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["append", "extend", "describe", "drop"]), st.integers(0, 40)), max_size=30
+    )
+)
+@settings(deadline=None)
+def test_bytes_reserved_are_those_of_the_chunks(steps: list[tuple[str, int]]) -> None:
+    head = Head(3, 8)
+    next_row = first_row = 0
+    described: dict[int, int] = {}
+    for word, number in steps:
+        if word == "append":
+            head.tail().append(next_row, b"key", np.zeros(3, np.float32))
+            next_row += 1
+        elif word == "extend":
+            row_ids = np.arange(next_row, next_row + number)
+            head.extend(row_ids, [b"key"] * number, np.zeros((number, 3), np.float32))
+            next_row += number
+        elif word == "describe" and (row := first_row + number) < next_row and row not in described:
+            described[row] = number
+            head.describe(row, bytes(number))
+        elif word == "drop" and (row := first_row + number) < next_row:
+            head.drop_through(row)
+            first_row = row + 1
+        held = sum(chunk.capacity * (3 * 4 + 5 * 8) for chunk in head.chunks)
+        texts = [length for row, length in described.items() if row >= first_row]
+        objects = 1500 * len(head.chunks) + 136 * len(texts)
+        assert head.bytes_reserved == held + objects + sum(texts)

@@ -13,7 +13,7 @@ import trio.testing
 from engram.index import service as service_module
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, SearchResult, Share
-from engram.index.service import SearchService
+from engram.index.service import BUSY, SearchService
 from engram.index.vector_index import VectorIndex, View
 
 Floats = npt.NDArray[np.float32]
@@ -267,3 +267,217 @@ class TestService:
                 await trio.lowlevel.checkpoint()
         await trio.testing.wait_all_tasks_blocked()
         assert [str(outcome) for outcome in outcomes] == ["8 queries"]
+
+
+Submitted = Callable[..., None]
+
+
+class TestTurns:
+    """Clients take turns, and what waits for too long is refused."""
+
+    @pytest.fixture
+    def batches(self, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+        """The first numbers of the queries of each batch that is run."""
+        batches: list[list[float]] = []
+
+        def record(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
+        ) -> list[SearchResult]:
+            batches.append(queries[:, 0].tolist())
+            return [SearchResult([], []) for _ in views]
+
+        monkeypatch.setattr(service_module, "search_batch", record)
+        return batches
+
+    @pytest.fixture
+    def clock(self) -> list[float]:
+        """The last number is the time."""
+        return [100.0]
+
+    @pytest.fixture
+    def service(self, clock: list[float]) -> SearchService:
+        """Not running yet: what is submitted waits."""
+        service = SearchService(1, 4, now=lambda: clock[-1])
+        service.timeout = 5.0
+        return service
+
+    @pytest.fixture
+    def outcomes(self) -> dict[float, list[SearchResult] | Exception]:
+        return {}
+
+    @pytest.fixture
+    def submit(
+        self, service: SearchService, outcomes: dict[float, list[SearchResult] | Exception]
+    ) -> Submitted:
+        """Submits searches for numbers, `submit(client, *numbers)`; those in a list are one search."""
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+
+        def call(client: int, *numbers: float | list[float], index: int = 1, wanted: bool = True) -> None:
+            for number in numbers:
+                part = number if isinstance(number, list) else [number]
+                queries = np.array([[each, each] for each in part], np.float32)
+
+                def done(outcome: list[SearchResult] | Exception, first: float = part[0]) -> None:
+                    assert first not in outcomes
+                    outcomes[first] = outcome
+
+                service.submit(index, view, queries, SearchOptions(1), done, lambda: wanted, client)
+
+        return call
+
+    async def finish(self, service: SearchService, nursery: trio.Nursery) -> None:
+        """Runs what waits."""
+        await nursery.start(service.run)
+        with trio.fail_after(30):
+            while service.waiting or service.idle < 1:
+                await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def test_each_client_has_a_search_in_a_batch_before_any_has_its_next(
+        self,
+        nursery: trio.Nursery,
+        service: SearchService,
+        submit: Submitted,
+        batches: list[list[float]],
+    ) -> None:
+        submit(1, *range(100, 110))
+        submit(2, 200, 201)
+        submit(3, 300)
+        submit(1, 110)
+        await self.finish(service, nursery)
+        assert batches == [[100, 200, 300, 101], [201, 102, 103, 104], [105, 106, 107, 108], [109, 110]]
+
+    async def test_a_search_of_many_queries_lets_others_in_between(
+        self,
+        nursery: trio.Nursery,
+        service: SearchService,
+        submit: Submitted,
+        batches: list[list[float]],
+    ) -> None:
+        submit(1, list(range(100, 112)))
+        submit(2, 200, 201)
+        await self.finish(service, nursery)
+        assert batches == [[100, 101, 102, 103], [200], [104, 105, 106, 107], [201], [108, 109, 110, 111]]
+
+    async def test_work_of_one_client_has_one_turn_at_a_time(
+        self, nursery: trio.Nursery, service: SearchService, submit: Submitted, batches: list[list[float]]
+    ) -> None:
+        done: list[object] = []
+        for number in range(3):
+            service.submit_work(lambda number=number: batches.append([number]), done.append, client=1)  # type: ignore[misc]
+        submit(2, *range(200, 205))
+        service.submit_work(lambda: batches.append([300]), done.append, client=3)
+        await self.finish(service, nursery)
+        assert batches == [[0], [200, 201, 202, 203], [300], [1], [204], [2]]
+        assert done == [None] * 4
+
+    async def test_what_waits_for_too_long_is_refused(
+        self,
+        nursery: trio.Nursery,
+        service: SearchService,
+        submit: Submitted,
+        clock: list[float],
+        batches: list[list[float]],
+        outcomes: dict[float, list[SearchResult] | Exception],
+    ) -> None:
+        work: list[object] = []
+        submit(1, 100)
+        submit(2, list(range(200, 212)), index=2)
+        submit(3, 300, wanted=False)
+        service.submit_work(lambda: 7, work.append, client=1)
+        clock.append(103.0)
+        submit(1, 101)
+        clock.append(105.0)
+        service.refuse_late()
+        assert outcomes == {}
+        clock.append(105.1)
+        service.refuse_late()
+        assert {number: str(outcome) for number, outcome in outcomes.items()} == {100: BUSY, 200: BUSY}
+        assert [str(outcome) for outcome in work] == [BUSY]
+        assert (service.waiting, service.refused) == (1, 14)
+        await self.finish(service, nursery)
+        assert batches == [[101]]
+        assert outcomes[101] == [SearchResult([], [])]
+
+    async def test_without_a_timeout_nothing_is_refused(
+        self,
+        service: SearchService,
+        submit: Submitted,
+        clock: list[float],
+        outcomes: dict[float, list[SearchResult] | Exception],
+    ) -> None:
+        service.timeout = 0.0
+        submit(1, 100)
+        clock.append(1e9)
+        service.refuse_late()
+        assert (outcomes, service.waiting) == ({}, 1)
+
+    async def test_what_is_begun_is_finished(
+        self,
+        nursery: trio.Nursery,
+        service: SearchService,
+        submit: Submitted,
+        clock: list[float],
+        monkeypatch: pytest.MonkeyPatch,
+        outcomes: dict[float, list[SearchResult] | Exception],
+    ) -> None:
+        begun, release = trio.Event(), threading.Event()
+
+        def search(views: list[View], *_: object) -> list[SearchResult]:
+            trio.from_thread.run_sync(begun.set)
+            assert release.wait(30)
+            return [SearchResult([], []) for _ in views]
+
+        monkeypatch.setattr(service_module, "search_batch", search)
+        submit(1, list(range(100, 112)))
+        submit(2, 200)
+        await nursery.start(service.run)
+        await begun.wait()
+        clock.append(1e9)
+        service.refuse_late()
+        assert {number: str(outcome) for number, outcome in outcomes.items()} == {200: BUSY}
+        release.set()
+        with trio.fail_after(30):
+            while 100 not in outcomes:
+                await trio.lowlevel.checkpoint()
+        assert outcomes[100] == [SearchResult([], [])] * 12
+
+    async def test_it_looks_by_itself(
+        self,
+        nursery: trio.Nursery,
+        monkeypatch: pytest.MonkeyPatch,
+        mock_clock: trio.testing.MockClock,
+    ) -> None:
+        """Also while all threads are busy: nobody waits for ever."""
+        begun, release = trio.Event(), threading.Event()
+
+        def search(views: list[View], *_: object) -> list[SearchResult]:
+            trio.from_thread.run_sync(begun.set)
+            assert release.wait(30)
+            return [SearchResult([], []) for _ in views]
+
+        monkeypatch.setattr(service_module, "search_batch", search)
+        service = SearchService(1, 1, now=trio.current_time)
+        service.timeout = 5.0
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        query = np.zeros((1, 2), np.float32)
+        found: list[list[SearchResult] | Exception] = []
+        refused = trio.Event()
+
+        def refuse(outcome: list[SearchResult] | Exception) -> None:
+            assert str(outcome) == BUSY
+            refused.set()
+
+        await nursery.start(service.run)
+        service.submit(1, view, query, SearchOptions(1), found.append)
+        await begun.wait()
+        started = trio.current_time()
+        service.submit(1, view, query, SearchOptions(1), refuse)
+        mock_clock.autojump_threshold = 0
+        await refused.wait()
+        assert 5.0 < trio.current_time() - started <= 5.5 + 1e-6
+        assert found == []
+        release.set()
+        while not found:
+            await trio.lowlevel.checkpoint()
+        assert found == [[SearchResult([], [])]]

@@ -7,7 +7,7 @@ that are removed too early, must be found out.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -16,6 +16,8 @@ import pytest
 
 from engram.errors import DamagedDataError
 from engram.index.segment import GRAPH
+from engram.operations import Operation
+from engram.persistence import Persistence
 from engram.persistence.layout import Layout
 from tests.crash.power_failures import (
     FailedStateError,
@@ -187,6 +189,16 @@ def test_a_missing_sync_in_recovery_is_found_out(fault: str, scratch: Path) -> N
 
 def test_removing_files_too_early_is_found_out() -> None:
     assert found_out(HastyFiles)
+
+
+def test_a_transaction_in_several_records_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def append_together(persistence: Persistence, first_lsn: int, operations: Sequence[Operation]) -> None:
+        for lsn, operation in enumerate(operations, first_lsn):
+            Persistence.append(persistence, lsn, operation)
+            persistence._plan_run()
+
+    monkeypatch.setattr(Persistence, "append_together", append_together)
+    assert "inside a transaction" in found_out(RecordingFiles)
 
 
 # What the model of the disk allows.

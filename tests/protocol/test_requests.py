@@ -329,3 +329,89 @@ def test_any_bytes_give_requests_or_an_error(stream: bytes) -> None:
     assert all(requests)
     assert 0 <= buffered <= len(stream)
     assert error is None or (error.startswith("Protocol error: ") and buffered == 0)
+
+
+def unauthenticated() -> RequestParser:
+    parser = RequestParser()
+    parser.authenticated = False
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("stream", "error"),
+    [
+        (b"*10\r\n", None),
+        (b"*11\r\n", "unauthenticated multibulk length"),
+        (b"*2\r\n$4\r\nAUTH\r\n$16384\r\n", None),
+        (b"*2\r\n$4\r\nAUTH\r\n$16385\r\n", "unauthenticated bulk length"),
+        (b"*1048577\r\n", "invalid multibulk length"),
+        (b"*1\r\n$536870913\r\n", "invalid bulk length"),
+        (b"PING" + b" x" * 20 + b"\r\n", None),
+    ],
+)
+def test_before_authentication_requests_are_small(stream: bytes, error: str | None) -> None:
+    parser = unauthenticated()
+    parser.feed(stream)
+    assert not parser.suspended
+    assert (str(parser.error) if parser.error else None) == (error and f"Protocol error: {error}")
+
+
+LARGE = [
+    (b"*11\r\n" + b"$1\r\na\r\n" * 11, [b"a"] * 11),
+    (ECHO + b"$20000\r\n" + b"x" * 20000 + b"\r\n", [b"ECHO", b"x" * 20000]),
+]
+
+
+@pytest.mark.parametrize(("large", "request_"), LARGE)
+@pytest.mark.parametrize("size", [1, 7, 100, 1 << 20])
+def test_a_large_request_is_read_once_one_before_it_has_authenticated(
+    large: bytes, request_: list[bytes], size: int
+) -> None:
+    parser = unauthenticated()
+    requests: list[list[bytes]] = []
+    stream = b"AUTH password\r\n" + large + PING
+    for start in range(0, len(stream), size):
+        requests += parser.feed(stream[start : start + size])
+        while parser.suspended:
+            assert parser.error is None
+            parser.authenticated = True
+            requests += parser.feed(b"")
+        parser.authenticated = parser.authenticated or bool(requests)
+    assert requests == [[b"AUTH", b"password"], request_, [b"PING"]]
+    assert (parser.error, parser.buffered) == (None, 0)
+
+
+@pytest.mark.parametrize("large", [large for large, _ in LARGE])
+def test_a_large_request_is_refused_when_what_came_before_it_has_not_authenticated(large: bytes) -> None:
+    parser = unauthenticated()
+    assert parser.feed(PING + PING + large) == [[b"PING"], [b"PING"]]
+    assert (parser.suspended, parser.error) == (True, None)
+    assert parser.feed(b"") == []
+    assert not parser.suspended
+    assert str(parser.error).startswith("Protocol error: unauthenticated ")
+    assert parser.buffered == 0
+
+
+def test_what_one_may_hold_before_authentication_is_bounded() -> None:
+    parser = unauthenticated()
+    for _ in range(100):
+        parser.feed(b"*10\r\n" + (b"$16384\r\n" + b"x" * 16384 + b"\r\n") * 9)
+        assert parser.buffered < 10 * 17000
+        if parser.error is not None:
+            break
+    assert parser.error is not None
+
+
+@pytest.mark.parametrize("request_", [PING, b"PING\r\n"])
+def test_before_authentication_few_requests_are_returned_at_once(request_: bytes) -> None:
+    parser = unauthenticated()
+    counts = [len(parser.feed(request_ * 300))]
+    while parser.suspended:
+        counts.append(len(parser.feed(b"")))
+    assert counts == [128, 128, 44]
+    assert len(parser.feed(request_ * 128)) == 128
+    assert not parser.suspended
+    assert parser.buffered == 0
+    assert len(parser.feed(request_ * 300)) == 128
+    parser.authenticated = True
+    assert len(parser.feed(request_)) == 173

@@ -1,0 +1,165 @@
+"""CONFIG: the settings while the server runs. https://redis.io/docs/latest/commands/config-get/"""
+
+from __future__ import annotations
+
+import attrs
+import trio
+
+from engram.commands.arguments import SYNTAX_ERROR, text
+from engram.commands.session import Barrier, Session
+from engram.commands.table import Command, container, help_command
+from engram.config import SETTINGS
+from engram.config_file import rewrite
+from engram.errors import CommandError, ConfigError
+from engram.protocol import replies
+from engram.protocol.glob import compile_glob
+from engram.protocol.replies import OK
+
+
+def _get(session: Session, arguments: list[bytes]) -> bytes:
+    config = session.server.config
+    found: dict[str, str] = {}
+    # Redis's own clients ask for this one; it follows from `dir` and is no setting here.
+    derived = {"appendonly": "no" if session.server.storage is None else "yes"}
+    for pattern in arguments[2:]:
+        matches = compile_glob(pattern.lower())
+        for name in (*SETTINGS, *derived):
+            if matches(name.encode()):
+                found[name] = derived[name] if name in derived else config.get(name)
+    return session.encoder.map(
+        (replies.bulk(name.encode()), replies.bulk(value.encode("utf-8", "surrogateescape")))
+        for name, value in found.items()
+    )
+
+
+def _set(session: Session, arguments: list[bytes]) -> bytes:
+    words = arguments[2:]
+    if len(words) % 2:
+        raise CommandError(SYNTAX_ERROR)
+    server = session.server
+    pairs = [(text(name).lower(), text(value)) for name, value in zip(words[::2], words[1::2], strict=True)]
+    for name, _ in pairs:
+        if name not in SETTINGS:
+            raise CommandError(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
+    failed = "ERR CONFIG SET failed (possibly related to argument '{}') - {}"
+    names = [name for name, _ in pairs]
+    for name in names:
+        if not SETTINGS[name].mutable:
+            raise CommandError(failed.format(name, "can't set immutable config"))
+        if names.count(name) > 1:
+            raise CommandError(failed.format(name, "duplicate parameter"))
+    parsed = []
+    for name, value in pairs:
+        try:
+            parsed.append((SETTINGS[name].field, SETTINGS[name].parse(value)))
+        except ValueError as error:
+            raise CommandError(failed.format(name, error)) from error
+    before = [(field, getattr(server.config, field)) for field, _ in parsed]
+    for field, value in parsed:
+        setattr(server.config, field, value)
+    try:
+        server.reconfigure()
+    except ConfigError as error:
+        for field, value in before:
+            setattr(server.config, field, value)
+        # Nothing else can fail.
+        name = next(name for name in names if name.startswith("tls-"))
+        raise CommandError(failed.format(name, error)) from error
+    return OK
+
+
+def _resetstat(session: Session, arguments: list[bytes]) -> bytes:
+    server = session.server
+    server.statistics.reset()
+    server.database.expired_keys = 0
+    server.memory.evicted_keys = 0
+    return OK
+
+
+def _rewrite(session: Session, arguments: list[bytes]) -> Barrier:
+    # As it is now, whatever is set while the file is written.
+    config = attrs.evolve(session.server.config)
+    if not config.file:
+        raise CommandError("ERR The server is running without a config file")
+
+    async def run() -> bytes:
+        try:
+            await trio.to_thread.run_sync(rewrite, config)
+        except OSError as error:
+            raise CommandError(f"ERR Rewriting config file: {error.strerror}") from error
+        except ValueError as error:
+            raise CommandError(f"ERR Rewriting config file: {error}") from error
+        return OK
+
+    return Barrier(run)
+
+
+_HELP = (
+    "CONFIG <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
+    "GET <pattern>",
+    "    Return parameters matching the glob-like <pattern> and their values.",
+    "SET <directive> <value>",
+    "    Set the configuration <directive> to <value>.",
+    "RESETSTAT",
+    "    Reset statistics reported by the INFO command.",
+    "REWRITE",
+    "    Rewrite the configuration file.",
+    "HELP",
+    "    Print this help.",
+)
+
+_GROUP = "server"
+_FLAGS = ("admin", "noscript", "loading", "stale")
+
+COMMANDS = (
+    container(
+        "config",
+        (
+            Command(
+                "config|get",
+                _get,
+                -3,
+                "pattern [pattern ...]",
+                "Returns the effective values of settings.",
+                _GROUP,
+                _FLAGS,
+                since="2.0.0",
+                complexity="O(N) where N is the number of settings",
+            ),
+            Command(
+                "config|set",
+                _set,
+                -4,
+                "parameter value [parameter value ...]",
+                "Changes settings in flight.",
+                _GROUP,
+                _FLAGS,
+                since="2.0.0",
+            ),
+            Command(
+                "config|resetstat",
+                _resetstat,
+                2,
+                "",
+                "Resets the server's statistics.",
+                _GROUP,
+                _FLAGS,
+                since="2.0.0",
+            ),
+            Command(
+                "config|rewrite",
+                _rewrite,
+                2,
+                "",
+                "Writes the effective values of settings to the config file.",
+                _GROUP,
+                _FLAGS,
+                since="2.8.0",
+            ),
+            help_command("config", _GROUP, _HELP),
+        ),
+        summary="A container for server configuration commands.",
+        group=_GROUP,
+        since="2.0.0",
+    ),
+)

@@ -1,0 +1,60 @@
+"""What stands between a client and a command: authentication, permission, memory, and MULTI."""
+
+from __future__ import annotations
+
+from engram.commands.limits import check_keys
+from engram.commands.session import Session
+from engram.commands.table import Command
+from engram.errors import CommandError
+from engram.protocol import replies
+
+_QUEUED = replies.simple("QUEUED")
+_NO_AUTHENTICATION = "NOAUTH Authentication required."
+
+# Carried out at once inside MULTI.
+_NEVER_QUEUED = frozenset({"exec", "discard", "multi", "watch", "quit", "reset"})
+
+
+def guard(session: Session, command: Command, request: list[bytes]) -> bytes | None:
+    """Refuses or queues what a client must not do now, in the order of Redis's checks.
+
+    Returns the reply of a command that was queued, None for one that is to be carried out.
+
+    Raises:
+        CommandError: it is refused.
+    """
+    if not session.authenticated and "no_auth" not in command.flags:
+        raise CommandError(_NO_AUTHENTICATION)
+    transaction = session.transaction
+    if transaction is not None and "no_multi" in command.flags:
+        raise CommandError("ERR Command not allowed inside a transaction")
+    server = session.server
+    check_permission(session, command, request)
+    if server.config.max_key_length < server.config.proto_max_bulk_len:
+        check_keys(command, request, server.config)
+    if server.config.maxmemory and (
+        "denyoom" in command.flags
+        or (transaction is not None and transaction.grows and command.name == "exec")
+    ):
+        server.memory.admit(command)
+    if server.monitors and session in server.monitors and {"write", "readonly"} & set(command.flags):
+        raise CommandError("ERR Replica can't interact with the keyspace")
+    if transaction is not None and command.name not in _NEVER_QUEUED:
+        transaction.queue(command, request)
+        return _QUEUED
+    # EXEC is shown after what it has carried out.
+    if server.monitors and command.name != "exec":
+        show(session, command, request)
+    return None
+
+
+def check_permission(session: Session, command: Command, request: list[bytes]) -> None:
+    """Raises CommandError when the user of a session may not do this."""
+    if not session.user.unrestricted:
+        session.server.access.check(session, command, request)
+
+
+def show(session: Session, command: Command, request: list[bytes]) -> None:
+    """Shows a request to the clients that gave MONITOR, unless it is an operator's."""
+    if not {"admin", "skip_monitor"} & set(command.flags):
+        session.server.monitors.feed(session, request)

@@ -1,0 +1,45 @@
+"""What a request may ask for at most. Each bound is a setting, and looked at before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engram.commands.session import Session
+from engram.commands.table import Command
+from engram.config import Config
+from engram.errors import CommandError
+from engram.index.filters import Filter, compile_filter
+
+
+def check(value: int, most: int, name: str) -> None:
+    """Raises CommandError when a value, which clients know by `name`, is more than it may be."""
+    if value > most:
+        raise CommandError(f"ERR {name} must be at most {most}")
+
+
+def check_keys(command: Command, request: Sequence[bytes], config: Config) -> None:
+    """Raises CommandError when a command that writes names a key longer than `max-key-length`."""
+    if command.writes:
+        _check_lengths((request[position] for position in command.key_positions(request)), "key", config)
+
+
+def check_members(members: Iterable[bytes], config: Config) -> None:
+    """Raises CommandError when a member to be added to an index is longer than `max-key-length`."""
+    _check_lengths(members, "member", config)
+
+
+def _check_lengths(names: Iterable[bytes], kind: str, config: Config) -> None:
+    most = config.max_key_length
+    if max(map(len, names), default=0) > most:
+        raise CommandError(f"ERR {kind} is longer than max-key-length, {most} bytes")
+
+
+def bounded_filter(session: Session, expression: bytes) -> Filter:
+    """The filter of an expression. Raises CommandError when it is not one, too long, or too deep."""
+    config = session.server.config
+    if len(expression) > config.vector_max_filter_length:
+        raise CommandError(f"ERR FILTER expression is longer than {config.vector_max_filter_length} bytes")
+    condition = compile_filter(expression)
+    if condition.depth > config.vector_max_filter_depth:
+        raise CommandError("ERR FILTER expression is nested too deeply")
+    return condition

@@ -1,0 +1,194 @@
+"""MULTI, EXEC, DISCARD, WATCH and UNWATCH: https://redis.io/docs/latest/develop/interact/transactions/."""
+
+from __future__ import annotations
+
+import time
+
+import trio
+
+from engram.commands.guard import check_permission, show
+from engram.commands.session import Barrier, Session, Slot, Transaction
+from engram.commands.table import Command, Reply
+from engram.database import RECORD_OVERHEAD
+from engram.errors import CommandError
+from engram.protocol import replies
+from engram.protocol.replies import OK
+
+_ABORTED = "EXECABORT Transaction discarded because of previous errors."
+
+
+def _multi(session: Session, arguments: list[bytes]) -> bytes:
+    if session.transaction is not None:
+        raise CommandError("ERR MULTI calls can not be nested")
+    session.begin()
+    return OK
+
+
+def _discard(session: Session, arguments: list[bytes]) -> bytes:
+    if session.transaction is None:
+        raise CommandError("ERR DISCARD without MULTI")
+    session.discard()
+    return OK
+
+
+def _watch(session: Session, arguments: list[bytes]) -> bytes:
+    if session.transaction is not None:
+        raise CommandError("ERR WATCH inside MULTI is not allowed")
+    database = session.database
+    for key in arguments[1:]:
+        # One that has lapsed goes first, or its end would look like a change.
+        database.lookup(key)
+    database.watches.add(session.watch, arguments[1:])
+    return OK
+
+
+def _unwatch(session: Session, arguments: list[bytes]) -> bytes:
+    session.unwatch()
+    return OK
+
+
+def _exec(session: Session, arguments: list[bytes]) -> Reply:
+    transaction = session.transaction
+    if transaction is None:
+        raise CommandError("ERR EXEC without MULTI")
+    if transaction.failed:
+        session.discard()
+        raise CommandError(_ABORTED)
+
+    async def execute() -> bytes:
+        try:
+            await _admit(session, transaction)
+        except CommandError as error:
+            session.discard()
+            raise CommandError(f"EXECABORT Transaction discarded because of: {error}") from error
+        return await _execute(session, transaction, arguments[0])
+
+    return Barrier(execute)
+
+
+async def _admit(session: Session, transaction: Transaction) -> None:
+    """Waits for room in the log for all of it, and for a builder that cannot keep up."""
+    written = [(command, request) for command, request in transaction.commands if command.writes]
+    delays = (
+        command.throttle(session, request) for command, request in written if command.throttle is not None
+    )
+    if delay := max(delays, default=0.0):
+        await trio.sleep(delay)
+    journal = session.database.journal
+    if written and journal is not None:
+        await journal.admit(
+            sum(2 * sum(map(len, request)) + RECORD_OVERHEAD for _, request in written) + RECORD_OVERHEAD
+        )
+
+
+async def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes:
+    """Carries everything out without a checkpoint, then waits for what is found later.
+
+    `name` is EXEC as the client has written it.
+    """
+    database = session.database
+    for key in session.watch.keys:
+        database.lookup(key)
+    broken = session.watch.broken
+    session.discard()
+    if broken:
+        return session.encoder.null_array
+    results: list[Reply] = []
+    session.executing = True
+    try:
+        with database.together():
+            for command, request in transaction.commands:
+                results.append(_carry_out(session, command, request))
+    finally:
+        session.executing = False
+    if session.server.monitors:
+        session.server.monitors.feed(session, [name])
+    return replies.array([await _result(session, result) for result in results])
+
+
+def _carry_out(session: Session, command: Command, request: list[bytes]) -> Reply:
+    server = session.server
+    if server.monitors:
+        show(session, command, request)
+    began = time.perf_counter_ns()
+    usage = server.statistics.usage[command.name]
+    try:
+        # It may have been restricted meanwhile.
+        check_permission(session, command, request)
+        return command.handler(session, request)
+    except CommandError as error:
+        usage.failed += 1
+        return server.error(str(error))
+    finally:
+        nanoseconds = time.perf_counter_ns() - began
+        usage.record(1, nanoseconds)
+        if (
+            0 <= server.config.slowlog_log_slower_than * 1000 < nanoseconds
+            and "skip_slowlog" not in command.flags
+        ):
+            server.slowlog.add(session, request, nanoseconds)
+
+
+async def _result(session: Session, result: Reply) -> bytes:
+    if isinstance(result, bytes):
+        return result
+    try:
+        return await (wait_for(result) if isinstance(result, Slot) else result.reply())
+    except CommandError as error:
+        return session.server.error(str(error))
+
+
+async def wait_for(slot: Slot) -> bytes:
+    """The reply of a slot, once it is known."""
+    if slot.reply is None:
+        filled = trio.Event()
+        slot.on_fill = filled.set
+        try:
+            await filled.wait()
+        finally:
+            slot.awaited = False
+    assert slot.reply is not None
+    return slot.reply
+
+
+_FLAGS = ("noscript", "loading", "stale", "fast", "allow_busy")
+_GROUP = "transactions"
+
+COMMANDS = (
+    Command("multi", _multi, 1, "", "Starts a transaction.", _GROUP, _FLAGS, since="1.2.0"),
+    Command(
+        "exec",
+        _exec,
+        1,
+        "",
+        "Executes all commands in a transaction.",
+        _GROUP,
+        ("noscript", "loading", "stale", "skip_slowlog"),
+        since="1.2.0",
+        complexity="Depends on commands in the transaction",
+    ),
+    Command("discard", _discard, 1, "", "Discards a transaction.", _GROUP, _FLAGS, since="2.0.0"),
+    Command(
+        "watch",
+        _watch,
+        -2,
+        "key [key ...]",
+        "Monitors changes to keys to determine the execution of a transaction.",
+        _GROUP,
+        _FLAGS,
+        (1, -1, 1),
+        key_flags=("RO",),
+        since="2.2.0",
+        complexity="O(1) for every key.",
+    ),
+    Command(
+        "unwatch",
+        _unwatch,
+        1,
+        "",
+        "Forgets about watched keys of a transaction.",
+        _GROUP,
+        _FLAGS,
+        since="2.2.0",
+    ),
+)

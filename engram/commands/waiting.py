@@ -1,0 +1,142 @@
+"""WAIT and WAITAOF: until what a client wrote is safe.
+
+https://redis.io/docs/latest/commands/waitaof/
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from engram.commands.arguments import INTEGER_HIGH, integer
+from engram.commands.session import Barrier, Session
+from engram.commands.table import Command, Reply
+from engram.database import Journal
+from engram.errors import CommandError
+from engram.protocol import replies
+from engram.protocol.replies import ZERO
+
+# Where replies do not wait for the log, it is looked at this often, in seconds. Such a log is synced once a
+# second or less.
+_LOOK_INTERVAL = 0.01
+
+_UNBLOCKED = "UNBLOCKED client unblocked via CLIENT UNBLOCK"
+
+
+def timeout(argument: bytes, now: int) -> int:
+    """Milliseconds to wait. Raises CommandError for what is none, or ends after the end of time.
+
+    `now` is in milliseconds since the epoch.
+    """
+    milliseconds = integer(argument, "ERR timeout is not an integer or out of range")
+    if milliseconds < 0:
+        raise CommandError("ERR timeout is negative")
+    if milliseconds > INTEGER_HIGH - now:
+        raise CommandError("ERR timeout is out of range")
+    return milliseconds
+
+
+def _seconds(session: Session, argument: bytes) -> float:
+    """As `timeout`, in seconds; 0 is for ever."""
+    return timeout(argument, session.database.now()) / 1000 or math.inf
+
+
+def _wait(session: Session, arguments: list[bytes]) -> Reply:
+    replicas = integer(arguments[1])
+    seconds = _seconds(session, arguments[2])
+    # There are no replicas.
+    if replicas <= 0 or session.executing:
+        return ZERO
+    return Barrier(lambda: _blocked(session, seconds, trio.sleep_forever, lambda: ZERO))
+
+
+def _waitaof(session: Session, arguments: list[bytes]) -> Reply:
+    out_of_range = "ERR value is out of range, value must between 0 and 1"
+    local = integer(arguments[1])
+    if not 0 <= local <= 1:
+        raise CommandError(out_of_range)
+    replicas = integer(arguments[2], "ERR value is out of range, must be positive")
+    if replicas < 0:
+        raise CommandError("ERR value is out of range, must be positive")
+    seconds = _seconds(session, arguments[3])
+    journal = session.database.journal
+    if local and journal is None:
+        raise CommandError("ERR WAITAOF cannot be used when numlocal is set but appendonly is disabled.")
+    lsn = session.database.lsn
+
+    def reply() -> bytes:
+        synced = journal is not None and journal.durable_lsn >= lsn
+        return replies.array((replies.integer(int(synced)), ZERO))
+
+    done = not local or journal is None or journal.durable_lsn >= lsn
+    if session.executing or (done and not replicas):
+        return reply()
+
+    async def wait() -> None:
+        if journal is not None and local:
+            await _synced(journal, lsn)
+        if replicas:
+            await trio.sleep_forever()
+
+    return Barrier(lambda: _blocked(session, seconds, wait, reply))
+
+
+async def _synced(journal: Journal, lsn: int) -> None:
+    """Returns once what was written up to `lsn` is on disk."""
+    released = trio.Event()
+    journal.on_release(lsn, released.set)
+    await released.wait()
+    while journal.durable_lsn < lsn:  # noqa: ASYNC110 - with syncs a second apart it costs nothing
+        await trio.sleep(_LOOK_INTERVAL)
+
+
+async def _blocked(
+    session: Session, seconds: float, wait: Callable[[], Awaitable[None]], reply: Callable[[], bytes]
+) -> bytes:
+    """The reply once `wait` has ended, `seconds` have passed, or CLIENT UNBLOCK says so."""
+    failed = False
+    with trio.move_on_after(seconds) as scope:
+
+        def unblock(with_error: bool) -> None:
+            nonlocal failed
+            failed = with_error
+            scope.cancel()
+
+        session.unblock = unblock
+        try:
+            await wait()
+        finally:
+            session.unblock = None
+    if failed:
+        raise CommandError(_UNBLOCKED)
+    return reply()
+
+
+_GROUP = "connection"
+
+COMMANDS = (
+    Command(
+        "wait",
+        _wait,
+        3,
+        "numreplicas timeout",
+        "Blocks until so many replicas have the client's writes. There are none, so until the timeout.",
+        _GROUP,
+        ("blocking",),
+        since="3.0.0",
+        more_categories=("@blocking",),
+    ),
+    Command(
+        "waitaof",
+        _waitaof,
+        4,
+        "numlocal numreplicas timeout",
+        "Blocks until the client's writes are synced to the log.",
+        _GROUP,
+        ("blocking",),
+        since="7.2.0",
+        more_categories=("@blocking",),
+    ),
+)

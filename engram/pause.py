@@ -1,0 +1,75 @@
+"""CLIENT PAUSE: commands that wait for a while. https://redis.io/docs/latest/commands/client-pause/"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+
+class Pausable(Protocol):
+    """What is needed of a command: whether it changes data."""
+
+    @property
+    def writes(self) -> bool: ...
+
+
+class Pause:
+    """Holds the commands of clients, all or those that write, until a time or until `end`.
+
+    Args:
+        on_change: called when `active` has changed.
+
+    Attributes:
+        active: whether anything may have to wait.
+    """
+
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+        self.active = False
+        self._on_change = on_change
+        self._everything = False
+        self._deadline = 0.0
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._changed = trio.Event()
+
+    def start(self, seconds: float, *, everything: bool) -> bool:
+        """Holds commands for `seconds`; a pause that is on keeps the later end and the stricter kind.
+
+        Returns whether `run` must be started, as nothing was held so far.
+        """
+        deadline = trio.current_time() + seconds
+        was_active = self.active
+        self._everything = everything or (was_active and self._everything)
+        self._deadline = max(deadline, self._deadline) if was_active else deadline
+        self.active = True
+        self._changed.set()
+        self._changed = trio.Event()
+        if not was_active:
+            self._on_change()
+        return not was_active
+
+    def end(self) -> None:
+        """Lets all commands go on, in the order in which they came."""
+        if self.active:
+            self.active = False
+            self._changed.set()
+            self._waiting.unpark_all()
+            self._on_change()
+
+    async def run(self) -> None:
+        """Ends the pause in time; returns when it has ended."""
+        while self.active:
+            with trio.move_on_at(self._deadline):
+                await self._changed.wait()
+                continue
+            self.end()
+
+    def holds(self, command: Pausable) -> bool:
+        """Whether a command has to wait."""
+        return self.active and (self._everything or command.writes)
+
+    async def wait(self, command: Pausable) -> None:
+        """Returns once the command may be carried out."""
+        while self.holds(command):
+            await self._waiting.park()
