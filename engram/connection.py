@@ -108,8 +108,8 @@ class Connection:
                 await self._transport.close()
             self._server.monitors.remove(self.session)
             self.session.unwatch()
-            # Whoever no longer sees the client in CLIENT LIST may rely on its socket being closed.
-            del sessions[self.session.id]
+            # Unless CLIENT KILL took it away, who no longer sees it may rely on its socket being closed.
+            sessions.pop(self.session.id, None)
 
     def _touch(self) -> None:
         self.session.last_active = time.monotonic()
@@ -196,7 +196,8 @@ class Connection:
                             return
                         raise unknown_command(request)
                     if command.subcommands:
-                        command = command.resolve(request)
+                        container, command = command, None
+                        command = container.resolve(request)
                     if command is not counted:
                         began = clock()
                         if calls and counted is not None:

@@ -34,7 +34,7 @@ _QUEUE_ENTRY_BYTES = 72
 _EXPIRY_BYTES = INTEGER_OBJECT + _QUEUE_ENTRY_BYTES
 
 # As many of the oldest keys, and of the newest, stand for all where nobody counts.
-_SAMPLED_KEYS = 1 << 13
+_SAMPLED_KEYS = 1 << 11
 
 
 class Keyspace(Generic[Other]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import itertools
 import logging
 import os
 import resource
@@ -66,6 +67,8 @@ _TEMPORARY_PREFIX = "engram-"
 # A file in a folder that no server needs once it has ended.
 _TEMPORARY_MARK = "TEMPORARY"
 _FREE_SLICE = 4096
+# One sample in so many takes the memory, too.
+_MEMORY_SAMPLES = 10
 _MEMORY_RESERVE = 16 << 20
 
 
@@ -372,11 +375,12 @@ def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:
 
 
 async def _sample(server: Server) -> None:
-    """Notes how the counters grow, and how much memory is taken at most."""
+    """Notes how the counters grow, and now and then, for it takes longer, how much memory is taken."""
     statistics = server.statistics
-    while True:
+    for number in itertools.count():
         statistics.sample(trio.current_time())
-        statistics.peak_memory = max(statistics.peak_memory, server.memory.used())
+        if number % _MEMORY_SAMPLES == 0:
+            statistics.peak_memory = max(statistics.peak_memory, server.memory.used())
         await trio.sleep(SAMPLE_INTERVAL)
 
 

@@ -25,7 +25,9 @@ def _get(session: Session, arguments: list[bytes]) -> bytes:
         matches = compile_glob(pattern.lower())
         for name in (*SETTINGS, *derived):
             if matches(name.encode()):
-                found[name] = derived[name] if name in derived else config.get(name)
+                # One that is named in full comes back as it was written.
+                shown = text(pattern) if pattern.lower() == name.encode() else name
+                found[shown] = derived[name] if name in derived else config.get(name)
     return session.encoder.map(
         (replies.bulk(name.encode()), replies.bulk(value.encode("utf-8", "surrogateescape")))
         for name, value in found.items()
@@ -37,23 +39,24 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
     if len(words) % 2:
         raise CommandError(SYNTAX_ERROR)
     server = session.server
-    pairs = [(text(name).lower(), text(value)) for name, value in zip(words[::2], words[1::2], strict=True)]
-    for name, _ in pairs:
-        if name not in SETTINGS:
-            raise CommandError(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
     failed = "ERR CONFIG SET failed (possibly related to argument '{}') - {}"
-    names = [name for name, _ in pairs]
-    for name in names:
+    pairs: dict[str, tuple[str, str]] = {}
+    for word, value in zip(words[::2], words[1::2], strict=True):
+        given = text(word)
+        name = given.lower()
+        if name not in SETTINGS:
+            raise CommandError(f"ERR Unknown option or number of arguments for CONFIG SET - '{given}'")
         if not SETTINGS[name].mutable:
-            raise CommandError(failed.format(name, "can't set immutable config"))
-        if names.count(name) > 1:
-            raise CommandError(failed.format(name, "duplicate parameter"))
+            raise CommandError(failed.format(given, "can't set immutable config"))
+        if name in pairs:
+            raise CommandError(failed.format(given, "duplicate parameter"))
+        pairs[name] = given, text(value)
     parsed = []
-    for name, value in pairs:
+    for name, (given, value_text) in pairs.items():
         try:
-            parsed.append((SETTINGS[name].field, SETTINGS[name].parse(value)))
+            parsed.append((SETTINGS[name].field, SETTINGS[name].parse(value_text)))
         except ValueError as error:
-            raise CommandError(failed.format(name, error)) from error
+            raise CommandError(failed.format(given, error)) from error
     before = [(field, getattr(server.config, field)) for field, _ in parsed]
     for field, value in parsed:
         setattr(server.config, field, value)
@@ -63,8 +66,8 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
         for field, value in before:
             setattr(server.config, field, value)
         # Nothing else can fail.
-        name = next(name for name in names if name.startswith("tls-"))
-        raise CommandError(failed.format(name, error)) from error
+        given = next(given for name, (given, _) in pairs.items() if name.startswith("tls-"))
+        raise CommandError(failed.format(given, error)) from error
     return OK
 
 

@@ -30,8 +30,9 @@ class Command:
 
     Fields are those of Redis's command table: https://redis.io/docs/latest/commands/command/.
     `arity` counts the name; a negative one is a minimum. `keys` is (first, last, step), zeros when
-    there are none. `key_flags` say what is done with the keys, and `more_categories` are the ACL
-    categories that do not follow from flags and group.
+    there are none. `key_flags` say what is done with the keys. Of the ACL categories those of
+    `group_categories` usually follow from the group, and containers have none of them; `more_categories` are
+    those that follow neither from that nor from the flags.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Command:
     since: str = "1.0.0"
     complexity: str = "O(1)"
     key_flags: tuple[str, ...] = attrs.field()
+    group_categories: tuple[str, ...] = attrs.field()
     more_categories: tuple[str, ...] = ()
     subcommands: Mapping[bytes, Command] = attrs.field(factory=dict)
     # Seconds to wait before a call is carried out, when the server cannot keep up with its kind.
@@ -57,6 +59,10 @@ class Command:
     # Whether one call may take much longer than another, so that each has to be timed.
     varies: bool = attrs.field(init=False)
     arguments: tuple[Argument, ...] = attrs.field(init=False)
+
+    @group_categories.default
+    def _usual_categories(self) -> tuple[str, ...]:
+        return _CATEGORIES.get(self.group, (f"@{self.group}",))
 
     @key_flags.default
     def _usual_key_flags(self) -> tuple[str, ...]:
@@ -81,7 +87,8 @@ class Command:
             found.append("@read")
         if "admin" in self.flags:
             found += ["@admin", "@dangerous"]
-        found += _CATEGORIES.get(self.group, (f"@{self.group}",))
+        if not self.subcommands:
+            found += self.group_categories
         found += self.more_categories
         found.append("@fast" if "fast" in self.flags else "@slow")
         return tuple(found)

@@ -126,7 +126,7 @@ COMMANDS = (
         _GROUP,
         ("blocking",),
         since="3.0.0",
-        more_categories=("@blocking",),
+        group_categories=("@blocking", "@connection"),
     ),
     Command(
         "waitaof",
@@ -137,6 +137,6 @@ COMMANDS = (
         _GROUP,
         ("blocking",),
         since="7.2.0",
-        more_categories=("@blocking",),
+        group_categories=("@blocking", "@connection"),
     ),
 )

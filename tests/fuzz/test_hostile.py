@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
+import attrs
 import pytest
 
+from tests.certificates import Authority
+from tests.conftest import encode_request
 from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess, running_server, wait_until
 
 CONNECTIONS = 10_000
@@ -27,8 +32,12 @@ PING = b"*1\r\n$4\r\nPING\r\n"
 PONG = b"+PONG\r\n"
 
 
-def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection((HOST, server.port), DEADLINE_SECONDS)
+PASSWORD = "correct horse battery staple"
+ATTEMPTS = 10_000
+
+
+def connect(server: ServerProcess, port: int | None = None) -> socket.socket:
+    return socket.create_connection((HOST, port or server.port), DEADLINE_SECONDS)
 
 
 def receive(client: socket.socket, size: int) -> bytes:
@@ -45,7 +54,7 @@ def receive_all(client: socket.socket) -> bytes:
 
 
 @contextmanager
-def unnoticed(server: ServerProcess) -> Iterator[None]:
+def unnoticed(server: ServerProcess, password: str | None = None) -> Iterator[None]:
     """Another client's PINGs are answered all along, and afterwards memory and connections are as before."""
     before = server.resident_bytes()
     stop = threading.Event()
@@ -63,6 +72,9 @@ def unnoticed(server: ServerProcess) -> Iterator[None]:
             failures.append(error)
 
     with connect(server) as witness:
+        if password is not None:
+            witness.sendall(encode_request([b"AUTH", password.encode()]))
+            assert receive(witness, 5) == b"+OK\r\n"
         thread = threading.Thread(target=ping, args=(witness,))
         thread.start()
         try:
@@ -73,7 +85,7 @@ def unnoticed(server: ServerProcess) -> Iterator[None]:
             stop.set()
             thread.join()
     assert failures == []
-    with server.client() as client:
+    with server.client(password=password) as client:
         wait_until(lambda: client.info("clients")["connected_clients"] == 1, "the clients to be gone")
         wait_until(
             lambda: server.resident_bytes() < before + SLACK_BYTES,
@@ -230,3 +242,207 @@ def test_garbage(server: ServerProcess) -> None:
                 hostile.shutdown(socket.SHUT_WR)
                 answer = receive_all(hostile)
                 assert answer == b"" or answer[:1] in b"+-$*:_"
+
+
+def test_ten_thousand_attempts_without_the_password() -> None:
+    """What is not small costs nothing before AUTH, and what is small is refused or guessed wrong."""
+    large = b"x" * (16 << 10)
+    too_large = b"x" * ((16 << 10) + 1)
+    attempts = itertools.cycle(
+        (
+            (encode_request([b"AUTH", large]), b"-WRONGPASS "),
+            (encode_request([b"AUTH", too_large]), b"-ERR Protocol error: unauthenticated bulk length\r\n"),
+            (encode_request([b"MGET", *[b"k"] * 9]), b"-NOAUTH Authentication required.\r\n"),
+            (
+                encode_request([b"MGET", *[b"k"] * 10]),
+                b"-ERR Protocol error: unauthenticated multibulk length\r\n",
+            ),
+            (encode_request([b"HELLO", b"3", b"AUTH", b"default", large]), b"-WRONGPASS "),
+            (encode_request([b"SET", b"k", large]), b"-NOAUTH Authentication required.\r\n"),
+        )
+    )
+    with running_server("--requirepass", PASSWORD) as server, unnoticed(server, PASSWORD):
+        before = server.resident_bytes()
+        for _ in range(ATTEMPTS):
+            request, reply = next(attempts)
+            with connect(server) as hostile, suppress(ConnectionError):
+                # What is refused before all of it is here may end in a reset instead of the reply.
+                hostile.sendall(request)
+                assert hostile.recv(1000).startswith(reply)
+        assert server.peak_resident_bytes() < before + SLACK_BYTES
+
+
+def test_pipelining_without_password_and_without_reading() -> None:
+    """Before AUTH replies are held for a client up to a kilobyte or a burst."""
+    arguments = ("--requirepass", PASSWORD, "--client-write-timeout", "1")
+    with running_server(*arguments) as server, unnoticed(server, PASSWORD):
+        before = server.resident_bytes()
+        clients = [connect(server) for _ in range(5)]
+        senders = [
+            threading.Thread(target=send_until_dropped, args=(client, b"PING\r\n" * 1_000_000))
+            for client in clients
+        ]
+        for sender in senders:
+            sender.start()
+        with server.client(password=PASSWORD) as client:
+            wait_until(lambda: len(client.client_list()) == 2, "the clients to be dropped")
+        for sender, hostile in zip(senders, clients, strict=True):
+            sender.join()
+            hostile.close()
+        assert server.peak_resident_bytes() < before + SLACK_BYTES
+
+
+@attrs.frozen
+class Encrypted:
+    """A server that speaks TLS beside plain TCP, and what its clients need."""
+
+    process: ServerProcess
+    port: int
+    context: ssl.SSLContext
+
+    def connect(self) -> ssl.SSLSocket:
+        return self.context.wrap_socket(connect(self.process, self.port), server_hostname="localhost")
+
+
+@contextmanager
+def running_encrypted(folder: Path, *arguments: str) -> Iterator[Encrypted]:
+    authority = Authority(folder)
+    identity = authority.issue("server")
+    # The server must be told a port, and another while both are free.
+    with socket.create_server((HOST, 0)) as first, socket.create_server((HOST, 0)) as second:
+        plain, encrypted = first.getsockname()[1], second.getsockname()[1]
+    with running_server(
+        *("--port", str(plain), "--tls-port", str(encrypted), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", str(identity.certificate), "--tls-key-file", str(identity.key)),
+        *arguments,
+    ) as server:
+        yield Encrypted(server, encrypted, authority.client_context())
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encrypted]:
+    with running_encrypted(tmp_path_factory.mktemp("certificates")) as server:
+        yield server
+
+
+def hello(context: ssl.SSLContext) -> bytes:
+    """The first message of a TLS handshake."""
+    outgoing = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+@pytest.mark.parametrize("said", ["nothing", "half a hello", "hello", "hello, and no TLS", "no TLS"])
+def test_handshakes_that_are_not_finished(said: str, encrypted: Encrypted) -> None:
+    """They take neither memory nor the places of others, plain or TLS."""
+    greeting = hello(encrypted.context)
+    data = {
+        "nothing": b"",
+        "half a hello": greeting[: len(greeting) // 2],
+        "hello": greeting,
+        "hello, and no TLS": greeting + PING,
+        "no TLS": PING,
+    }[said]
+    with unnoticed(encrypted.process):
+        before = encrypted.process.resident_bytes()
+        # More than maxclients: the first must give way.
+        clients = [connect(encrypted.process, encrypted.port) for _ in range(1500)]
+        for client in clients:
+            with suppress(ConnectionError):
+                client.sendall(data)
+        with encrypted.connect() as honest:
+            honest.sendall(PING)
+            assert receive(honest, len(PONG)) == PONG
+        assert encrypted.process.resident_bytes() < before + SLACK_BYTES
+        for client in clients:
+            client.close()
+
+
+def test_handshakes_and_then_silence(encrypted: Encrypted) -> None:
+    with unnoticed(encrypted.process):
+        clients = [encrypted.connect() for _ in range(200)]
+        with encrypted.connect() as honest:
+            honest.sendall(PING)
+            assert receive(honest, len(PONG)) == PONG
+        for client in clients:
+            client.close()
+
+
+def test_many_handshakes(encrypted: Encrypted) -> None:
+    """Clients that come over TLS, ask once or not at all, and leave politely or not."""
+    with unnoticed(encrypted.process):
+        for number in range(300):
+            with encrypted.connect() as client:
+                if number % 2:
+                    client.sendall(PING)
+                    assert receive(client, len(PONG)) == PONG
+                if number % 5 == 0:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_pipelining_without_reading_over_tls(tmp_path: Path) -> None:
+    limit = 16 << 20
+    arguments = ("--client-output-buffer-limit", str(limit), "--client-write-timeout", "1")
+    with running_encrypted(tmp_path, *arguments) as server, unnoticed(server.process):
+        before = server.process.resident_bytes()
+        with server.process.client() as client, server.connect() as hostile:
+            assert client.set("big", bytes(BIG_VALUE))
+            hostile.sendall(PING)
+            assert receive(hostile, len(PONG)) == PONG
+            sender = threading.Thread(target=send_until_dropped, args=(hostile, b"GET big\r\n" * COMMANDS))
+            sender.start()
+            wait_until(lambda: len(client.client_list()) == 2, "the client to be dropped")
+            sender.join()
+        assert server.process.peak_resident_bytes() < before + limit + SLACK_BYTES
+
+
+def test_reading_late_over_tls(encrypted: Encrypted) -> None:
+    with encrypted.process.client() as client:
+        assert client.set("big", bytes(BIG_VALUE))
+    reply = b"$%d\r\n%s\r\n" % (BIG_VALUE, bytes(BIG_VALUE))
+    # Enough that the sockets do not take all of it.
+    count = 10_000
+    with unnoticed(encrypted.process), encrypted.process.client() as client, encrypted.connect() as late:
+        late.sendall(b"GET big\r\n" * count)
+        wait_until(
+            lambda: any(int(each["omem"]) > 1 << 20 for each in client.client_list()),
+            "replies to wait for the client",
+        )
+        for _ in range(count // 100):
+            assert receive(late, 100 * len(reply)) == 100 * reply
+
+
+def test_more_clients_than_are_served_over_tls(encrypted: Encrypted) -> None:
+    with encrypted.process.client() as client:
+        client.config_set("maxclients", 10)
+        try:
+            clients = [encrypted.connect() for _ in range(9)]
+            for each in clients:
+                each.sendall(PING)
+                assert receive(each, len(PONG)) == PONG
+            with encrypted.connect() as refused:
+                assert receive_all(refused) == b"-ERR max number of clients reached\r\n"
+            for each in clients:
+                each.close()
+        finally:
+            client.config_set("maxclients", 1024)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\nSET k v\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nSET k v\r\n",
+        b"*2\r\n$4\r\nPost\r\n$1\r\n/\r\nSET k v\r\n",
+    ],
+)
+def test_a_browser_is_not_answered(request_: bytes, server: ServerProcess) -> None:
+    """Cross-protocol scripting: https://redis.io/docs/latest/operate/oss_and_stack/management/security/."""
+    with unnoticed(server), server.client() as client:
+        with connect(server) as browser:
+            browser.sendall(request_)
+            assert b"OK" not in receive_all(browser)
+        assert client.get("k") is None
+        assert "attack" in server.errors.lower()
