@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import attrs
+import hypothesis
 import numpy as np
 import pytest
 import trio
@@ -37,6 +39,10 @@ START = 1_800_000_000_000
 
 # A test that waits for longer has gone wrong.
 PATIENCE = 5
+
+# Of `python -m tests.fuzz`.
+_FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+hypothesis.settings.register_profile("fuzz", max_examples=_FUZZ_EXAMPLES, deadline=None)
 
 T = TypeVar("T")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import hiredis
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +21,27 @@ from engram.commands.table import Command
 from engram.config import SETTINGS
 from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess
 
-# They end the server or the connection, or take replies away, as they should.
-EXCLUDED = frozenset({"shutdown", "quit", "client|kill", "client|reply"})
+# They end the server or the connection, take replies away, make them wait, or lock others out, by design.
+EXCLUDED = frozenset(
+    {
+        *("shutdown", "quit", "client|kill", "client|reply", "client|pause", "monitor", "wait", "waitaof"),
+        *("acl|setuser", "acl|deluser", "acl|load"),
+    }
+)
+# Settings that would do so.
+KEPT_SETTINGS = frozenset(
+    {
+        *(b"maxclients", b"requirepass", b"maxmemory", b"timeout", b"max-key-length"),
+        *(b"client-output-buffer-limit", b"logfile", b"dir"),
+    }
+)
+
+# Enough for about a minute in the test suite; `python -m tests.fuzz` asks for more.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4000"))
+# What the server may have grown to when everything is deleted again.
+MOST_RESIDENT_BYTES = 400 << 20
+
+CORPUS = Path(__file__).parent / "corpus"
 
 DIMENSION = 4
 SENTINEL = b"the last reply"
@@ -101,7 +123,7 @@ def is_harmless(request: list[bytes]) -> bool:
     container = b"|".join(lowered[:2]).decode(errors="replace")
     if container in EXCLUDED or lowered[0].decode(errors="replace") in EXCLUDED:
         return False
-    return not (lowered[:2] == [b"config", b"set"] and b"maxclients" in map(bytes.lower, request))
+    return not (lowered[:2] == [b"config", b"set"] and KEPT_SETTINGS & set(map(bytes.lower, request)))
 
 
 table = [command for command in leaves(list(COMMANDS.values())) if command.name not in EXCLUDED]
@@ -116,8 +138,8 @@ def encode(request: Sequence[bytes]) -> bytes:
 
 
 def exchange(client: socket.socket, batch: Sequence[Sequence[bytes]]) -> list[Any]:
-    """The replies up to the sentinel's, which is asked for last."""
-    client.sendall(b"".join(map(encode, batch)) + encode((b"ECHO", SENTINEL)))
+    """The replies up to the sentinel's, which is asked for last, outside a transaction."""
+    client.sendall(b"".join(map(encode, [*batch, (b"DISCARD",), (b"ECHO", SENTINEL)])))
     nothing = object()
     reader = hiredis.Reader(notEnoughData=nothing)
     found: list[Any] = []
@@ -129,10 +151,10 @@ def exchange(client: socket.socket, batch: Sequence[Sequence[bytes]]) -> list[An
         data = client.recv(65536)
         assert data, f"the connection ended after {len(found)} of {len(batch)} replies"
         reader.feed(data)
-    return found[:-1]
+    return found[:-2]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.lists(requests, min_size=1, max_size=20), protocol=st.sampled_from([b"2", b"3"]))
 def test_each_request_gets_one_reply(
     server: ServerProcess, batch: list[list[bytes]], protocol: bytes
@@ -144,7 +166,7 @@ def test_each_request_gets_one_reply(
     assert "ended by an error" not in server.errors, server.errors
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request_=requests.filter(lambda request: len(request) > 1), size=st.integers(0, 8))
 def test_a_request_cut_short_or_drawn_out_is_answered(
     server: ServerProcess, request_: list[bytes], size: int
@@ -154,3 +176,23 @@ def test_a_request_cut_short_or_drawn_out_is_answered(
     with socket.create_connection((HOST, server.port), DEADLINE_SECONDS) as client:
         assert len(exchange(client, batch)) == len(batch)
     assert "ended by an error" not in server.errors, server.errors
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("*.resp")), ids=lambda path: path.stem)
+def test_the_corpus(server: ServerProcess, path: Path) -> None:
+    data = path.read_bytes()
+    reader = hiredis.Reader()
+    reader.feed(data)
+    batch = list(iter(reader.gets, False))
+    assert batch
+    for protocol in (b"2", b"3"):
+        with socket.create_connection((HOST, server.port), DEADLINE_SECONDS) as client:
+            assert len(exchange(client, [[b"HELLO", protocol], *batch])) == len(batch) + 1
+    assert "ended by an error" not in server.errors, server.errors
+
+
+def test_nothing_is_left_in_memory(server: ServerProcess) -> None:
+    with socket.create_connection((HOST, server.port), DEADLINE_SECONDS) as client:
+        [_, size] = exchange(client, [[b"FLUSHALL"], [b"DBSIZE"]])
+    assert size == 0
+    assert server.resident_bytes() < MOST_RESIDENT_BYTES
