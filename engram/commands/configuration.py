@@ -40,7 +40,7 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
         raise CommandError(SYNTAX_ERROR)
     server = session.server
     failed = "ERR CONFIG SET failed (possibly related to argument '{}') - {}"
-    pairs: dict[str, tuple[str, str]] = {}
+    values: dict[str, str] = {}
     for word, value in zip(words[::2], words[1::2], strict=True):
         given = text(word)
         name = given.lower()
@@ -48,15 +48,15 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
             raise CommandError(f"ERR Unknown option or number of arguments for CONFIG SET - '{given}'")
         if not SETTINGS[name].mutable:
             raise CommandError(failed.format(given, "can't set immutable config"))
-        if name in pairs:
+        if name in values:
             raise CommandError(failed.format(given, "duplicate parameter"))
-        pairs[name] = given, text(value)
+        values[name] = text(value)
     parsed = []
-    for name, (given, value_text) in pairs.items():
+    for name, value_text in values.items():
         try:
             parsed.append((SETTINGS[name].field, SETTINGS[name].parse(value_text)))
         except ValueError as error:
-            raise CommandError(failed.format(given, error)) from error
+            raise CommandError(failed.format(name, error)) from error
     before = [(field, getattr(server.config, field)) for field, _ in parsed]
     for field, value in parsed:
         setattr(server.config, field, value)
@@ -66,8 +66,8 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
         for field, value in before:
             setattr(server.config, field, value)
         # Nothing else can fail.
-        given = next(given for name, (given, _) in pairs.items() if name.startswith("tls-"))
-        raise CommandError(failed.format(given, error)) from error
+        name = next(name for name in values if name.startswith("tls-"))
+        raise CommandError(failed.format(name, error)) from error
     return OK
 
 
