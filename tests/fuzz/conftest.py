@@ -10,5 +10,5 @@ from tests.crash.server_process import ServerProcess, running_server
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     """An engram that keeps nothing on disk, and must still be well after everything a module does to it."""
-    with running_server("--proto-max-bulk-len", "1mb") as server:
+    with running_server() as server:
         yield server

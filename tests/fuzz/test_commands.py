@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from engram.commands.registry import COMMANDS
 from engram.commands.syntax import Argument
 from engram.commands.table import Command
 from engram.config import SETTINGS
-from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess
+from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess, running_server
 
 # They end the server or the connection, take replies away, make them wait, or lock others out, by design.
 EXCLUDED = frozenset(
@@ -45,6 +45,14 @@ CORPUS = Path(__file__).parent / "corpus"
 
 DIMENSION = 4
 SENTINEL = b"the last reply"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """One where SETRANGE and the like make no strings of hundreds of megabytes."""
+    with running_server("--proto-max-bulk-len", "1mb") as server:
+        yield server
+
 
 keys = st.sampled_from([b"a", b"b", b"number", b"index", b"other", b"", b"\x00\xff", b"*"])
 vectors = st.lists(st.floats(width=32) | st.just(0.0), min_size=DIMENSION - 1, max_size=DIMENSION + 1).map(
