@@ -108,8 +108,8 @@ class Connection:
                 await self._transport.close()
             self._server.monitors.remove(self.session)
             self.session.unwatch()
-            # Unless CLIENT KILL took it away, who no longer sees it may rely on its socket being closed.
-            sessions.pop(self.session.id, None)
+            # Whoever no longer sees the client in CLIENT LIST may rely on its socket being closed.
+            del sessions[self.session.id]
 
     def _touch(self) -> None:
         self.session.last_active = time.monotonic()

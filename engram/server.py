@@ -39,6 +39,7 @@ from engram.index.verification import Verification
 from engram.listeners import Listener, Reception, listening, tcp_port
 from engram.log_lines import set_level
 from engram.operations import InstallSegment
+from engram.permissions import all_commands
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
 from engram.progress import Progress
 from engram.statistics import SAMPLE_INTERVAL
@@ -283,6 +284,10 @@ async def _serve(
                 unixsocket=config.unixsocket,
             )
             work_nursery.start_soon(server.departures.run)
+            for command in all_commands(COMMANDS):
+                # What lives for long is made before buffers come and go: behind them, it would keep the heap
+                # from shrinking.
+                server.statistics.usage[command.name].reset()
             work_nursery.start_soon(_sample, server)
             builder.on_built = lambda seconds: server.statistics.builds.record(1, int(seconds * 1e9))
             if persistence is not None:

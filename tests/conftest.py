@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -203,7 +204,7 @@ class Client:
                 async for data in self.stream:
                     self.received += data
                     self._progress.unpark_all()
-        except trio.BrokenResourceError:
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._progress.unpark_all()
         finally:
             self.gone.set()
@@ -277,52 +278,54 @@ class House:
 OpenHouse = Callable[..., AbstractAsyncContextManager[House]]
 
 
+@asynccontextmanager
+async def opened_house(
+    folder: Path,
+    journal: ManualJournal | None = None,
+    storage: Storage | None = None,
+    searches: SearchService | None = None,
+    config: Config | None = None,
+) -> AsyncIterator[House]:
+    """A house that keeps segments in `folder`."""
+    store = SegmentStore(folder, DiskFiles(), 1)
+    clock, shutdown = Clock(), trio.Event()
+    engine = Engine(store, seal_rows=1 << 20)
+    database = Database(engine, journal, now=clock)
+
+    async def install(index: VectorIndex, operation: InstallSegment) -> None:
+        database.commit(operation)
+
+    held = searches is not None
+    searches = searches or SearchService(1, 64)
+    async with trio.open_nursery() as nursery:
+        if not held:
+            await nursery.start(searches.run)
+        server = Server(
+            config=config or Config(),
+            database=database,
+            storage=storage,
+            searches=searches,
+            builder=Builder(store, install),
+            verification=Verification(store, []),
+            run_id="0" * 40,
+            started=START / 1000,
+            port=6380,
+            start_soon=nursery.start_soon,
+            shut_down=shutdown.set,
+            reconfigure=lambda: None,
+            access=Access(COMMANDS, describe=describe),
+        )
+        nursery.start_soon(server.departures.run)
+        yield House(server, database, engine, clock, nursery, shutdown)
+        nursery.cancel_scope.cancel()
+
+
 @pytest.fixture
 def open_house(tmp_path: Path) -> OpenHouse:
     """Opens a house: `open_house(journal=..., storage=..., searches=..., config=...)`, all optional."""
-
-    @asynccontextmanager
-    async def opened(
-        journal: ManualJournal | None = None,
-        storage: Storage | None = None,
-        searches: SearchService | None = None,
-        config: Config | None = None,
-    ) -> AsyncIterator[House]:
-        folder = tmp_path / "segments"
-        folder.mkdir(exist_ok=True)
-        store = SegmentStore(folder, DiskFiles(), 1)
-        clock, shutdown = Clock(), trio.Event()
-        engine = Engine(store, seal_rows=1 << 20)
-        database = Database(engine, journal, now=clock)
-
-        async def install(index: VectorIndex, operation: InstallSegment) -> None:
-            database.commit(operation)
-
-        held = searches is not None
-        searches = searches or SearchService(1, 64)
-        async with trio.open_nursery() as nursery:
-            if not held:
-                await nursery.start(searches.run)
-            server = Server(
-                config=config or Config(),
-                database=database,
-                storage=storage,
-                searches=searches,
-                builder=Builder(store, install),
-                verification=Verification(store, []),
-                run_id="0" * 40,
-                started=START / 1000,
-                port=6380,
-                start_soon=nursery.start_soon,
-                shut_down=shutdown.set,
-                reconfigure=lambda: None,
-                access=Access(COMMANDS, describe=describe),
-            )
-            nursery.start_soon(server.departures.run)
-            yield House(server, database, engine, clock, nursery, shutdown)
-            nursery.cancel_scope.cancel()
-
-    return opened
+    folder = tmp_path / "segments"
+    folder.mkdir()
+    return partial(opened_house, folder)
 
 
 @pytest.fixture

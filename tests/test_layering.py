@@ -75,6 +75,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "engine",
         "listeners",
         "log_lines",
+        "permissions",
         "persistence",
         "statistics",
     },

@@ -243,7 +243,6 @@ def _end(session: Session, other: Session) -> None:
         session.leave()
     else:
         other.close()
-        session.server.sessions.pop(other.id, None)
 
 
 def _reply(session: Session, arguments: list[bytes]) -> bytes:

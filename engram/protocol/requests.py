@@ -303,7 +303,7 @@ class RequestParser:
             burst = self._parse_with_hiredis(data[position:end])
             if burst is None:
                 return position
-        requests += burst if all(burst) else filter(None, burst)
+        requests += burst
         return end
 
     def _parse_with_hiredis(self, data: bytes) -> list[list[bytes]] | None:
@@ -320,6 +320,11 @@ class RequestParser:
             b"".join(chain.from_iterable(requests))
         except (hiredis.ProtocolError, TypeError):
             return None
+        if not all(requests):
+            # An empty bulk string in place of an array joins as an empty array does.
+            if not all(isinstance(request, list) for request in requests):
+                return None
+            requests = list(filter(None, requests))
         if len(data) <= _SMALL_BURST:
             self._reader = reader
         return requests

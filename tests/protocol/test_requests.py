@@ -45,6 +45,7 @@ ACCEPTED = [
     (b"PING\r\r\n", [[b"PING"]]),
     (b"  PING  \r\nPING\n" + PING + b"PING\r\n", [[b"PING"]] * 4),
     (b"$4\r\nPING\r\n", [[b"$4"], [b"PING"]]),
+    (b"$0\r\n\r\n", [[b"$0"]]),
     (b":5\r\n", [[b":5"]]),
     (b"+OK\r\n", [[b"+OK"]]),
     (b"~1\r\n$1\r\na\r\n", [[b"~1"], [b"$1"], [b"a"]]),
