@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from itertools import chain
 
 import trio
 
-from engram.commands.guard import guard
+from engram.commands.guard import check_rights, guard
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
 from engram.commands.table import Command, Handler, Reply, check_arity, unknown_command
@@ -25,6 +28,9 @@ _BURST_BYTES = 128 << 10
 # A burst of commands that take long makes way for other clients after so much time.
 _TURN_NANOSECONDS = 5_000_000
 
+# What has to be waited for before the next request.
+Obstacle = Callable[[], Awaitable[None]]
+
 
 def _no_handler(session: Session, request: list[bytes]) -> Reply:
     raise AssertionError("no command is known yet")
@@ -35,6 +41,9 @@ class Connection:
 
     Commands run one after the other, without a checkpoint inside one but for those that answer with a
     `Barrier`. What a client may make the server hold is bounded: see `Outbox`.
+
+    What arrives is carried out by plain calls, from wherever the transport makes them. The client's own task
+    sleeps until there is something to wait for.
     """
 
     def __init__(
@@ -57,6 +66,16 @@ class Connection:
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
+        # What is left to carry out of the requests that came together, and what their writes may take in
+        # the log.
+        self._requests: Iterator[list[bytes]] = iter(())
+        self._room = 0
+        # Whether the first of them has waited for all that it had to.
+        self._cleared = False
+        self._obstacle: Obstacle | None = None
+        # No more is read.
+        self._finished = False
+        self._authenticated = True
         # Replies of the requests that are carried out, not handed on yet.
         self._burst: list[bytes] = []
         self._outbox = Outbox(
@@ -79,7 +98,7 @@ class Connection:
             descriptor=descriptor,
             created=now,
             last_active=now,
-            close=self._scope.cancel,
+            close=self._close,
             buffered=lambda: (self._parser.buffered, self._outbox.size),
             observed=lambda: self._database.lsn if self._burst else self._outbox.observed_lsn,
             push=self._push,
@@ -128,44 +147,72 @@ class Connection:
         assert self._nursery is not None
         self._nursery.start_soon(self._outbox.write)
 
-    async def _answer_requests(self) -> None:
-        parser, session, outbox = self._parser, self.session, self._outbox
-        journal = self._database.journal
-        authenticated = True
-        while True:
-            data = await self._transport.receive()
-            if not data:
-                return
-            self._touch()
-            self._server.statistics.net_input_bytes += len(data)
-            held = 0 if journal is None else parser.buffered
-            while True:
-                if session.authenticated is not authenticated:
-                    authenticated = parser.authenticated = outbox.authenticated = session.authenticated
-                requests = parser.feed(data)
-                if requests:
-                    await self._execute(requests, held + len(data))
-                if session.closing:
-                    return
-                if not parser.suspended:
-                    break
-                held, data = parser.buffered, b""
-                await trio.lowlevel.checkpoint()
-                await outbox.relieved()
-            if parser.error is not None:
-                outbox.send(self._server.error(f"ERR {parser.error}"), self._database.lsn)
-                return
-            if outbox.congested:
-                await outbox.relieved()
+    def _close(self) -> None:
+        self._finished = True
+        self._scope.cancel()
 
-    async def _execute(self, requests: list[list[bytes]], size: int) -> None:
-        """Carries out a burst of requests that took `size` bytes."""
+    async def _answer_requests(self) -> None:
+        while not self._finished:
+            await self._transport.deliver(self._take)
+            while (obstacle := self._obstacle) is not None:
+                self._obstacle = None
+                await obstacle()
+                self._carry_on()
+
+    def _take(self, data: bytes) -> bool:
+        """Carries out what has arrived; returns whether more can be."""
+        if self._finished or not data:
+            self._finished = True
+            return False
+        self._touch()
+        self._server.statistics.net_input_bytes += len(data)
+        self._parse(data)
+        return self._carry_on()
+
+    def _parse(self, data: bytes) -> None:
+        session, parser = self.session, self._parser
+        if session.authenticated is not self._authenticated:
+            self._authenticated = parser.authenticated = self._outbox.authenticated = session.authenticated
+        held = 0 if self._database.journal is None else parser.buffered
+        requests = parser.feed(data)
+        self._server.statistics.commands_processed += len(requests)
+        self._room = 2 * (held + len(data)) + RECORD_OVERHEAD * len(requests)
+        self._requests = iter(requests)
+
+    def _carry_on(self) -> bool:
+        """Carries out the requests that are left; returns whether more can be read, and nothing waits."""
+        obstacle = None if self.session.closing else self._execute()
+        parser, outbox = self._parser, self._outbox
+        if obstacle is not None:
+            self._obstacle = obstacle
+        elif self.session.closing:
+            self._finished = True
+        elif parser.suspended:
+            self._obstacle = self._read_on
+        elif parser.error is not None:
+            outbox.send(self._server.error(f"ERR {parser.error}"), self._database.lsn)
+            self._finished = True
+        elif outbox.congested:
+            self._obstacle = outbox.relieved
+        return self._obstacle is None and not self._finished
+
+    async def _read_on(self) -> None:
+        """Has the parser go on with what it was given."""
+        await self._make_way()
+        self._parse(b"")
+
+    async def _make_way(self) -> None:
+        """Lets others go on, and waits until replies have gone."""
+        await trio.lowlevel.checkpoint()
+        await self._outbox.relieved()
+
+    def _execute(self) -> Obstacle | None:
+        """Carries out the requests that are left, up to one that has to wait; returns what for."""
         session, database, outbox, server = self.session, self._database, self._outbox, self._server
         journal = database.journal
         # One look at the log for the whole burst; only without room is each write looked at alone.
-        admitted = journal is None or journal.has_room(2 * size + RECORD_OVERHEAD * len(requests))
-        statistics = server.statistics
-        statistics.commands_processed += len(requests)
+        admitted = journal is None or journal.has_room(self._room)
+        obstacle: Obstacle | None = None
         burst = self._burst
         burst_bytes = 0
         shows_data = False
@@ -183,8 +230,8 @@ class Connection:
         handler: Handler = _no_handler
         arity = 0
         special = timed = False
-        latest = requests[0]
-        for request in requests:
+        latest: list[bytes] = []
+        for request in self._requests:
             reply: Reply | None = None
             command = None
             try:
@@ -193,7 +240,7 @@ class Connection:
                     if command is None:
                         if request[0].lower() in CROSS_PROTOCOL:
                             self._end_http(request)
-                            return
+                            return None
                         raise unknown_command(request)
                     if command.subcommands:
                         container, command = command, None
@@ -207,31 +254,19 @@ class Connection:
                     shows_data = shows_data or command.shows_data
                     special = session.guarded or server.guarded
                     special = special or (command.writes and (not admitted or command.throttle is not None))
+                    if self._cleared:
+                        self._cleared, special, known = False, False, None
                 if len(request) != arity:
                     check_arity(command, request)
                 if special:
-                    waiting = clock()
+                    known = None
                     if session.guarded or server.guarded:
                         reply = guard(session, command, request)
                         if server.config.maxmemory:
                             # Room in the log may have gone to what was evicted.
                             admitted = journal is None
-                        if reply is None and server.pause.holds(command):
-                            burst_bytes = self._release(burst)
-                            await server.pause.wait(command)
-                            admitted = journal is None
-                    if reply is None and command.writes:
-                        if command.throttle is not None and (delay := command.throttle(session, request)):
-                            burst_bytes = self._release(burst)
-                            await trio.sleep(delay)
-                            admitted = journal is None
-                        if not admitted and journal is not None:
-                            room = 2 * sum(map(len, request)) + RECORD_OVERHEAD
-                            if not journal.has_room(room):
-                                burst_bytes = self._release(burst)
-                                await journal.admit(room)
-                    waited = clock() - waiting
-                    first, began, known = first + waited, began + waited, None
+                    if reply is None and (obstacle := self._obstacle_to(command, request, admitted)):
+                        break
             except CommandError as error:
                 shows_data = True
                 reply = self._refuse(str(error), command, rejected=True)
@@ -259,14 +294,14 @@ class Connection:
                 if burst_bytes < _BURST_BYTES and not turn_over:
                     continue
             else:
-                if isinstance(reply, Slot) and command is not None:
+                if isinstance(reply, Barrier):
                     # It is counted with the time until its reply is known.
                     calls -= 1
+                    obstacle = partial(self._pass, reply, command)
+                    break
+                if isinstance(reply, Slot) and command is not None:
+                    calls -= 1
                     self._measure(reply, command, request, slow)
-                if isinstance(reply, Barrier):
-                    burst_bytes = self._release(burst)
-                    reply = await self._pass(reply)
-                    admitted, known = journal is None, None
                 if session.reply_mode is not ReplyMode.ON:
                     if isinstance(reply, Slot):
                         reply.awaited = False
@@ -277,18 +312,13 @@ class Connection:
                     self._release(burst)
                     outbox.expect(reply, database.lsn)
                     burst_bytes = _BURST_BYTES
-            if session.closing:
-                break
+                if session.closing:
+                    break
             if burst_bytes >= _BURST_BYTES or turn_over:
                 burst_bytes = self._release(burst)
                 if outbox.congested or turn_over:
-                    waiting = clock()
-                    await trio.lowlevel.checkpoint()
-                    await outbox.relieved()
-                    turn_over, turn_ends = False, clock() + _TURN_NANOSECONDS
-                    waited = clock() - waiting
-                    first, began = first + waited, began + waited
-                    admitted, known = journal is None, None
+                    obstacle = self._make_way
+                    break
         if counted is not None:
             if calls:
                 self._count(counted, calls, clock() - first, slow, latest)
@@ -297,6 +327,38 @@ class Connection:
             # A PING need not wait until what others wrote is durable.
             outbox.send_soon(b"".join(burst), database.engine.lsn if shows_data else outbox.observed_lsn)
             burst.clear()
+        return obstacle
+
+    def _obstacle_to(self, command: Command, request: list[bytes], admitted: bool) -> Obstacle | None:
+        """What a request has to wait for that nothing else forbids; None when it may be carried out now."""
+        if self._server.pause.holds(command):
+            return partial(self._clear, command, request)
+        if not command.writes:
+            return None
+        delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
+        journal = self._database.journal
+        if not delay and (admitted or journal is None or journal.has_room(_room(request))):
+            return None
+        return partial(self._clear, command, request, delay)
+
+    async def _clear(self, command: Command, request: list[bytes], delay: float | None = None) -> None:
+        """Waits until a request may be carried out: `delay` seconds, which are yet to be found when None."""
+        journal = self._database.journal
+        try:
+            if delay is None:
+                await self._server.pause.wait(command)
+                delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
+            if delay:
+                await trio.sleep(delay)
+            if command.writes and journal is not None and not journal.has_room(room := _room(request)):
+                await journal.admit(room)
+            # Its user may have changed meanwhile.
+            check_rights(self.session, command, request)
+        except CommandError as error:
+            self._answer(self._refuse(str(error), command, rejected=True))
+        else:
+            self._requests = chain((request,), self._requests)
+            self._cleared = True
 
     def _count(
         self, command: Command, calls: int, nanoseconds: int, slow: float, latest: list[bytes]
@@ -327,7 +389,7 @@ class Connection:
         word = request[0].decode("ascii")
         logger.warning("client %s sent %s, as in HTTP: perhaps an attack; closed", self.session.address, word)
         self._burst.clear()
-        self._scope.cancel()
+        self._close()
 
     def _refuse(self, text: str, command: Command | None, *, rejected: bool) -> bytes:
         """The reply to a request that failed, or was rejected before it was carried out."""
@@ -351,16 +413,27 @@ class Connection:
             burst.clear()
         return 0
 
-    async def _pass(self, barrier: Barrier) -> bytes:
-        """Waits for the reply that stands behind a barrier."""
+    async def _pass(self, barrier: Barrier, command: Command | None) -> None:
+        """Waits for the reply that stands behind a barrier, and hands it on."""
+        began = time.perf_counter_ns()
         self._passing = True
         try:
-            return await barrier.reply()
+            reply = await barrier.reply()
         except CommandError as error:
-            return self._server.error(str(error))
+            reply = self._refuse(str(error), command, rejected=False)
         finally:
             self._passing = False
             self._touch()
+        if command is not None:
+            self._server.statistics.usage[command.name].record(1, time.perf_counter_ns() - began)
+        self._answer(reply)
+
+    def _answer(self, reply: bytes) -> None:
+        """Hands on the reply of a request that has waited."""
+        if self.session.reply_mode is ReplyMode.ON:
+            self._outbox.send(reply, self._database.lsn)
+        else:
+            self._silence()
 
     def _silence(self) -> None:
         """Holds a reply back, as CLIENT REPLY asked; SKIP ends after the reply of the next command."""
@@ -370,3 +443,8 @@ class Connection:
             session.reply_mode = ReplyMode.SKIP
         elif session.reply_mode is ReplyMode.SKIP:
             session.reply_mode = ReplyMode.ON
+
+
+def _room(request: list[bytes]) -> int:
+    """Bytes that a request may take in the log."""
+    return 2 * sum(map(len, request)) + RECORD_OVERHEAD

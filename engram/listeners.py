@@ -259,7 +259,8 @@ class Reception:
             elif refusal is not None:
                 _send_and_close(client, refusal)
             else:
-                self._admit(SocketTransport(client), client, address, local_address, client_nursery)
+                transport = SocketTransport(client, server.rounds)
+                self._admit(transport, client, address, local_address, client_nursery)
 
     @property
     def _limit(self) -> int:

@@ -21,9 +21,6 @@ _WRITE_SIZE = 256 << 10
 # Replies that may wait for a client that has yet to authenticate (Redis drops it beyond as many).
 _UNAUTHENTICATED_BYTES = 1024
 
-# With fewer clients than this a reply is sent at once.
-_MANY_CLIENTS = 5
-
 
 class Outbox:
     """Sends replies in order, each once it is known and the state it shows is durable.
@@ -50,6 +47,7 @@ class Outbox:
         self._transport = transport
         self._server = server
         self._journal = server.database.journal
+        self._rounds = server.rounds
         self._start_writer = start_writer
         self._abort = abort
         self._written = written
@@ -115,16 +113,20 @@ class Outbox:
         self._waiting.append((reply, lsn))
 
     def send_soon(self, reply: bytes, lsn: int) -> None:
-        """As `send`, but perhaps only when the other clients that are ready have been served, too."""
-        server = self._server
-        many = len(server.sessions) >= _MANY_CLIENTS and len(reply) < _WRITE_SIZE
-        if not many or self._waiting or not (self._journal is None or self._journal.released(lsn)):
+        """As `send`, but when there is a round of clients, at its end."""
+        rounds = self._rounds
+        if (
+            not rounds.under_way
+            or len(reply) >= _WRITE_SIZE
+            or self._waiting
+            or not (self._journal is None or self._journal.released(lsn))
+        ):
             self.send(reply, lsn)
             return
         self.observed_lsn = lsn
         self._departing.append(reply)
         if len(self._departing) == 1:
-            server.departures.add(self)
+            rounds.at_end(self.depart)
 
     def depart(self) -> None:
         """Sends what `send_soon` put off."""

@@ -283,7 +283,7 @@ async def _serve(
                 tls_addresses=tuple(each.address for each in listeners if each.encrypted),
                 unixsocket=config.unixsocket,
             )
-            work_nursery.start_soon(server.departures.run)
+            work_nursery.start_soon(server.rounds.run)
             for command in all_commands(COMMANDS):
                 # What lives for long is made before buffers come and go: behind them, it would keep the heap
                 # from shrinking.

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Protocol
 
 import trio
 
-CHUNK = 65536
+from engram.rounds import Rounds
 
-_LONGEST_PAUSE = 63
+CHUNK = 65536
 
 
 class Transport(Protocol):
     """A connection as `Connection` uses it. A peer that has gone away reads as the end of the stream."""
 
-    async def receive(self) -> bytes:
-        """The next bytes, at most CHUNK of them; empty at the end of the stream. Always a checkpoint."""
+    async def deliver(self, take: Callable[[bytes], bool]) -> None:
+        """Gives `take` what arrives, at most CHUNK bytes at a time, until it returns False.
+
+        The end of the stream is no bytes. What `take` raises is raised here.
+        """
         ...
 
     def send_now(self, data: bytes | memoryview) -> int:
@@ -34,43 +38,12 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
-class SocketTransport:
-    """A connected socket, read and written directly.
-
-    `trio.SocketStream` yields to the scheduler on each send and receive even when it need not; sending
-    at once and waiting only before a receive serves a third more requests a second.
-    """
+class _Socket:
+    """A connected socket, written directly."""
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
         self._socket = connected
-        # After a look that found nothing, so many receives pass before the next: 0, 1, 3 up to 63.
-        self._pause = self._receives_to_pass = 0
-
-    async def receive(self) -> bytes:
-        if self._receives_to_pass:
-            self._receives_to_pass -= 1
-        else:
-            # On a busy server the next request is often here before the other clients have been served.
-            # To let them go first and then look costs half of what it takes to wait for the socket.
-            await trio.lowlevel.checkpoint()
-            try:
-                data = self._socket.recv(CHUNK)
-            except BlockingIOError:
-                self._pause = self._receives_to_pass = min(2 * self._pause + 1, _LONGEST_PAUSE)
-            except OSError:
-                return b""
-            else:
-                self._pause = 0
-                return data
-        while True:
-            try:
-                await trio.lowlevel.wait_readable(self._socket)
-                return self._socket.recv(CHUNK)
-            except BlockingIOError:
-                continue
-            except (OSError, trio.ClosedResourceError):
-                return b""
 
     def send_now(self, data: bytes | memoryview) -> int:
         try:
@@ -84,13 +57,65 @@ class SocketTransport:
             await trio.lowlevel.wait_writable(self._socket)
             rest = rest[self.send_now(rest) :]
 
-    async def close(self) -> None:
-        self.close_now()
+    async def receive(self) -> bytes:
+        """The next bytes, at most CHUNK of them; empty at the end of the stream."""
+        while True:
+            try:
+                await trio.lowlevel.wait_readable(self._socket)
+                return self._socket.recv(CHUNK)
+            except BlockingIOError:
+                continue
+            except (OSError, trio.ClosedResourceError):
+                return b""
 
     def close_now(self) -> None:
         """Closes the socket; no checkpoint."""
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
+
+
+class SocketTransport(_Socket):
+    """A connected socket, read in the rounds of all clients.
+
+    `trio.SocketStream` yields to the scheduler on each send and receive even when it need not.
+    """
+
+    def __init__(self, connected: socket.socket, rounds: Rounds) -> None:
+        super().__init__(connected)
+        self._rounds = rounds
+
+    async def deliver(self, take: Callable[[bytes], bool]) -> None:
+        descriptor = self._socket.fileno()
+        receive, unwatch = self._socket.recv, self._rounds.unwatch
+        done = trio.Event()
+        failure: Exception | None = None
+
+        def serve() -> None:
+            nonlocal failure
+            try:
+                data = receive(CHUNK)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            try:
+                if take(data):
+                    return
+            except Exception as error:
+                failure = error
+            unwatch(descriptor)
+            done.set()
+
+        self._rounds.watch(descriptor, serve)
+        try:
+            await done.wait()
+        finally:
+            unwatch(descriptor)
+        if failure is not None:
+            raise failure
+
+    async def close(self) -> None:
+        self.close_now()
 
 
 class StreamTransport:
@@ -99,7 +124,11 @@ class StreamTransport:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
 
-    async def receive(self) -> bytes:
+    async def deliver(self, take: Callable[[bytes], bool]) -> None:
+        while take(await self._receive()):
+            pass
+
+    async def _receive(self) -> bytes:
         try:
             return bytes(await self._stream.receive_some(CHUNK))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -124,7 +153,7 @@ class Wire(trio.abc.Stream):
     """
 
     def __init__(self, connected: socket.socket, computing: trio.Lock) -> None:
-        self._socket = SocketTransport(connected)
+        self._socket = _Socket(connected)
         self._computing = computing
         self._shaking_hands = True
         self._in_step = False

@@ -315,7 +315,7 @@ async def opened_house(
             reconfigure=lambda: None,
             access=Access(COMMANDS, describe=describe),
         )
-        nursery.start_soon(server.departures.run)
+        nursery.start_soon(server.rounds.run)
         yield House(server, database, engine, clock, nursery, shutdown)
         nursery.cancel_scope.cancel()
 

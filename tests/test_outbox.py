@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import attrs
 import pytest
@@ -11,8 +11,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from engram.commands.session import Slot
 from engram.config import Config
-from engram.departures import Departing
 from engram.outbox import Outbox
+from engram.rounds import Rounds
 from engram.statistics import Statistics
 from tests.conftest import House, ManualJournal, OpenHouse
 
@@ -31,8 +31,7 @@ class Pipe:
         self.room += room
         self._more.unpark_all()
 
-    async def receive(self) -> bytes:
-        return b""
+    async def deliver(self, take: Callable[[bytes], bool]) -> None: ...
 
     def send_now(self, data: bytes | memoryview) -> int:
         if self.gone:
@@ -72,6 +71,10 @@ async def house(open_house: OpenHouse) -> AsyncIterator[House]:
 
 @pytest.fixture
 def bench(house: House) -> Bench:
+    return make_bench(house)
+
+
+def make_bench(house: House) -> Bench:
     journal = house.database.journal
     assert isinstance(journal, ManualJournal)
     pipe, aborted = Pipe(), []
@@ -220,45 +223,52 @@ async def test_replies_that_will_be_large_congest_before_they_are_known(bench: B
     assert bench.pipe.taken == b"abbbb"
 
 
-async def test_replies_put_off_leave_with_what_comes_first(bench: Bench, house: House) -> None:
-    clients = [house.connect() for _ in range(5)]
-    await wait_all_tasks_blocked()
-    assert len(clients) == len(house.server.sessions)
+class HeldRounds(Rounds):
+    """Rounds whose end is when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way = True
+        self.departing: list[Callable[[], None]] = []
+
+    def at_end(self, depart: Callable[[], None]) -> None:
+        self.departing.append(depart)
+
+    def end(self) -> None:
+        while self.departing:
+            self.departing.pop()()
+
+
+async def test_replies_put_off_leave_with_what_comes_first(house: House) -> None:
+    rounds = house.server.rounds = HeldRounds()
+    bench = make_bench(house)
     bench.outbox.send_soon(b"a", 0)
     bench.outbox.send_soon(b"b", 0)
     assert bench.pipe.sends == 0
     bench.outbox.send(b"c", 0)
     assert bench.pipe.taken == b"abc"
     bench.outbox.send_soon(b"d", 0)
-    await wait_all_tasks_blocked()
+    assert bench.pipe.taken == b"abc"
+    rounds.end()
     assert bench.pipe.taken == b"abcd"
     assert bench.pipe.sends == 2
 
 
-class Together:
-    """Departures that leave when the test says so."""
-
-    def __init__(self) -> None:
-        self.outboxes: list[Departing] = []
-
-    def add(self, outbox: Departing) -> None:
-        self.outboxes.append(outbox)
-
-    def depart(self) -> None:
-        while self.outboxes:
-            self.outboxes.pop().depart()
+async def test_nothing_is_put_off_between_rounds(bench: Bench) -> None:
+    assert not bench.outbox.size
+    bench.outbox.send_soon(b"a", 0)
+    assert bench.pipe.taken == b"a"
 
 
 class SimpleServer:
     """As much of a server as an outbox sees."""
 
-    def __init__(self, journal: ManualJournal, sessions: dict[int, None]) -> None:
+    def __init__(self, journal: ManualJournal) -> None:
         self.journal = journal
         self.database = self
-        self.sessions = sessions
         self.config = Config()
         self.statistics = Statistics()
-        self.departures = Together()
+        self.rounds = HeldRounds()
 
 
 # Replies are numbered; an action sends the next one or moves the log, the slots or the socket on.
@@ -269,11 +279,12 @@ ACTIONS = st.lists(
 
 
 @given(ACTIONS, st.booleans())
-def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int]], many: bool) -> None:
+def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int]], in_round: bool) -> None:
     async def main() -> None:
         journal, pipe = ManualJournal(), Pipe(0)
         async with trio.open_nursery() as nursery:
-            server = SimpleServer(journal, dict.fromkeys(range(9 if many else 0)))
+            server = SimpleServer(journal)
+            server.rounds.under_way = in_round
             outbox = Outbox(
                 pipe,
                 server,  # type: ignore[arg-type]
@@ -307,7 +318,7 @@ def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int
             for slot, body in slots:
                 slot.fill(body)
             journal.release(lsn)
-            server.departures.depart()
+            server.rounds.end()
             pipe.drain(1 << 20)
             await outbox.drained()
             assert pipe.taken == b"".join(body for body, _ in expected)

@@ -12,29 +12,59 @@ import pytest
 import trio
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
-from engram.transport import CHUNK, SocketTransport, StreamTransport, TlsTransport, Wire, shake_hands
+from engram.rounds import Rounds
+from engram.transport import (
+    CHUNK,
+    SocketTransport,
+    StreamTransport,
+    TlsTransport,
+    Transport,
+    Wire,
+    shake_hands,
+)
 from tests.certificates import Authority
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[SocketTransport, socket.socket]]:
+async def rounds(nursery: trio.Nursery) -> Rounds:
+    """Rounds that are under way."""
+    rounds = Rounds()
+    nursery.start_soon(rounds.run)
+    return rounds
+
+
+@pytest.fixture
+def pair(rounds: Rounds) -> Iterator[tuple[SocketTransport, socket.socket]]:
     """A transport over a real socket, and the blocking other end."""
     near, far = socket.socketpair()
     far.settimeout(5)
     with near, far:
-        yield SocketTransport(near), far
+        yield SocketTransport(near, rounds), far
+
+
+async def receive(transport: Transport) -> bytes:
+    """What arrives next."""
+    received = b""
+
+    def take(data: bytes) -> bool:
+        nonlocal received
+        received = data
+        return False
+
+    await transport.deliver(take)
+    return received
 
 
 async def test_a_socket_receives_what_is_there(pair: tuple[SocketTransport, socket.socket]) -> None:
     transport, peer = pair
     peer.sendall(b"x" * (CHUNK + 1))
-    received = await transport.receive()
+    received = await receive(transport)
     assert 0 < len(received) <= CHUNK
     while len(received) <= CHUNK:
-        received += await transport.receive()
+        received += await receive(transport)
     assert received == b"x" * (CHUNK + 1)
     peer.shutdown(socket.SHUT_WR)
-    assert await transport.receive() == b""
+    assert await receive(transport) == b""
 
 
 async def test_a_socket_sends_what_fits_and_the_rest_when_it_does(
@@ -60,44 +90,65 @@ async def test_a_socket_sends_what_fits_and_the_rest_when_it_does(
 async def test_a_peer_that_has_gone(pair: tuple[SocketTransport, socket.socket]) -> None:
     transport, peer = pair
     peer.close()
-    assert await transport.receive() == b""
+    assert await receive(transport) == b""
     with pytest.raises(OSError, match="Broken pipe"):
         transport.send_now(b"x")
     with pytest.raises(OSError, match="Broken pipe"):
         await transport.send_all(b"x")
 
 
-async def test_a_reset_reads_as_the_end() -> None:
+async def test_a_reset_reads_as_the_end(rounds: Rounds) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peer = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
-    transport = SocketTransport(accepted)
+    transport = SocketTransport(accepted, rounds)
     # Closed without waiting for what is unsent: a reset.
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     peer.close()
-    assert await transport.receive() == b""
+    assert await receive(transport) == b""
     await transport.close()
 
 
-async def test_closing_wakes_who_waits(pair: tuple[SocketTransport, socket.socket]) -> None:
-    transport, _ = pair
-    received: list[bytes] = []
+async def test_what_arrives_is_delivered_until_it_is_enough(
+    pair: tuple[SocketTransport, socket.socket],
+) -> None:
+    transport, peer = pair
+    taken: list[bytes] = []
 
-    async def receive() -> None:
-        received.append(await transport.receive())
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return len(taken) < 3
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await wait_all_tasks_blocked()
-        await transport.close()
-    assert received == [b""]
+        nursery.start_soon(transport.deliver, take)
+        for data in (b"a", b"b", b"c", b"d"):
+            peer.sendall(data)
+            await wait_all_tasks_blocked()
+    assert taken == [b"a", b"b", b"c"]
+    assert await receive(transport) == b"d"
 
 
-async def test_receiving_is_a_checkpoint(pair: tuple[SocketTransport, socket.socket]) -> None:
+async def test_what_goes_wrong_ends_the_delivery_alone(
+    pair: tuple[SocketTransport, socket.socket],
+) -> None:
     transport, peer = pair
-    peer.sendall(b"x")
-    with trio.testing.assert_checkpoints():
-        await transport.receive()
+    peer.sendall(b"a")
+    with pytest.raises(ZeroDivisionError):
+        await transport.deliver(lambda data: 1 // 0 > 0)
+    peer.sendall(b"b")
+    assert await receive(transport) == b"b"
+
+
+async def test_a_delivery_that_is_cancelled_takes_no_more(
+    pair: tuple[SocketTransport, socket.socket],
+) -> None:
+    transport, peer = pair
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await transport.deliver(lambda data: True)
+    peer.sendall(b"a")
+    await wait_all_tasks_blocked()
+    assert await receive(transport) == b"a"
 
 
 async def test_a_stream() -> None:
@@ -107,15 +158,15 @@ async def test_a_stream() -> None:
     await transport.send_all(b"abc")
     assert await far.receive_some() == b"abc"
     await far.send_all(b"def")
-    received = await transport.receive()
+    received = await receive(transport)
     assert received == b"def"
     assert type(received) is bytes
     await far.aclose()
-    assert await transport.receive() == b""
+    assert await receive(transport) == b""
     with pytest.raises(trio.BrokenResourceError):
         await transport.send_all(b"x")
     await transport.close()
-    assert await transport.receive() == b""
+    assert await receive(transport) == b""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +211,7 @@ async def test_tls(encrypted: Encrypted) -> None:
             received += await client.receive_some()
     assert received == data
     await client.send_all(b"abc")
-    got = await transport.receive()
+    got = await receive(transport)
     assert got == b"abc"
     assert type(got) is bytes
     await transport.close()
@@ -171,7 +222,7 @@ async def test_tls(encrypted: Encrypted) -> None:
 async def test_a_tls_peer_that_has_gone(encrypted: Encrypted) -> None:
     transport, client = encrypted
     await client.transport_stream.aclose()
-    assert await transport.receive() == b""
+    assert await receive(transport) == b""
     with pytest.raises(trio.BrokenResourceError):
         await transport.send_all(b"x")
     await transport.close()

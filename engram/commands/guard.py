@@ -23,8 +23,7 @@ def guard(session: Session, command: Command, request: list[bytes]) -> bytes | N
     Raises:
         CommandError: it is refused.
     """
-    if not session.authenticated and "no_auth" not in command.flags:
-        raise CommandError(_NO_AUTHENTICATION)
+    check_authentication(session, command)
     transaction = session.transaction
     if transaction is not None and "no_multi" in command.flags:
         raise CommandError("ERR Command not allowed inside a transaction")
@@ -46,6 +45,18 @@ def guard(session: Session, command: Command, request: list[bytes]) -> bytes | N
     if server.monitors and command.name != "exec":
         show(session, command, request)
     return None
+
+
+def check_rights(session: Session, command: Command, request: list[bytes]) -> None:
+    """Raises CommandError when a session may not do this: it is nobody's, or its user may not."""
+    check_authentication(session, command)
+    check_permission(session, command, request)
+
+
+def check_authentication(session: Session, command: Command) -> None:
+    """Raises CommandError when a session has to authenticate first."""
+    if not session.authenticated and "no_auth" not in command.flags:
+        raise CommandError(_NO_AUTHENTICATION)
 
 
 def check_permission(session: Session, command: Command, request: list[bytes]) -> None:

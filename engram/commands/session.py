@@ -12,7 +12,6 @@ import trio
 from engram.access import Access, User
 from engram.config import Config
 from engram.database import Database
-from engram.departures import Departures
 from engram.index.builder import Builder
 from engram.index.service import SearchService
 from engram.index.verification import Verification
@@ -21,6 +20,7 @@ from engram.monitors import Monitors
 from engram.pause import Pause
 from engram.protocol import replies
 from engram.protocol.replies import RESP2, Encoder
+from engram.rounds import Rounds
 from engram.slowlog import SlowLog
 from engram.statistics import Statistics
 from engram.watches import Watch
@@ -166,7 +166,7 @@ class Server:
     reconfigure: Callable[[], None]
     access: Access
     sessions: dict[int, Session] = attrs.field(factory=dict)
-    departures: Departures = attrs.field(factory=Departures)
+    rounds: Rounds = attrs.field(factory=Rounds)
     statistics: Statistics = attrs.field(factory=Statistics)
     slowlog: SlowLog = attrs.field()
     monitors: Monitors = attrs.field()
