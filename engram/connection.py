@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from itertools import chain
 
 import trio
 
@@ -66,11 +65,12 @@ class Connection:
         self._scope = trio.CancelScope()
         self._reading = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
-        # What is left to carry out of the requests that came together, and what their writes may take in
-        # the log.
-        self._requests: Iterator[list[bytes]] = iter(())
+        # The requests that came together, which of them is the next, and what their writes may take in the
+        # log.
+        self._requests: list[list[bytes]] = []
+        self._position = 0
         self._room = 0
-        # Whether the first of them has waited for all that it had to.
+        # Whether the next one has waited for all that it had to.
         self._cleared = False
         self._obstacle: Obstacle | None = None
         # No more is read.
@@ -174,14 +174,19 @@ class Connection:
         if session.authenticated is not self._authenticated:
             self._authenticated = parser.authenticated = self._outbox.authenticated = session.authenticated
         held = 0 if self._database.journal is None else parser.buffered
-        requests = parser.feed(data)
-        self._server.statistics.commands_processed += len(requests)
+        requests = self._requests = parser.feed(data)
+        self._position = 0
         self._room = 2 * (held + len(data)) + RECORD_OVERHEAD * len(requests)
-        self._requests = iter(requests)
+        self._server.statistics.commands_processed += len(requests)
 
     def _carry_on(self) -> bool:
         """Carries out the requests that are left; returns whether more can be read, and nothing waits."""
-        obstacle = None if self.session.closing else self._execute()
+        try:
+            obstacle = None if self.session.closing else self._execute()
+        except Exception:
+            # It ends the client, who should still learn what was done before.
+            self._release(self._burst)
+            raise
         parser, outbox = self._parser, self._outbox
         if obstacle is not None:
             self._obstacle = obstacle
@@ -231,7 +236,11 @@ class Connection:
         arity = 0
         special = timed = False
         latest: list[bytes] = []
-        for request in self._requests:
+        requests, position = self._requests, self._position
+        count = len(requests)
+        while position < count:
+            request = requests[position]
+            position += 1
             reply: Reply | None = None
             command = None
             try:
@@ -256,6 +265,15 @@ class Connection:
                     special = special or (command.writes and (not admitted or command.throttle is not None))
                     if self._cleared:
                         self._cleared, special, known = False, False, None
+                    elif command.run is not None and not (special or session.changed_course):
+                        run = requests[position - 1 : _end_of_run(requests, position, command)]
+                        if len(run) > 1 and (done := command.run(session, run)):
+                            reply = done.pop()
+                            burst += done
+                            burst_bytes += sum(map(len, done))
+                            position += len(done)
+                            calls += len(done) + 1
+                            latest = requests[position - 1]
                 if len(request) != arity:
                     check_arity(command, request)
                 if special:
@@ -278,10 +296,6 @@ class Connection:
                 except CommandError as error:
                     shows_data = True
                     reply = self._refuse(str(error), command, rejected=False)
-                except Exception:
-                    # It ends the client, who should still learn what was done before.
-                    self._release(burst)
-                    raise
             if timed:
                 ended = clock()
                 if ended - began > slow and latest is request and command is not None:
@@ -319,6 +333,7 @@ class Connection:
                 if outbox.congested or turn_over:
                     obstacle = self._make_way
                     break
+        self._position = position
         if counted is not None:
             if calls:
                 self._count(counted, calls, clock() - first, slow, latest)
@@ -357,7 +372,7 @@ class Connection:
         except CommandError as error:
             self._answer(self._refuse(str(error), command, rejected=True))
         else:
-            self._requests = chain((request,), self._requests)
+            self._position -= 1
             self._cleared = True
 
     def _count(
@@ -448,3 +463,15 @@ class Connection:
 def _room(request: list[bytes]) -> int:
     """Bytes that a request may take in the log."""
     return 2 * sum(map(len, request)) + RECORD_OVERHEAD
+
+
+def _end_of_run(requests: Sequence[list[bytes]], start: int, command: Command) -> int:
+    """Where the requests end, from `start` on, that are as the one before: of that name and no options."""
+    name = requests[start - 1][0]
+    size = command.minimum
+    if len(requests[start - 1]) != size:
+        return start
+    end, count = start, len(requests)
+    while end < count and requests[end][0] == name and len(requests[end]) == size:
+        end += 1
+    return end

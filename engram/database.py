@@ -69,8 +69,10 @@ class Database:
         self.expired_keys = 0
         self.watches = Watches(engine.keyspace)
         self._watched = self.watches.by_key
-        # Changes made inside `together`, for the log.
-        self._together: list[Operation] | None = None
+        self._apply = engine.apply
+        # Where changes go: to the log, or inside `together` to what is given to it at the end.
+        self._append = None if journal is None else journal.append
+        self._together = False
 
     @property
     def lsn(self) -> int:
@@ -82,32 +84,31 @@ class Database:
 
         Room in the log must have been admitted before.
         """
-        engine = self.engine
-        lsn = engine.lsn + 1
+        lsn = self.engine.lsn + 1
         if self._watched:
             self.watches.about_to_change(operation)
-        engine.apply(lsn, operation)
-        if self._together is not None:
-            self._together.append(operation)
-        elif self.journal is not None:
-            self.journal.append(lsn, operation)
+        self._apply(lsn, operation)
+        if self._append is not None:
+            self._append(lsn, operation)
         return lsn
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Changes made inside are recovered all or none. Inside another one it changes nothing."""
-        if self.journal is None or self._together is not None:
+        append, journal = self._append, self.journal
+        if append is None or journal is None or self._together:
             yield
             return
         first_lsn = self.engine.lsn + 1
         operations: list[Operation] = []
-        self._together = operations
+        self._together = True
+        self._append = lambda lsn, operation: operations.append(operation)
         try:
             yield
         finally:
-            self._together = None
+            self._append, self._together = append, False
             if operations:
-                self.journal.append_together(first_lsn, operations)
+                journal.append_together(first_lsn, operations)
 
     def lookup(self, key: bytes) -> bytes | VectorIndex | None:
         """What a key holds now; a key found to have lapsed is deleted."""

@@ -15,6 +15,7 @@ NO_DATABASE = "ERR DB index is out of range"
 
 INTEGER_LOW, INTEGER_HIGH = -(1 << 63), (1 << 63) - 1
 _LONGEST_INTEGER = len(str(INTEGER_LOW))
+_ZERO = ord("0")
 # With fewer characters than this it is in range.
 _SAFE_DIGITS = len(str(INTEGER_HIGH))
 
@@ -29,6 +30,8 @@ def integer(argument: bytes, message: str = NOT_AN_INTEGER) -> int:
     Raises CommandError with `message` for anything else.
     """
     length = len(argument)
+    if length < _SAFE_DIGITS and argument.isdigit() and (argument[0] != _ZERO or length == 1):
+        return int(argument)
     if length <= _LONGEST_INTEGER:
         try:
             number = int(argument)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from engram.commands import long_double
@@ -9,43 +10,74 @@ from engram.commands.arguments import INTEGER_HIGH, INTEGER_LOW, NOT_A_FLOAT, in
 from engram.commands.session import Session
 from engram.commands.table import Command
 from engram.errors import CommandError
-from engram.operations import SetString
+from engram.operations import SetString, SetStrings
 from engram.protocol.replies import bulk
 
+Increment = Callable[[list[bytes]], int]
 
-def _add(session: Session, key: bytes, increment: int) -> bytes:
+
+def _add(increment: Increment, session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
+    key = arguments[1]
+    change = increment(arguments)
     value = database.string(key)
-    if value is None:
-        number, expires_at = increment, None
-    else:
-        number = integer(value) + increment
-        if not INTEGER_LOW <= number <= INTEGER_HIGH:
-            raise CommandError("ERR increment or decrement would overflow")
-        expiries = database.keyspace.expiries
-        expires_at = expiries.get(key) if expiries else None
+    number = change if value is None else integer(value) + change
+    if not INTEGER_LOW <= number <= INTEGER_HIGH:
+        raise CommandError("ERR increment or decrement would overflow")
+    expires_at = database.keyspace.expiries.get(key)
     digits = b"%d" % number
     database.commit(SetString(key, digits, expires_at))
     return b":" + digits + b"\r\n"
 
 
-def _incr(session: Session, arguments: list[bytes]) -> bytes:
-    return _add(session, arguments[1], 1)
+def _add_run(increment: Increment, session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
+    """Several additions are one change, to what the numbers are in the end.
+
+    A key that lapses some day is left to `_add`: setting many strings at once makes them stay.
+    """
+    database = session.database
+    expiries = database.keyspace.expiries
+    numbers: dict[bytes, int] = {}
+    found: list[bytes] = []
+    try:
+        for request in requests:
+            key = request[1]
+            number = numbers.get(key)
+            if number is None:
+                if key in expiries:
+                    break
+                value = database.string(key)
+                number = 0 if value is None else integer(value)
+            number += increment(request)
+            if not INTEGER_LOW <= number <= INTEGER_HIGH:
+                break
+            numbers[key] = number
+            found.append(b":%d\r\n" % number)
+    except CommandError:
+        # The request will be refused when it is carried out by itself.
+        pass
+    if found:
+        database.commit(SetStrings(tuple(numbers), tuple([b"%d" % number for number in numbers.values()])))
+    return found
 
 
-def _decr(session: Session, arguments: list[bytes]) -> bytes:
-    return _add(session, arguments[1], -1)
+def _one(arguments: list[bytes]) -> int:
+    return 1
 
 
-def _incrby(session: Session, arguments: list[bytes]) -> bytes:
-    return _add(session, arguments[1], integer(arguments[2]))
+def _minus_one(arguments: list[bytes]) -> int:
+    return -1
 
 
-def _decrby(session: Session, arguments: list[bytes]) -> bytes:
+def _given(arguments: list[bytes]) -> int:
+    return integer(arguments[2])
+
+
+def _minus_given(arguments: list[bytes]) -> int:
     decrement = integer(arguments[2])
     if decrement == INTEGER_LOW:
         raise CommandError("ERR decrement would overflow")
-    return _add(session, arguments[1], -decrement)
+    return -decrement
 
 
 def _incrbyfloat(session: Session, arguments: list[bytes]) -> bytes:
@@ -65,27 +97,24 @@ def _incrbyfloat(session: Session, arguments: list[bytes]) -> bytes:
     return bulk(digits)
 
 
-_counter = partial(Command, group="string", flags=("write", "denyoom", "fast"), keys=(1, 1, 1))
+_command = partial(Command, group="string", flags=("write", "denyoom", "fast"), keys=(1, 1, 1))
 _ABSENT = "Uses 0 as initial value if the key doesn't exist."
 
+
+def _counter(name: str, increment: Increment, arity: int, usage: str, summary: str) -> Command:
+    return _command(
+        name, partial(_add, increment), arity, usage, f"{summary} {_ABSENT}", run=partial(_add_run, increment)
+    )
+
+
 COMMANDS = (
-    _counter("incr", _incr, 2, "key", f"Increments the integer value of a key by one. {_ABSENT}"),
-    _counter("decr", _decr, 2, "key", f"Decrements the integer value of a key by one. {_ABSENT}"),
+    _counter("incr", _one, 2, "key", "Increments the integer value of a key by one."),
+    _counter("decr", _minus_one, 2, "key", "Decrements the integer value of a key by one."),
+    _counter("incrby", _given, 3, "key increment", "Increments the integer value of a key by a number."),
     _counter(
-        "incrby",
-        _incrby,
-        3,
-        "key increment",
-        f"Increments the integer value of a key by a number. {_ABSENT}",
+        "decrby", _minus_given, 3, "key decrement", "Decrements a number from the integer value of a key."
     ),
-    _counter(
-        "decrby",
-        _decrby,
-        3,
-        "key decrement",
-        f"Decrements a number from the integer value of a key. {_ABSENT}",
-    ),
-    _counter(
+    _command(
         "incrbyfloat",
         _incrbyfloat,
         3,

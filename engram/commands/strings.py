@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
@@ -11,6 +12,9 @@ from engram.errors import CommandError
 from engram.operations import AppendString, DeleteKeys, SetExpiry, SetRange, SetString, SetStrings
 from engram.protocol import replies
 from engram.protocol.replies import EMPTY_BULK, OK, ONE, ZERO, bulk
+
+# Values of a run of GETs are copied into replies together up to so many bytes.
+_RUN_BYTES = 128 << 10
 
 TOO_LONG = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
 
@@ -33,6 +37,13 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
         expires_at = database.keyspace.expiries.get(key)
     database.commit(SetString(key, value, expires_at))
     return reply
+
+
+def _set_run(session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
+    """Several SETs without options are one change, as an MSET is."""
+    _, keys, values = zip(*requests, strict=True)
+    session.database.commit(SetStrings(keys, values))
+    return [OK] * len(requests)
 
 
 def _set_options(arguments: list[bytes]) -> tuple[bytes, bool, bytes, bytes | None]:
@@ -101,6 +112,20 @@ def _get(session: Session, arguments: list[bytes]) -> bytes:
         session.server.statistics.get_misses += 1
         return session.encoder.null
     return bulk(value)
+
+
+def _get_run(session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
+    found: list[bytes] = []
+    size = 0
+    keyspace = session.database.keyspace
+    lookup = session.database.lookup if keyspace.expiries else keyspace.values.get
+    for _, key in requests:
+        value = lookup(key)
+        if type(value) is not bytes or size > _RUN_BYTES:
+            break
+        size += len(value)
+        found.append(bulk(value))
+    return found
 
 
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:
@@ -234,8 +259,18 @@ COMMANDS = (
         flags=_WRITE,
         keys=_KEY,
         key_flags=("RW", "access", "update", "variable_flags"),
+        run=_set_run,
     ),
-    _string("get", _get, 2, "key", "Returns the string value of a key.", flags=_FAST_READ, keys=_KEY),
+    _string(
+        "get",
+        _get,
+        2,
+        "key",
+        "Returns the string value of a key.",
+        flags=_FAST_READ,
+        keys=_KEY,
+        run=_get_run,
+    ),
     _string(
         "mget",
         _get_many,

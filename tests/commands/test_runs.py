@@ -1,0 +1,163 @@
+"""Requests for one command that come one after the other are carried out together, and nobody can tell."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from engram.commands.registry import COMMANDS
+from engram.engine import Engine
+from engram.files import DiskFiles
+from engram.index.segment import SegmentStore
+from tests.conftest import START, House, ManualJournal, OpenHouse, opened_house, reply_length
+
+keys = st.sampled_from([b"a", b"b", b"lapsing", b"lapsed", b"text", b"index"])
+words = st.sampled_from(
+    [
+        b"1",
+        b"-7",
+        b"007",
+        b"x",
+        b"",
+        b"9223372036854775807",
+        b"-9223372036854775808",
+        b"GET",
+        b"EX",
+        b"100",
+        b"NX",
+    ]
+)
+requests = st.one_of(
+    st.tuples(st.sampled_from([b"GET", b"INCR", b"DECR", b"incr"]), keys),
+    st.tuples(st.sampled_from([b"SET", b"INCRBY", b"DECRBY"]), keys, words),
+    st.tuples(st.sampled_from([b"SET", b"GET", b"INCR", b"INCRBY"]), keys, words, words),
+    st.tuples(st.sampled_from([b"GET", b"SET", b"EXPIRE"]), keys, words),
+)
+bursts = st.lists(
+    st.tuples(requests, st.integers(1, 4)).map(lambda repeated: [repeated[0]] * repeated[1])
+    | st.lists(st.tuples(st.sampled_from([b"SET", b"INCRBY"]), keys, st.integers(-9, 9).map(b"%d".__mod__))),
+    max_size=20,
+).map(lambda parts: [list(request) for part in parts for request in part])
+
+
+@asynccontextmanager
+async def prepared_house(folder: Path, *, runs: bool) -> AsyncIterator[House]:
+    async with opened_house(folder, journal=ManualJournal(automatic=True)) as house:
+        client = house.connect()
+        for request in ("SET text hello", "SET lapsing 5 EX 1000", "SET lapsed 5 PX 1", "VNEW index 2"):
+            await client.call(request)
+        house.clock.time = START + 2
+        # Whoever may see every request has each by itself.
+        house.server.guarded = not runs
+        yield house
+
+
+async def answered(house: House, burst: Sequence[list[bytes]]) -> list[bytes]:
+    """The replies to requests that come together."""
+    client = house.connect()
+    await client.send(*burst)
+    data = await client.arrived()
+    found, start = [], 0
+    while (end := reply_length(data, start)) is not None and start < len(data):
+        found.append(data[start:end])
+        start = end
+    assert start == len(data)
+    return found
+
+
+@given(bursts)
+@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]])
+@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2)
+@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]])
+@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]])
+def test_together_as_one_by_one(burst: list[list[bytes]]) -> None:
+    async def main() -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "a").mkdir()
+            (folder / "b").mkdir()
+            async with (
+                prepared_house(folder / "a", runs=True) as together,
+                prepared_house(folder / "b", runs=False) as apart,
+            ):
+                replies = await answered(together, burst)
+                assert replies == await answered(apart, burst)
+                assert len(replies) == len(burst)
+                state, expected = (house.engine.keyspace for house in (together, apart))
+                assert state.expiries == expected.expiries
+                strings, others = (
+                    {key: value for key, value in keyspace.values.items() if type(value) is bytes}
+                    for keyspace in (state, expected)
+                )
+                assert strings == others
+                assert state.values.keys() == expected.values.keys()
+                for command in ("get", "set", "incr", "decr", "incrby", "decrby", "expire"):
+                    usage, other = (house.server.statistics.usage[command] for house in (together, apart))
+                    assert (usage.calls, usage.failed) == (other.calls, other.failed)
+                assert together.server.statistics.lookups() == apart.server.statistics.lookups()
+                replayed = Engine(SegmentStore(folder / "a", DiskFiles(), 1), seal_rows=1 << 20)
+                journal = together.database.journal
+                assert isinstance(journal, ManualJournal)
+                for lsn, operation in journal.records:
+                    replayed.apply(lsn, operation)
+                assert replayed.keyspace.expiries == state.expiries
+                assert replayed.keyspace.values.keys() == state.values.keys()
+            shutil.rmtree(folder / "a")
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("burst", "changes"),
+    [
+        (["SET a 1", "SET b 2", "SET a 3"], 1),
+        (["INCR a", "INCR a", "INCR b", "DECR b"], 2),
+        (["INCRBY a 5", "INCRBY b 6", "SET a x", "INCRBY a 7", "INCRBY b 7"], 3),
+        (["SET a 1", "SET a 2 EX 9", "SET a 3"], 3),
+    ],
+)
+async def test_what_comes_together_is_one_change(
+    open_house: OpenHouse, burst: list[str], changes: int
+) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send(*burst)
+        await client.arrived()
+        assert len(journal.records) == changes
+
+
+async def test_a_run_stops_where_replies_are_large(house: House) -> None:
+    """However many ask for it, a large value is copied a few times at once."""
+    client = house.connect()
+    value = b"x" * 100_000
+    await client.call([b"SET", b"a", value])
+    run = COMMANDS[b"get"].run
+    assert run is not None
+    session = house.connections[0].session
+    assert len(run(session, [[b"GET", b"a"]] * 50)) == 2
+    await client.send(*[[b"GET", b"a"]] * 50)
+    assert await client.arrived() == (b"$100000\r\n" + value + b"\r\n") * 50
+
+
+async def test_watches_are_broken_by_a_run(house: House) -> None:
+    watching, other = house.connect(), house.connect()
+    for key in ("a", "b"):
+        await watching.call(f"WATCH {key}")
+        await other.send(f"SET {key} 1", f"SET {key} 2")
+        assert await other.arrived() == b"+OK\r\n+OK\r\n"
+        await watching.call("MULTI")
+        assert await watching.call("EXEC") == b"*-1\r\n"
+    await watching.call("WATCH a")
+    await other.send("INCR a", "INCR a")
+    await other.arrived()
+    await watching.call("MULTI")
+    assert await watching.call("EXEC") == b"*-1\r\n"
