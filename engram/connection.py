@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from itertools import islice
 
 import trio
 
@@ -267,13 +268,13 @@ class Connection:
                         self._cleared, special, known = False, False, None
                     elif command.run is not None and not (special or session.changed_course):
                         run = requests[position - 1 : _end_of_run(requests, position, command)]
-                        if len(run) > 1 and (done := command.run(session, run)):
-                            reply = done.pop()
-                            burst += done
-                            burst_bytes += sum(map(len, done))
-                            position += len(done)
-                            calls += len(done) + 1
-                            latest = requests[position - 1]
+                        if len(run) > 1:
+                            done, replies = command.run(session, run)
+                            if done:
+                                reply = replies
+                                position += done - 1
+                                calls += done
+                                latest = run[done - 1]
                 if len(request) != arity:
                     check_arity(command, request)
                 if special:
@@ -471,7 +472,9 @@ def _end_of_run(requests: Sequence[list[bytes]], start: int, command: Command) -
     size = command.minimum
     if len(requests[start - 1]) != size:
         return start
-    end, count = start, len(requests)
-    while end < count and requests[end][0] == name and len(requests[end]) == size:
+    end = start
+    for request in islice(requests, start, None):
+        if request[0] != name or len(request) != size:
+            break
         end += 1
     return end

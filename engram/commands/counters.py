@@ -30,7 +30,7 @@ def _add(increment: Increment, session: Session, arguments: list[bytes]) -> byte
     return b":" + digits + b"\r\n"
 
 
-def _add_run(increment: Increment, session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
+def _add_run(increment: Increment, session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
     """Several additions are one change, to what the numbers are in the end.
 
     A key that lapses some day is left to `_add`: setting many strings at once makes them stay.
@@ -38,7 +38,7 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     database = session.database
     expiries = database.keyspace.expiries
     numbers: dict[bytes, int] = {}
-    found: list[bytes] = []
+    found: list[int] = []
     try:
         for request in requests:
             key = request[1]
@@ -52,13 +52,13 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
             if not INTEGER_LOW <= number <= INTEGER_HIGH:
                 break
             numbers[key] = number
-            found.append(b":%d\r\n" % number)
+            found.append(number)
     except CommandError:
         # The request will be refused when it is carried out by itself.
         pass
     if found:
         database.commit(SetStrings(tuple(numbers), tuple([b"%d" % number for number in numbers.values()])))
-    return found
+    return len(found), (b":%d\r\n" * len(found)) % tuple(found)
 
 
 def _one(arguments: list[bytes]) -> int:

@@ -39,11 +39,11 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
     return reply
 
 
-def _set_run(session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
+def _set_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
     """Several SETs without options are one change, as an MSET is."""
     _, keys, values = zip(*requests, strict=True)
     session.database.commit(SetStrings(keys, values))
-    return [OK] * len(requests)
+    return len(requests), OK * len(requests)
 
 
 def _set_options(arguments: list[bytes]) -> tuple[bytes, bool, bytes, bytes | None]:
@@ -114,7 +114,7 @@ def _get(session: Session, arguments: list[bytes]) -> bytes:
     return bulk(value)
 
 
-def _get_run(session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
+def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
     found: list[bytes] = []
     size = 0
     keyspace = session.database.keyspace
@@ -125,7 +125,7 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> list[bytes]:
             break
         size += len(value)
         found.append(bulk(value))
-    return found
+    return len(found), b"".join(found)
 
 
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:

@@ -13,7 +13,7 @@ from engram.protocol import replies
 
 Reply = bytes | Slot | Barrier
 Handler = Callable[[Session, list[bytes]], Reply]
-Run = Callable[[Session, Sequence[list[bytes]]], list[bytes]]
+Run = Callable[[Session, Sequence[list[bytes]]], tuple[int, bytes]]
 Throttle = Callable[[Session, list[bytes]], float]
 
 _KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
@@ -51,8 +51,8 @@ class Command:
     more_categories: tuple[str, ...] = ()
     subcommands: Mapping[bytes, Command] = attrs.field(factory=dict)
     # Carries out requests of the least number of arguments that came one after the other, with the same
-    # outcome as `handler` one by one, and returns their replies. It may leave out the last of them, or all,
-    # which are then carried out one by one.
+    # outcome as `handler` one by one. Returns how many, and their replies: it may leave out the last of them,
+    # or all, which are then carried out one by one.
     run: Run | None = None
     # Seconds to wait before a call is carried out, when the server cannot keep up with its kind.
     throttle: Throttle | None = None
