@@ -206,16 +206,21 @@ class Access:
         `command` is that of the subcommand where there is one.
         """
         user = client.user
-        if user.unrestricted:
-            return
-        denial = user.rules.denial(self.commands, command, request)
-        if denial is None:
+        if (denial := self.denial(client, command, request)) is None:
             return
         if denial.reason is Reason.KEY:
-            self.record(client, Reason.KEY, request[denial.position], user.name)
             raise CommandError("NOPERM No permissions to access a key")
-        self.record(client, Reason.COMMAND, command.name.encode(), user.name)
         raise CommandError(f"NOPERM {self.explain(user, denial, command, request)}")
+
+    def denial(self, client: Client, command: Command, request: Sequence[bytes]) -> Denial | None:
+        """What of a request the client's user may not do, which is logged; None when it may do all."""
+        user = client.user
+        if user.unrestricted or (denial := user.rules.denial(self.commands, command, request)) is None:
+            return None
+        by_key = denial.reason is Reason.KEY
+        subject = request[denial.position] if by_key else command.name.encode()
+        self.record(client, Reason.KEY if by_key else Reason.COMMAND, subject, user.name)
+        return denial
 
     def explain(self, user: User, denial: Denial, command: Command, request: Sequence[bytes]) -> str:
         """A denial in the words of ACL DRYRUN."""

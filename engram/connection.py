@@ -281,9 +281,8 @@ class Connection:
                     known = None
                     if session.guarded or server.guarded:
                         reply = guard(session, command, request)
-                        if server.config.maxmemory:
-                            # Room in the log may have gone to what was evicted.
-                            admitted = journal is None
+                        # Room in the log may go to what is evicted, or to a transaction.
+                        admitted = journal is None
                     if reply is None and (obstacle := self._obstacle_to(command, request, admitted)):
                         break
             except CommandError as error:

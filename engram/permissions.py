@@ -31,8 +31,6 @@ _USELESS_PATTERN: Final = (
 _HASH: Final = re.compile(rb"[0-9a-f]{64}")
 _SPACE: Final = re.compile(rb"[\s\0]")
 
-# Commands of two keys, of which the second is only written to.
-_WRITES_LAST_KEY: Final = frozenset({"copy", "rename", "renamenx"})
 _WRITES: Final = frozenset({"insert", "update", "delete"})
 
 
@@ -46,11 +44,9 @@ class Command(Protocol):
     @property
     def categories(self) -> tuple[str, ...]: ...
     @property
-    def key_flags(self) -> tuple[str, ...]: ...
-    @property
     def subcommands(self) -> Mapping[bytes, Command]: ...
 
-    def key_positions(self, arguments: Sequence[bytes], /) -> list[int]: ...
+    def key_uses(self, arguments: Sequence[bytes], /) -> list[tuple[int, tuple[str, ...]]]: ...
 
 
 Commands = Mapping[bytes, Command]
@@ -299,17 +295,11 @@ def _check_pattern(rule: bytes, pattern: bytes) -> None:
 
 def _uses(command: Command, request: Sequence[bytes]) -> Iterator[tuple[int, bool, bool]]:
     """For each key of a request its position, whether it is read, and whether it is written."""
-    flags = command.key_flags
-    reads, writes = "access" in flags, not _WRITES.isdisjoint(flags)
-    if command.name == "set":
-        reads = any(option.upper() == b"GET" for option in request[3:])
-    positions = command.key_positions(request)
-    for position in positions:
-        if command.name in _WRITES_LAST_KEY:
-            is_last = position == positions[-1]
-            yield position, not is_last, is_last or command.name != "copy"
-        else:
-            yield position, reads, writes
+    for position, flags in command.key_uses(request):
+        reads = "access" in flags
+        if command.name == "set":
+            reads = any(option.upper() == b"GET" for option in request[3:])
+        yield position, reads, not _WRITES.isdisjoint(flags)
 
 
 def _find(commands: Commands, name: bytes) -> Command | None:

@@ -345,6 +345,7 @@ COMMANDS = (
         ("write",),
         _BOTH_KEYS,
         key_flags=("RW", "access", "delete"),
+        last_key_flags=("OW", "update"),
     ),
     Command(
         "renamenx",
@@ -356,6 +357,7 @@ COMMANDS = (
         ("write", "fast"),
         _BOTH_KEYS,
         key_flags=("RW", "access", "delete"),
+        last_key_flags=("OW", "insert"),
     ),
     Command(
         "copy",
@@ -366,7 +368,8 @@ COMMANDS = (
         "generic",
         ("write", "denyoom"),
         _BOTH_KEYS,
-        key_flags=("RW", "access", "update"),
+        key_flags=("RO", "access"),
+        last_key_flags=("OW", "update"),
         since="6.2.0",
     ),
     Command(

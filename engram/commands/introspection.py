@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import attrs
@@ -20,7 +20,7 @@ from engram.protocol.replies import Encoder
 def command_info(command: Command, encoder: Encoder) -> bytes:
     """A command's entry in COMMAND: ten fields."""
     first, last, step = command.keys
-    specifications = (_key_specification(command, encoder),) if first else ()
+    specifications = (_key_specification(keys, flags, encoder) for keys, flags in _key_ranges(command))
     return replies.array(
         (
             _bulk(command.name),
@@ -46,7 +46,7 @@ def command_docs(command: Command, encoder: Encoder) -> bytes:
         (_bulk("complexity"), _bulk(command.complexity)),
     ]
     if command.arguments:
-        described = replies.array(_argument(each, encoder) for each in command.arguments)
+        described = replies.array(_arguments(command, encoder))
         pairs.append((_bulk("arguments"), described))
     if command.subcommands:
         inner = ((_bulk(each.name), command_docs(each, encoder)) for each in command.subcommands.values())
@@ -58,25 +58,43 @@ def _bulk(word: str) -> bytes:
     return replies.bulk(word.encode())
 
 
-def _argument(argument: Argument, encoder: Encoder) -> bytes:
+def _arguments(command: Command, encoder: Encoder) -> Iterator[bytes]:
+    last_range = max(0, len(_key_ranges(command)) - 1)
+    keys = 0
+    for argument in command.arguments:
+        yield _argument(argument, encoder, min(keys, last_range))
+        keys += argument.type == "key"
+
+
+def _argument(argument: Argument, encoder: Encoder, key_range: int) -> bytes:
     pairs = [(_bulk("name"), _bulk(argument.name)), (_bulk("type"), _bulk(argument.type))]
     if not argument.arguments:
         pairs.append((_bulk("display_text"), _bulk(argument.name)))
     if argument.type == "key":
-        pairs.append((_bulk("key_spec_index"), replies.integer(0)))
+        pairs.append((_bulk("key_spec_index"), replies.integer(key_range)))
     if argument.token is not None:
         pairs.append((_bulk("token"), _bulk(argument.token)))
     flags = [name for name in ("optional", "multiple") if getattr(argument, name)]
     if flags:
         pairs.append((_bulk("flags"), encoder.set(map(replies.simple, flags))))
     if argument.arguments:
-        inner = replies.array(_argument(each, encoder) for each in argument.arguments)
+        inner = replies.array(_argument(each, encoder, key_range) for each in argument.arguments)
         pairs.append((_bulk("arguments"), inner))
     return encoder.map(pairs)
 
 
-def _key_specification(command: Command, encoder: Encoder) -> bytes:
+def _key_ranges(command: Command) -> list[tuple[tuple[int, int, int], tuple[str, ...]]]:
+    """(first, last, step) of keys with which the same is done, and what."""
     first, last, step = command.keys
+    if not first:
+        return []
+    if not command.last_key_flags:
+        return [(command.keys, command.key_flags)]
+    return [((first, last - step, step), command.key_flags), ((last, last, step), command.last_key_flags)]
+
+
+def _key_specification(keys: tuple[int, int, int], flags: tuple[str, ...], encoder: Encoder) -> bytes:
+    first, last, step = keys
 
     def pairs(**fields: int) -> bytes:
         return encoder.map((_bulk(name), replies.integer(value)) for name, value in fields.items())
@@ -87,7 +105,7 @@ def _key_specification(command: Command, encoder: Encoder) -> bytes:
     relative = last if last < 0 else last - first
     return encoder.map(
         (
-            (_bulk("flags"), encoder.set(map(replies.simple, command.key_flags))),
+            (_bulk("flags"), encoder.set(map(replies.simple, flags))),
             (_bulk("begin_search"), search("index", pairs(index=first))),
             (_bulk("find_keys"), search("range", pairs(lastkey=relative, keystep=step, limit=0))),
         )
@@ -145,11 +163,9 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
 
     def get_keys_and_flags(session: Session, arguments: list[bytes]) -> bytes:
         request = arguments[2:]
-        command = keyed(request)
-        flags = session.encoder.set(map(replies.simple, command.key_flags))
         return replies.array(
-            replies.array((replies.bulk(request[position]), flags))
-            for position in command.key_positions(request)
+            replies.array((replies.bulk(request[position]), session.encoder.set(map(replies.simple, flags))))
+            for position, flags in keyed(request).key_uses(request)
         )
 
     def listing(session: Session, arguments: list[bytes]) -> bytes:

@@ -31,7 +31,8 @@ class Command:
 
     Fields are those of Redis's command table: https://redis.io/docs/latest/commands/command/.
     `arity` counts the name; a negative one is a minimum. `keys` is (first, last, step), zeros when
-    there are none. `key_flags` say what is done with the keys. Of the ACL categories those of
+    there are none. `key_flags` say what is done with the keys, `last_key_flags` what with the last one where
+    that is something else. Of the ACL categories those of
     `group_categories` usually follow from the group, and containers have none of them; `more_categories` are
     those that follow neither from that nor from the flags.
     """
@@ -47,6 +48,7 @@ class Command:
     since: str = "1.0.0"
     complexity: str = "O(1)"
     key_flags: tuple[str, ...] = attrs.field()
+    last_key_flags: tuple[str, ...] = ()
     group_categories: tuple[str, ...] = attrs.field()
     more_categories: tuple[str, ...] = ()
     subcommands: Mapping[bytes, Command] = attrs.field(factory=dict)
@@ -118,6 +120,13 @@ class Command:
             return []
         end = last if last >= 0 else len(arguments) + last
         return list(range(first, end + 1, step))
+
+    def key_uses(self, arguments: Sequence[bytes]) -> list[tuple[int, tuple[str, ...]]]:
+        """Where the keys are in a request, name included, and what is done with each."""
+        uses = [(position, self.key_flags) for position in self.key_positions(arguments)]
+        if self.last_key_flags and uses:
+            uses[-1] = uses[-1][0], self.last_key_flags
+        return uses
 
 
 def container(name: str, subcommands: Iterable[Command], **fields: str) -> Command:

@@ -6,11 +6,12 @@ import time
 
 import trio
 
-from engram.commands.guard import check_permission, show
+from engram.commands.guard import show
 from engram.commands.session import Barrier, Session, Slot, Transaction
 from engram.commands.table import Command, Reply
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
+from engram.permissions import Reason
 from engram.protocol import replies
 from engram.protocol.replies import OK
 
@@ -55,34 +56,38 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
         session.discard()
         raise CommandError(_ABORTED)
 
+    name = arguments[0]
+    delay, room = _needs(session, transaction)
+    journal = session.database.journal
+    if not delay and (not room or journal is None or journal.has_room(room)):
+        return _execute(session, transaction, name)
+
     async def execute() -> bytes:
         try:
-            await _admit(session, transaction)
+            await trio.sleep(delay)
+            if room and journal is not None:
+                await journal.admit(room)
         except CommandError as error:
             session.discard()
             raise CommandError(f"EXECABORT Transaction discarded because of: {error}") from error
-        return await _execute(session, transaction, arguments[0])
+        reply = _execute(session, transaction, name)
+        return reply if isinstance(reply, bytes) else await reply.reply()
 
     return Barrier(execute)
 
 
-async def _admit(session: Session, transaction: Transaction) -> None:
-    """Waits for room in the log for all of it, and for a builder that cannot keep up."""
+def _needs(session: Session, transaction: Transaction) -> tuple[float, int]:
+    """Seconds to wait for a builder that cannot keep up, and bytes of room in the log."""
     written = [(command, request) for command, request in transaction.commands if command.writes]
     delays = (
         command.throttle(session, request) for command, request in written if command.throttle is not None
     )
-    if delay := max(delays, default=0.0):
-        await trio.sleep(delay)
-    journal = session.database.journal
-    if written and journal is not None:
-        await journal.admit(
-            sum(2 * sum(map(len, request)) + RECORD_OVERHEAD for _, request in written) + RECORD_OVERHEAD
-        )
+    room = sum(2 * sum(map(len, request)) + RECORD_OVERHEAD for _, request in written)
+    return max(delays, default=0.0), room + RECORD_OVERHEAD if written else 0
 
 
-async def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes:
-    """Carries everything out without a checkpoint, then waits for what is found later.
+def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Barrier:
+    """Carries everything out; what is found later is waited for behind the barrier.
 
     `name` is EXEC as the client has written it.
     """
@@ -103,7 +108,14 @@ async def _execute(session: Session, transaction: Transaction, name: bytes) -> b
         session.executing = False
     if session.server.monitors:
         session.server.monitors.feed(session, [name])
-    return replies.array([await _result(session, result) for result in results])
+    known = [result for result in results if isinstance(result, bytes)]
+    if len(known) == len(results):
+        return replies.array(known)
+
+    async def wait() -> bytes:
+        return replies.array([await _result(session, result) for result in results])
+
+    return Barrier(wait)
 
 
 def _carry_out(session: Session, command: Command, request: list[bytes]) -> Reply:
@@ -113,8 +125,7 @@ def _carry_out(session: Session, command: Command, request: list[bytes]) -> Repl
     began = time.perf_counter_ns()
     usage = server.statistics.usage[command.name]
     try:
-        # It may have been restricted meanwhile.
-        check_permission(session, command, request)
+        _check_again(session, command, request)
         return command.handler(session, request)
     except CommandError as error:
         usage.failed += 1
@@ -127,6 +138,18 @@ def _carry_out(session: Session, command: Command, request: list[bytes]) -> Repl
             and "skip_slowlog" not in command.flags
         ):
             server.slowlog.add(session, request, nanoseconds)
+
+
+def _check_again(session: Session, command: Command, request: list[bytes]) -> None:
+    """Raises CommandError when the user has been restricted since the command was queued."""
+    denial = session.server.access.denial(session, command, request)
+    if denial is not None:
+        by_key = denial.reason is Reason.KEY
+        why = "touch the specified keys" if by_key else "execute the command or subcommand"
+        raise CommandError(
+            "NOPERM ACLs rules changed between the moment the transaction was accumulated and the EXEC call."
+            f" This command is no longer allowed for the following reason: no permission to {why}"
+        )
 
 
 async def _result(session: Session, result: Reply) -> bytes:

@@ -196,6 +196,38 @@ async def test_conversation(converse: Converse, name: str) -> None:
     await converse(CONVERSATIONS[name])
 
 
+async def test_what_was_queued_is_checked_again(house: House) -> None:
+    """In the words of Redis 8."""
+    client, other = house.connect(), house.connect()
+    await other.call("ACL SETUSER bob on nopass ~* +@all")
+    for request in ("AUTH bob x", "MULTI", "GET a", "SET b 1", "PING"):
+        await client.call(request)
+    await other.call("ACL SETUSER bob resetkeys ~a -ping")
+    changed = (
+        b"-NOPERM ACLs rules changed between the moment the transaction was accumulated and the EXEC call."
+        b" This command is no longer allowed for the following reason: no permission to "
+    )
+    assert await client.call("EXEC") == array(
+        b"$-1\r\n",
+        changed + b"touch the specified keys\r\n",
+        changed + b"execute the command or subcommand\r\n",
+    )
+    assert b"b" not in house.engine.keyspace.values
+
+
+async def test_who_waits_is_checked_again(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    await other.call("ACL SETUSER bob on nopass ~* +@all")
+    await client.call("AUTH bob x")
+    await other.call("CLIENT PAUSE 100000 WRITE")
+    await client.send("SET a 1", "SET b 1")
+    assert await client.arrived() == b""
+    await other.call("ACL SETUSER bob resetkeys ~b")
+    await other.call("CLIENT UNPAUSE")
+    assert await client.arrived() == b"-NOPERM No permissions to access a key\r\n" + OK
+    assert house.engine.keyspace.values == {b"b": b"1"}
+
+
 async def test_a_user_in_detail(house: House) -> None:
     client = house.connect()
     await client.call("ACL SETUSER bob on >pw ~a:* %R~r:* &ch:* +get -@dangerous")

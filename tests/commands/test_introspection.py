@@ -154,3 +154,25 @@ async def test_help(house: House) -> None:
         expected = f"{name} <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
         assert first == expected.encode()
         assert rest[-2:] == [b"HELP", b"    Print this help."]
+
+
+async def test_keys_that_are_used_in_two_ways(house: House) -> None:
+    """RENAME deletes the one and writes the other: two specifications."""
+    client = house.connect()
+    reader = hiredis.Reader()
+    reader.feed(await client.call("COMMAND INFO renamenx"))
+    [info] = reader.gets()
+
+    def specification(first: int, *flags: bytes) -> list[object]:
+        begin = [b"type", b"index", b"spec", [b"index", first]]
+        keys = [b"type", b"range", b"spec", [b"lastkey", 0, b"keystep", 1, b"limit", 0]]
+        return [b"flags", list(flags), b"begin_search", begin, b"find_keys", keys]
+
+    assert info[3:6] == [1, 2, 1]
+    assert info[8] == [specification(1, b"RW", b"access", b"delete"), specification(2, b"OW", b"insert")]
+    reader.feed(await client.call("COMMAND DOCS renamenx"))
+    [_, docs] = reader.gets()
+    arguments = docs[docs.index(b"arguments") + 1]
+    assert [each[each.index(b"key_spec_index") + 1] for each in arguments] == [0, 1]
+    reader.feed(await client.call("COMMAND GETKEYSANDFLAGS renamenx a b"))
+    assert reader.gets() == [[b"a", [b"RW", b"access", b"delete"]], [b"b", [b"OW", b"insert"]]]
