@@ -116,15 +116,21 @@ def _get(session: Session, arguments: list[bytes]) -> bytes:
 
 def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
     found: list[bytes] = []
-    size = 0
+    size = misses = 0
+    null = session.encoder.null
     keyspace = session.database.keyspace
     lookup = session.database.lookup if keyspace.expiries else keyspace.values.get
     for _, key in requests:
         value = lookup(key)
+        if value is None:
+            misses += 1
+            found.append(null)
+            continue
         if type(value) is not bytes or size > _RUN_BYTES:
             break
         size += len(value)
         found.append(bulk(value))
+    session.server.statistics.get_misses += misses
     return len(found), b"".join(found)
 
 
