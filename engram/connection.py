@@ -129,7 +129,7 @@ class Connection:
             self._server.monitors.remove(self.session)
             self.session.unwatch()
             # Whoever no longer sees the client in CLIENT LIST may rely on its socket being closed.
-            del sessions[self.session.id]
+            sessions.pop(self.session.id, None)
 
     def _touch(self) -> None:
         self.session.last_active = time.monotonic()
@@ -149,7 +149,10 @@ class Connection:
         self._nursery.start_soon(self._outbox.write)
 
     def _close(self) -> None:
+        """Ends the client: nobody sees it any more, and it is sent nothing more."""
         self._finished = True
+        self._server.sessions.pop(self.session.id, None)
+        self._transport.hang_up()
         self._scope.cancel()
 
     async def _answer_requests(self) -> None:

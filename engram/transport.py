@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import trio
@@ -33,6 +34,10 @@ class Transport(Protocol):
 
     async def send_all(self, data: bytes | memoryview) -> None:
         """Sends all of `data`. Raises OSError or trio.BrokenResourceError when the peer has gone away."""
+        ...
+
+    def hang_up(self) -> None:
+        """Ends the connection for the peer, at once; `close` is still to be called."""
         ...
 
     async def close(self) -> None: ...
@@ -67,6 +72,10 @@ class _Socket:
                 continue
             except (OSError, trio.ClosedResourceError):
                 return b""
+
+    def hang_up(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close_now(self) -> None:
         """Closes the socket; no checkpoint."""
@@ -140,6 +149,9 @@ class StreamTransport:
     async def send_all(self, data: bytes | memoryview) -> None:
         await self._stream.send_all(data)
 
+    def hang_up(self) -> None:
+        """Does nothing: of Trio's streams none can do it at once."""
+
     async def close(self) -> None:
         await trio.aclose_forcefully(self._stream)
 
@@ -163,6 +175,10 @@ class Wire(trio.abc.Stream):
         """Ends the handshake: what follows takes no turns."""
         self._shaking_hands = False
         self._end_step()
+
+    def hang_up(self) -> None:
+        """Ends the connection for the peer, at once."""
+        self._socket.hang_up()
 
     def leave(self) -> None:
         """From here on what the socket will not take at once is not sent."""
@@ -215,6 +231,9 @@ class TlsTransport(StreamTransport):
     def __init__(self, stream: trio.SSLStream[Wire]) -> None:
         super().__init__(stream)
         self._encrypted = stream
+
+    def hang_up(self) -> None:
+        self._encrypted.transport_stream.hang_up()
 
     async def close(self) -> None:
         """Tells the peer that this is the end, if its socket takes that now, and closes."""

@@ -49,6 +49,8 @@ class Pipe:
             if rest:
                 await self._more.park()
 
+    def hang_up(self) -> None: ...
+
     async def close(self) -> None: ...
 
 

@@ -151,6 +151,26 @@ async def test_a_delivery_that_is_cancelled_takes_no_more(
     assert await receive(transport) == b"a"
 
 
+async def test_hanging_up_ends_both_directions(pair: tuple[SocketTransport, socket.socket]) -> None:
+    transport, peer = pair
+    transport.hang_up()
+    assert peer.recv(1) == b""
+    assert await receive(transport) == b""
+    with pytest.raises(BrokenPipeError):
+        peer.send(b"x")
+    peer.close()
+    transport.hang_up()
+
+
+async def test_hanging_up_tls(encrypted: Encrypted) -> None:
+    transport, client = encrypted
+    transport.hang_up()
+    with pytest.raises(trio.BrokenResourceError):
+        await client.receive_some()
+    assert await receive(transport) == b""
+    await transport.close()
+
+
 async def test_a_stream() -> None:
     near, far = memory_stream_pair()
     transport = StreamTransport(near)

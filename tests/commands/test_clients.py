@@ -351,3 +351,14 @@ async def test_a_paused_client_can_be_killed(house: House) -> None:
     assert await other.ended() == b""
     await client.call("CLIENT UNPAUSE")
     assert await client.call("GET a") == b"$-1\r\n"
+
+
+async def test_who_is_killed_is_seen_no_more(house: House) -> None:
+    killer, killed = house.connect(), house.connect()
+    await killed.call("CLIENT SETNAME victim")
+    await killer.send("CLIENT KILL ID 2", "CLIENT LIST", "CLIENT KILL ID 2")
+    data = await killer.arrived()
+    assert data.startswith(b":1\r\n")
+    assert b"victim" not in data
+    assert data.endswith(b"\r\n:0\r\n")
+    assert await killed.ended() == b""
