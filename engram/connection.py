@@ -248,16 +248,13 @@ class Connection:
             reply: Reply | None = None
             command = None
             try:
-                command = spellings.get(request[0]) or COMMANDS.get(request[0].lower())
-                if command is None or command is not known:
+                found = spellings.get(request[0])
+                if found is not None and found is known:
+                    command = found
+                else:
+                    command = self._resolve(request)
                     if command is None:
-                        if request[0].lower() in CROSS_PROTOCOL:
-                            self._end_http(request)
-                            return None
-                        raise unknown_command(request)
-                    if command.subcommands:
-                        container, command = command, None
-                        command = container.resolve(request)
+                        return None
                     if command is not counted:
                         began = clock()
                         if calls and counted is not None:
@@ -346,6 +343,20 @@ class Connection:
             outbox.send_soon(b"".join(burst), database.engine.lsn if shows_data else outbox.observed_lsn)
             burst.clear()
         return obstacle
+
+    def _resolve(self, request: list[bytes]) -> Command | None:
+        """The command, or subcommand, that a request is for; None when it has ended the client.
+
+        Raises CommandError when there is none.
+        """
+        name = request[0].lower()
+        command = COMMANDS.get(name)
+        if command is None:
+            if name in CROSS_PROTOCOL:
+                self._end_http(request)
+                return None
+            raise unknown_command(request)
+        return command.resolve(request)
 
     def _obstacle_to(self, command: Command, request: list[bytes], admitted: bool) -> Obstacle | None:
         """What a request has to wait for that nothing else forbids; None when it may be carried out now."""
