@@ -13,7 +13,7 @@ import trio
 from engram.commands.guard import check_rights, guard
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
-from engram.commands.table import Command, Handler, Reply, check_arity, unknown_command
+from engram.commands.table import Command, Handler, Reply, check_arity, log_room, unknown_command
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.outbox import Outbox
@@ -262,6 +262,9 @@ class Connection:
                         calls, first, counted = 0, began, command
                     known, handler, arity, timed = command, command.handler, command.arity, command.varies
                     shows_data = shows_data or command.shows_data
+                    if command.logs_beyond:
+                        # More than was looked at for the burst.
+                        admitted = journal is None
                     special = session.guarded or server.guarded
                     special = special or (command.writes and (not admitted or command.throttle is not None))
                     if self._cleared:
@@ -366,7 +369,7 @@ class Connection:
             return None
         delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
         journal = self._database.journal
-        if not delay and (admitted or journal is None or journal.has_room(_room(request))):
+        if not delay and (admitted or journal is None or journal.has_room(log_room(command, request))):
             return None
         return partial(self._clear, command, request, delay)
 
@@ -379,7 +382,11 @@ class Connection:
                 delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
             if delay:
                 await trio.sleep(delay)
-            if command.writes and journal is not None and not journal.has_room(room := _room(request)):
+            if (
+                command.writes
+                and journal is not None
+                and not journal.has_room(room := log_room(command, request))
+            ):
                 await journal.admit(room)
             # Its user may have changed meanwhile.
             check_rights(self.session, command, request)
@@ -472,11 +479,6 @@ class Connection:
             session.reply_mode = ReplyMode.SKIP
         elif session.reply_mode is ReplyMode.SKIP:
             session.reply_mode = ReplyMode.ON
-
-
-def _room(request: list[bytes]) -> int:
-    """Bytes that a request may take in the log."""
-    return 2 * sum(map(len, request)) + RECORD_OVERHEAD
 
 
 def _end_of_run(requests: Sequence[list[bytes]], start: int, command: Command) -> int:

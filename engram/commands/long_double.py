@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 # Redis reads a number into a buffer of that many bytes, its end included.
-_LONGEST_TEXT = 5 * 1024 - 1
+LONGEST_TEXT = 5 * 1024 - 1
 
 _PRECISION = 64
 # The exponents of two of the least bit of all, and of what is too large.
@@ -44,7 +44,7 @@ def parse(text: bytes) -> LongDouble | None:
     Raises:
         ValueError: it is no number, or one too large, or too close to zero.
     """
-    if len(text) > _LONGEST_TEXT:
+    if len(text) > LONGEST_TEXT:
         raise ValueError("too long")
     word = text.decode("ascii")
     if _INFINITE.fullmatch(word):

@@ -8,6 +8,7 @@ import attrs
 
 from engram.commands.session import Barrier, Session, Slot
 from engram.commands.syntax import Argument, parse_usage
+from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.protocol import replies
 
@@ -58,6 +59,8 @@ class Command:
     run: Run | None = None
     # Seconds to wait before a call is carried out, when the server cannot keep up with its kind.
     throttle: Throttle | None = None
+    # Bytes that a call may log beyond what its request has.
+    logs_beyond: int = 0
     minimum: int = attrs.field(init=False)
     maximum: int = attrs.field(init=False)
     writes: bool = attrs.field(init=False)
@@ -168,6 +171,11 @@ def check_arity(command: Command, arguments: Sequence[bytes]) -> None:
     """Raises CommandError when a request has too few or too many arguments."""
     if not command.minimum <= len(arguments) <= command.maximum:
         raise wrong_arity(command.name)
+
+
+def log_room(command: Command, arguments: Sequence[bytes]) -> int:
+    """Bytes that a request may take in the log."""
+    return 2 * sum(map(len, arguments)) + command.logs_beyond + RECORD_OVERHEAD
 
 
 def wrong_arity(name: str) -> CommandError:

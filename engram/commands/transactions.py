@@ -8,7 +8,7 @@ import trio
 
 from engram.commands.guard import show
 from engram.commands.session import Barrier, Session, Slot, Transaction
-from engram.commands.table import Command, Reply
+from engram.commands.table import Command, Reply, log_room
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.permissions import Reason
@@ -82,7 +82,7 @@ def _needs(session: Session, transaction: Transaction) -> tuple[float, int]:
     delays = (
         command.throttle(session, request) for command, request in written if command.throttle is not None
     )
-    room = sum(2 * sum(map(len, request)) + RECORD_OVERHEAD for _, request in written)
+    room = sum(log_room(command, request) for command, request in written)
     return max(delays, default=0.0), room + RECORD_OVERHEAD if written else 0
 
 

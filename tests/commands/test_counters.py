@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from engram.operations import encode
 from tests.commands.conftest import Conversation, Converse
+from tests.conftest import ManualJournal, OpenHouse
 
 CONVERSATIONS: dict[str, Conversation] = {
     "counters": (
@@ -144,3 +146,27 @@ CONVERSATIONS: dict[str, Conversation] = {
 @pytest.mark.parametrize("topic", CONVERSATIONS)
 async def test_replies(topic: str, converse: Converse) -> None:
     await converse(CONVERSATIONS[topic])
+
+
+async def test_a_long_number_has_room_in_the_log(open_house: OpenHouse) -> None:
+    """What is logged is many times what was sent."""
+    asked: list[int] = []
+
+    class Journal(ManualJournal):
+        def has_room(self, size: int) -> bool:
+            asked.append(size)
+            return True
+
+    journal = Journal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        requests = ["INCRBYFLOAT a 1e4931", "INCRBYFLOAT a 1", "SET b 1"]
+        await client.send(*requests)
+        assert (await client.arrived()).startswith(b"$4932\r\n")
+        logged = [len(encode(operation)) for _, operation in journal.records]
+        assert logged[0] > 4932
+        assert all(room > size for room, size in zip(asked[1:], logged, strict=True))
+        asked.clear()
+        await client.send("MULTI", *requests, "EXEC")
+        await client.arrived()
+        assert asked[-1] > sum(logged)
