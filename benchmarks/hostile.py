@@ -127,6 +127,20 @@ def never_read(authenticate: bool, tls: bool) -> Attack:
     return attack
 
 
+def send_tiny_requests(target: Target) -> None:
+    """Has as many requests refused as there can be."""
+    requests = b"a\n" * 30_000
+    with target.connect() as client:
+        client.sendall(b'AUTH "%s"\r\n' % PASSWORD.encode())
+        while True:
+            with suppress(BlockingIOError):
+                client.setblocking(False)
+                while True:
+                    client.send(requests)
+            client.setblocking(True)
+            client.recv(1 << 20)
+
+
 ATTACKS: dict[str, Attack | None] = {
     "none": None,
     "connections that say nothing": repeatedly_send(b""),
@@ -134,6 +148,7 @@ ATTACKS: dict[str, Attack | None] = {
     "unfinished requests": repeatedly_send(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$16000\r\nx"),
     "guesses at the password, 16 KiB each": guess_passwords,
     "large requests before AUTH": repeatedly_send(b"*2\r\n$4\r\nAUTH\r\n$500000000\r\n" + b"x" * 60_000),
+    "tiny requests": send_tiny_requests,
     "replies unread, before AUTH": never_read(authenticate=False, tls=False),
     "replies unread": never_read(authenticate=True, tls=False),
     "replies unread, TLS": never_read(authenticate=True, tls=True),

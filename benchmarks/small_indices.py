@@ -22,10 +22,11 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from engram.commands.information import resident_memory
 from engram.engine import Engine
 from engram.files import DiskFiles
+from engram.heap import Heap
 from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import SegmentStore
 from engram.operations import AddVectors, CreateIndex
-from engram.server import _tune_process
+from engram.server import _tune_collector
 
 
 @contextmanager
@@ -56,7 +57,8 @@ def main() -> None:
     arguments = parser.parse_args()
     count, rows = arguments.indices, arguments.rows
     threadpool_limits(1, user_api="blas")
-    _tune_process()
+    Heap().tune()
+    _tune_collector()
     random = np.random.default_rng(0)
     vectors = [row.tobytes() for row in random.normal(size=(1000, arguments.dimension)).astype(np.float32)]
     with tempfile.TemporaryDirectory() as folder:

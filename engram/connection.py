@@ -252,7 +252,7 @@ class Connection:
                 if found is not None and found is known:
                     command = found
                 else:
-                    command = self._resolve(request)
+                    command = self._resolve(found, request)
                     if command is None:
                         return None
                     if command is not counted:
@@ -290,6 +290,7 @@ class Connection:
                         break
             except CommandError as error:
                 shows_data = True
+                turn_over = clock() > turn_ends
                 reply = self._refuse(str(error), command, rejected=True)
             if reply is None:
                 calls += 1
@@ -298,6 +299,7 @@ class Connection:
                     reply = handler(session, request)
                 except CommandError as error:
                     shows_data = True
+                    turn_over = clock() > turn_ends
                     reply = self._refuse(str(error), command, rejected=False)
             if timed:
                 ended = clock()
@@ -347,19 +349,20 @@ class Connection:
             burst.clear()
         return obstacle
 
-    def _resolve(self, request: list[bytes]) -> Command | None:
+    def _resolve(self, found: Command | None, request: list[bytes]) -> Command | None:
         """The command, or subcommand, that a request is for; None when it has ended the client.
 
-        Raises CommandError when there is none.
+        `found` is what the usual spellings of names know. Raises CommandError when there is no such command.
         """
-        name = request[0].lower()
-        command = COMMANDS.get(name)
-        if command is None:
+        if found is None:
+            name = request[0].lower()
             if name in CROSS_PROTOCOL:
                 self._end_http(request)
                 return None
-            raise unknown_command(request)
-        return command.resolve(request)
+            found = COMMANDS.get(name)
+            if found is None:
+                raise unknown_command(request)
+        return found.resolve(request)
 
     def _obstacle_to(self, command: Command, request: list[bytes], admitted: bool) -> Obstacle | None:
         """What a request has to wait for that nothing else forbids; None when it may be carried out now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import itertools
@@ -31,6 +30,7 @@ from engram.database import RECORD_OVERHEAD, Database
 from engram.engine import Engine
 from engram.errors import OperatorError
 from engram.files import DiskFiles, Files
+from engram.heap import Heap
 from engram.index.builder import Builder, BuilderSettings
 from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
@@ -39,7 +39,6 @@ from engram.index.verification import Verification
 from engram.listeners import Listener, Reception, listening, tcp_port
 from engram.log_lines import set_level
 from engram.operations import InstallSegment
-from engram.permissions import all_commands
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
 from engram.progress import Progress
 from engram.statistics import SAMPLE_INTERVAL
@@ -49,13 +48,6 @@ logger = logging.getLogger("engram")
 # A thread waits this long for the interpreter lock before its holder is asked for it. A batch of
 # searches takes the lock once a query, so the default of 5 ms would make it wait most of the time.
 SWITCH_INTERVAL = 0.0005
-
-# From <malloc.h>. Blocks of MMAP_THRESHOLD bytes are mapped one by one, and given back when they are freed;
-# of smaller ones, TRIM_THRESHOLD is kept, as a batch of searches takes and frees a few hundred KiB each time.
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD = 1 << 20
-TRIM_THRESHOLD = 8 << 20
 
 # Descriptors kept for the log, segments and child processes, whatever number of clients comes.
 _RESERVED_DESCRIPTORS = 128
@@ -272,7 +264,9 @@ async def _serve(
                 access=access,
             )
             reception = Reception(server, listeners, most_clients)
-            _tune_process()
+            _tune_collector()
+            heap = Heap()
+            heap.tune()
             started = Started(
                 addresses=tuple(each.address for each in listeners if not (each.encrypted or each.path)),
                 directory=config.dir,
@@ -284,10 +278,7 @@ async def _serve(
                 unixsocket=config.unixsocket,
             )
             work_nursery.start_soon(server.rounds.run)
-            for command in all_commands(COMMANDS):
-                # What lives for long is made before buffers come and go: behind them, it would keep the heap
-                # from shrinking.
-                server.statistics.usage[command.name].reset()
+            work_nursery.start_soon(heap.run)
             work_nursery.start_soon(_sample, server)
             builder.on_built = lambda seconds: server.statistics.builds.record(1, int(seconds * 1e9))
             if persistence is not None:
@@ -349,11 +340,7 @@ async def _report_progress(progress: Progress) -> None:
             logger.warning("%s: %d of %d MiB", progress.doing, progress.done >> 20, progress.total >> 20)
 
 
-def _tune_process() -> None:
-    # Left alone, glibc takes ever larger blocks from its heap, which seldom gives them back.
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+def _tune_collector() -> None:
     # What was recovered lives for long: it need not be looked at again and again.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

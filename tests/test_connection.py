@@ -117,6 +117,28 @@ async def test_a_search_ends_after_its_client_has_gone(open_house: OpenHouse) ->
         assert await other.call("PING") == PONG
 
 
+async def test_others_are_served_between_requests_that_are_refused(house: House) -> None:
+    """Refusals take longer than most commands do, however short the requests are."""
+    client, other = house.connect(), house.connect()
+    turns: list[int] = []
+    count = 20_000
+
+    async def watch() -> None:
+        while True:
+            turns.append(client.received.count(b"-ERR"))
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await client.stream.send_all(b"a\n" * count)
+        with trio.fail_after(PATIENCE):
+            while client.received.count(b"-ERR") < count:
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert len(set(turns)) > 8
+    assert await other.call("PING") == PONG
+
+
 async def test_many_clients_are_each_answered_in_order(open_house: OpenHouse) -> None:
     searches = HeldSearches()
     async with open_house(searches=searches) as house:

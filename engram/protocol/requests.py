@@ -45,6 +45,9 @@ UNAUTHENTICATED_BULK_LENGTH: Final = 16 * 1024
 UNAUTHENTICATED_REQUESTS: Final = 128
 """Requests of such a client that are returned at once: to refuse thousands would hold up the others."""
 
+REQUESTS_AT_ONCE: Final = 512
+"""Requests of any client that `RequestParser` itself reads at once: a millisecond or two."""
+
 CROSS_PROTOCOL: Final = frozenset({b"post", b"host:"})
 """What an HTTP request sends as commands, in small letters (Redis: securityWarningCommand)."""
 
@@ -89,8 +92,8 @@ class RequestParser:
 
     While `authenticated` is false, requests and arguments must be small. As the requests before one that is
     not may be what authenticates the client, they are returned first: `suspended` is true then, and the next
-    `feed`, of nothing if need be, judges the rest by what `authenticated` is by that time. So it is after
-    some requests that are small.
+    `feed`, of nothing if need be, judges the rest by what `authenticated` is by that time. So it is, of any
+    client, after as many requests as others should wait for.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class RequestParser:
         self._authenticated_limits = max_arguments, max_bulk_length
         # The limits in force: those of the state that `authenticated` says.
         self._max_arguments, self._max_bulk_length = self._authenticated_limits
+        self._requests_at_once = REQUESTS_AT_ONCE
         self._query_buffer_limit = query_buffer_limit
         self._inline_limit = inline_limit
         self._arguments: list[bytes] = []  # of the request that is arriving
@@ -129,6 +133,7 @@ class RequestParser:
         if not authenticated:
             arguments = min(arguments, UNAUTHENTICATED_ARGUMENTS)
             bulk_length = min(bulk_length, UNAUTHENTICATED_BULK_LENGTH)
+        self._requests_at_once = REQUESTS_AT_ONCE if authenticated else UNAUTHENTICATED_REQUESTS
         self._max_arguments, self._max_bulk_length = arguments, bulk_length
 
     @property
@@ -167,13 +172,16 @@ class RequestParser:
             position = self._read_arguments(data, position, requests)
         if len(data) - position >= _SHORTEST_BURST:
             position = self._read_burst(data, position, requests)
+        left = self._requests_at_once
         while position < len(data):
+            if not left:
+                position = self._suspend(data, position)
+                break
+            left -= 1
             if data[position] == _ARRAY:
                 position = self._read_array(data, position, requests)
             else:
                 position = self._read_inline(data, position, requests)
-            if not self._authenticated and len(requests) >= UNAUTHENTICATED_REQUESTS and position < len(data):
-                position = self._suspend(data, position)
 
     def _read_array(self, data: bytes, position: int, requests: list[list[bytes]]) -> int:
         line_end = data.find(b"\r", position)

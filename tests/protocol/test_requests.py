@@ -416,3 +416,15 @@ def test_before_authentication_few_requests_are_returned_at_once(request_: bytes
     assert len(parser.feed(request_ * 300)) == 128
     parser.authenticated = True
     assert len(parser.feed(request_)) == 173
+
+
+@pytest.mark.parametrize("line", [b"PING\r\n", b"*1\r\n$4\r\nP=NG\r\n", b"\r\n"])
+def test_nobody_has_thousands_of_requests_read_at_once(line: bytes) -> None:
+    """But for what hiredis reads, which takes a quarter of a microsecond each."""
+    parser = RequestParser()
+    counts = [len(parser.feed(line * 1500))]
+    while parser.suspended:
+        counts.append(len(parser.feed(b"")))
+    assert len(counts) == 3
+    assert counts in ([512, 512, 476], [0, 0, 0])
+    assert parser.buffered == 0
