@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 # Replies are handed on when a burst of requests has made this many bytes of them.
 _BURST_BYTES = 128 << 10
 
-# A burst of commands that take long makes way for other clients after so much time.
-_TURN_NANOSECONDS = 5_000_000
+# A burst makes way for other clients after so much time. Where calls take little, the clock is looked at once
+# in 64 of them.
+_TURN_NANOSECONDS = 2_000_000
+_REQUESTS_A_LOOK = 63
 
 # What has to be waited for before the next request.
 Obstacle = Callable[[], Awaitable[None]]
@@ -290,7 +292,6 @@ class Connection:
                         break
             except CommandError as error:
                 shows_data = True
-                turn_over = clock() > turn_ends
                 reply = self._refuse(str(error), command, rejected=True)
             if reply is None:
                 calls += 1
@@ -299,7 +300,6 @@ class Connection:
                     reply = handler(session, request)
                 except CommandError as error:
                     shows_data = True
-                    turn_over = clock() > turn_ends
                     reply = self._refuse(str(error), command, rejected=False)
             if timed:
                 ended = clock()
@@ -307,6 +307,8 @@ class Connection:
                     self._keep_slow(command, request, ended - began)
                 began = ended
                 turn_over = ended > turn_ends
+            elif not position & _REQUESTS_A_LOOK:
+                turn_over = clock() > turn_ends
             if type(reply) is bytes and not session.changed_course:
                 burst.append(reply)
                 burst_bytes += len(reply)

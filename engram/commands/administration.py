@@ -167,6 +167,7 @@ COMMANDS = (
         _GROUP,
         ("loading", "stale"),
         more_categories=("@dangerous",),
+        varies=True,
     ),
     Command(
         "save",

@@ -122,5 +122,6 @@ COMMANDS = (
         f"Increment the floating point value of a key by a number. {_ABSENT}",
         since="2.6.0",
         logs_beyond=long_double.LONGEST_TEXT,
+        varies=True,
     ),
 )

@@ -66,13 +66,17 @@ class Command:
     writes: bool = attrs.field(init=False)
     # Whether replies may tell of what clients have stored.
     shows_data: bool = attrs.field(init=False)
-    # Whether one call may take much longer than another, so that each has to be timed.
-    varies: bool = attrs.field(init=False)
+    # Whether one call may take much longer than another, or all take long, so that each has to be timed.
+    varies: bool = attrs.field()
     arguments: tuple[Argument, ...] = attrs.field(init=False)
 
     @group_categories.default
     def _usual_categories(self) -> tuple[str, ...]:
         return _CATEGORIES.get(self.group, (f"@{self.group}",))
+
+    @varies.default
+    def _varies_by_complexity(self) -> bool:
+        return self.complexity != "O(1)"
 
     @key_flags.default
     def _usual_key_flags(self) -> tuple[str, ...]:
@@ -83,7 +87,6 @@ class Command:
         object.__setattr__(self, "minimum", abs(self.arity))
         object.__setattr__(self, "maximum", self.arity if self.arity > 0 else unbounded)
         object.__setattr__(self, "writes", "write" in self.flags)
-        object.__setattr__(self, "varies", self.complexity != "O(1)")
         object.__setattr__(self, "shows_data", self.group != "connection")
         object.__setattr__(self, "arguments", parse_usage(self.usage))
 

@@ -56,6 +56,9 @@ _BULK_LENGTHS: Final = {b"$%d" % length: length for length in range(4096)}
 _ARRAY_LENGTHS: Final = {b"*%d" % length: length for length in range(64)}
 _LENGTH: Final = re.compile(rb"-?[1-9][0-9]{0,18}|0")
 
+# Without these, blanks are all that counts in a line. (A vertical tab or a form feed is one only between two
+# arguments.)
+_NOT_PLAIN: Final = b"\"'\v\f"
 _BLANKS: Final = b" \t\n\v\f\r"
 _INLINE_ARGUMENT: Final = re.compile(
     rb"""([^ \t\n\r"']*+)                                # ends at a blank or a quote
@@ -364,6 +367,8 @@ def split_inline(line: bytes) -> list[bytes]:
     for itself. In single quotes only ``\'`` is special. Raises ProtocolError when a quote is left open, or
     closed with anything but a blank behind it.
     """
+    if len(line.translate(None, _NOT_PLAIN)) == len(line):
+        return line.split()
     arguments = []
     line = line.lstrip(_BLANKS)
     position = 0

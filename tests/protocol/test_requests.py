@@ -197,6 +197,11 @@ def test_quoted_inline_arguments_come_back(arguments: list[bytes]) -> None:
     assert split_inline(b" ".join(map(quoted, arguments))) == arguments
 
 
+@given(st.text("ab\x00\xff\x1c\\ \t\r\v\f").map(lambda text: text.encode("latin-1")))
+def test_a_line_without_quotes_is_split_as_any_other(line: bytes) -> None:
+    assert [*split_inline(line), b""] == split_inline(line + b' ""')
+
+
 def test_a_line_may_be_as_long_as_its_limit() -> None:
     parser = RequestParser(inline_limit=10)
     assert parser.feed(b"a" * 10 + b"\n" + b"b" * 10) == [[b"a" * 10]]
