@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import islice, takewhile
 
 import trio
 
@@ -14,6 +16,9 @@ from engram.errors import CommandError
 from engram.permissions import Reason
 from engram.protocol import replies
 from engram.protocol.replies import OK
+
+# Commands that are looked at for whether they can be carried out together.
+_LONGEST_RUN = 256
 
 _ABORTED = "EXECABORT Transaction discarded because of previous errors."
 
@@ -98,24 +103,52 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     session.discard()
     if broken:
         return session.encoder.null_array
+    queued = transaction.commands
     results: list[Reply] = []
+    position = 0
     session.executing = True
     try:
         with database.together():
-            for command, request in transaction.commands:
-                results.append(_carry_out(session, command, request))
+            while position < len(queued):
+                done, result = _carry_out_run(session, queued, position)
+                if not done:
+                    done, result = 1, _carry_out(session, *queued[position])
+                results.append(result)
+                position += done
     finally:
         session.executing = False
     if session.server.monitors:
         session.server.monitors.feed(session, [name])
+    header = replies.array_header(len(queued))
     known = [result for result in results if isinstance(result, bytes)]
     if len(known) == len(results):
-        return replies.array(known)
+        return header + b"".join(known)
 
     async def wait() -> bytes:
-        return replies.array([await _result(session, result) for result in results])
+        return header + b"".join([await _result(session, result) for result in results])
 
     return Barrier(wait)
+
+
+def _carry_out_run(
+    session: Session, queued: Sequence[tuple[Command, list[bytes]]], start: int
+) -> tuple[int, Reply]:
+    """Carries out commands that can be together; returns how many, perhaps none, and their replies."""
+    command, first = queued[start]
+    run, size = command.run, command.minimum
+    if run is None or len(first) != size or session.server.monitors or not session.user.unrestricted:
+        return 0, b""
+    alike = takewhile(
+        lambda each: each[0] is command and len(each[1]) == size, islice(queued, start, start + _LONGEST_RUN)
+    )
+    requests = [request for _, request in alike]
+    if len(requests) < 2:
+        return 0, b""
+    began = time.perf_counter_ns()
+    done, joined = run(session, requests)
+    if done:
+        _count(session, command, requests[done - 1], done, time.perf_counter_ns() - began)
+    return done, joined
 
 
 def _carry_out(session: Session, command: Command, request: list[bytes]) -> Reply:
@@ -123,21 +156,24 @@ def _carry_out(session: Session, command: Command, request: list[bytes]) -> Repl
     if server.monitors:
         show(session, command, request)
     began = time.perf_counter_ns()
-    usage = server.statistics.usage[command.name]
     try:
         _check_again(session, command, request)
         return command.handler(session, request)
     except CommandError as error:
-        usage.failed += 1
+        server.statistics.usage[command.name].failed += 1
         return server.error(str(error))
     finally:
-        nanoseconds = time.perf_counter_ns() - began
-        usage.record(1, nanoseconds)
-        if (
-            0 <= server.config.slowlog_log_slower_than * 1000 < nanoseconds
-            and "skip_slowlog" not in command.flags
-        ):
-            server.slowlog.add(session, request, nanoseconds)
+        _count(session, command, request, 1, time.perf_counter_ns() - began)
+
+
+def _count(session: Session, command: Command, latest: list[bytes], calls: int, nanoseconds: int) -> None:
+    server = session.server
+    server.statistics.usage[command.name].record(calls, nanoseconds)
+    if (
+        0 <= server.config.slowlog_log_slower_than * 1000 < nanoseconds // calls
+        and "skip_slowlog" not in command.flags
+    ):
+        server.slowlog.add(session, latest, nanoseconds // calls)
 
 
 def _check_again(session: Session, command: Command, request: list[bytes]) -> None:

@@ -59,6 +59,11 @@ def bulk(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (length, value)
 
 
+def array_header(count: int) -> bytes:
+    """What stands before the encoded items of an array."""
+    return b"*%d\r\n" % count
+
+
 def array(items: Iterable[bytes]) -> bytes:
     """An array of encoded items."""
     return _aggregate(b"*", items)

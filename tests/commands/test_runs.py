@@ -17,6 +17,7 @@ from engram.commands.registry import COMMANDS
 from engram.engine import Engine
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
+from engram.operations import SetString, SetStrings
 from tests.conftest import START, House, ManualJournal, OpenHouse, opened_house, reply_length
 
 keys = st.sampled_from([b"a", b"b", b"lapsing", b"lapsed", b"text", b"index"])
@@ -55,8 +56,9 @@ async def prepared_house(folder: Path, *, runs: bool) -> AsyncIterator[House]:
         for request in ("SET text hello", "SET lapsing 5 EX 1000", "SET lapsed 5 PX 1", "VNEW index 2"):
             await client.call(request)
         house.clock.time = START + 2
-        # Whoever may see every request has each by itself.
-        house.server.guarded = not runs
+        if not runs:
+            # Who watches is shown each request by itself.
+            await house.connect().call("MONITOR")
         yield house
 
 
@@ -73,12 +75,19 @@ async def answered(house: House, burst: Sequence[list[bytes]]) -> list[bytes]:
     return found
 
 
-@given(bursts)
-@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]])
-@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2)
-@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]])
-@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]])
-def test_together_as_one_by_one(burst: list[list[bytes]]) -> None:
+@given(bursts, st.booleans())
+@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]], False)
+@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]], True)
+@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2, False)
+@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2, True)
+@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]], False)
+@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]], True)
+@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], False)
+@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], True)
+def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool) -> None:
+    if transaction:
+        burst = [[b"MULTI"], *burst, [b"EXEC"]]
+
     async def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -133,6 +142,21 @@ async def test_what_comes_together_is_one_change(
         await client.send(*burst)
         await client.arrived()
         assert len(journal.records) == changes
+
+
+async def test_a_transaction_carries_out_together_what_it_can(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send("MULTI", "SET a 1", "SET b 2", "GET a", "INCR a", "INCR a", "SET c 3", "EXEC")
+        assert (await client.arrived()).endswith(b"*6\r\n+OK\r\n+OK\r\n$1\r\n1\r\n:2\r\n:3\r\n+OK\r\n")
+        assert journal.together == [
+            (
+                SetStrings((b"a", b"b"), (b"1", b"2")),
+                SetStrings((b"a",), (b"3",)),
+                SetString(b"c", b"3"),
+            )
+        ]
 
 
 async def test_a_run_stops_where_replies_are_large(house: House) -> None:
