@@ -127,18 +127,23 @@ def never_read(authenticate: bool, tls: bool) -> Attack:
     return attack
 
 
-def send_tiny_requests(target: Target) -> None:
-    """Has as many requests refused as there can be."""
-    requests = b"a\n" * 30_000
-    with target.connect() as client:
-        client.sendall(b'AUTH "%s"\r\n' % PASSWORD.encode())
-        while True:
-            with suppress(BlockingIOError):
+def flood(requests: bytes) -> Attack:
+    """Sends requests that cost the server more than their bytes suggest, and reads the replies."""
+
+    def attack(target: Target) -> None:
+        with target.connect() as client:
+            client.sendall(b'AUTH "%s"\r\n' % PASSWORD.encode())
+            unsent = memoryview(b"")
+            while True:
                 client.setblocking(False)
-                while True:
-                    client.send(requests)
-            client.setblocking(True)
-            client.recv(1 << 20)
+                with suppress(BlockingIOError):
+                    while True:
+                        unsent = unsent or memoryview(requests)
+                        unsent = unsent[client.send(unsent) :]
+                client.settimeout(_TIMEOUT_SECONDS)
+                client.recv(1 << 20)
+
+    return attack
 
 
 ATTACKS: dict[str, Attack | None] = {
@@ -148,7 +153,11 @@ ATTACKS: dict[str, Attack | None] = {
     "unfinished requests": repeatedly_send(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$16000\r\nx"),
     "guesses at the password, 16 KiB each": guess_passwords,
     "large requests before AUTH": repeatedly_send(b"*2\r\n$4\r\nAUTH\r\n$500000000\r\n" + b"x" * 60_000),
-    "tiny requests": send_tiny_requests,
+    "requests of two bytes": flood(b"a\n" * 30_000),
+    "lines of 30,000 words": flood(b"a " * 30_000 + b"\r\n"),
+    "INFO": flood(b"INFO everything\r\n" * 2000),
+    "numbers of 4,932 digits": flood(b"INCRBYFLOAT number 1e4931\r\n" * 2000),
+    "transactions of 10,000 commands": flood(b"MULTI\r\n" + b"SET k v\r\n" * 10_000 + b"EXEC\r\n"),
     "replies unread, before AUTH": never_read(authenticate=False, tls=False),
     "replies unread": never_read(authenticate=True, tls=False),
     "replies unread, TLS": never_read(authenticate=True, tls=True),
