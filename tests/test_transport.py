@@ -165,8 +165,9 @@ async def test_hanging_up_ends_both_directions(pair: tuple[SocketTransport, sock
 async def test_hanging_up_tls(encrypted: Encrypted) -> None:
     transport, client = encrypted
     transport.hang_up()
-    with pytest.raises(trio.BrokenResourceError):
-        await client.receive_some()
+    # As OpenSSL likes, an end that was not announced is an error or not.
+    with suppress(trio.BrokenResourceError):
+        assert await client.receive_some() == b""
     assert await receive(transport) == b""
     await transport.close()
 
