@@ -221,14 +221,13 @@ class Server:
         users = self.access.users
         for session in list(self.sessions.values()):
             if users.get(session.user.name) is session.user:
-                session.authenticated = session.authenticated or self.access.is_open
+                session.reconsider()
+                continue
+            session.authenticated, session.guarded = False, True
+            if session is changing:
+                session.leave()
             else:
-                session.authenticated = False
-                if session is changing:
-                    session.leave()
-                else:
-                    session.close()
-            session.reconsider()
+                session.close()
 
 
 @attrs.define(eq=False)
@@ -260,9 +259,11 @@ class Session:
     changed_course: bool = False
     last_active: float = 0.0
     last_command: str = "NULL"
-    # A client is the default user from the start; unless that needs no password, it has to say so.
+    # A client is the default user from the start; unless that needs no password, it has to say so. Who did,
+    # or came while nobody had to, need not again; others are in only while nobody has to.
     user: User = attrs.field()
-    authenticated: bool = attrs.field()
+    logged_in: bool = attrs.field()
+    authenticated: bool = attrs.field(init=False)
     transaction: Transaction | None = None
     watch: Watch = attrs.field(factory=Watch)
     # Ends what the client is blocked in, None while it is not: by an error, or else as by a timeout.
@@ -279,7 +280,7 @@ class Session:
     def _first_user(self) -> User:
         return self.server.access.default
 
-    @authenticated.default
+    @logged_in.default
     def _needs_no_password(self) -> bool:
         return self.server.access.is_open
 
@@ -315,13 +316,14 @@ class Session:
         return max(journal.durable_lsn, self.observed())
 
     def reconsider(self) -> None:
-        """Finds `guarded` again, after what it follows from has changed."""
+        """Finds `authenticated` and `guarded` again, after what they follow from has changed."""
+        self.authenticated = self.logged_in or self.server.access.is_open
         self.guarded = not self.authenticated or self.transaction is not None or not self.user.unrestricted
 
     def log_in(self, user: User) -> None:
         """Lets the client be that user from now on."""
         self.user = user
-        self.authenticated = True
+        self.logged_in = True
         self.reconsider()
 
     def begin(self) -> None:
@@ -347,7 +349,7 @@ class Session:
     def reset(self) -> None:
         """Back to how a client starts: https://redis.io/docs/latest/commands/reset/."""
         self.user = self.server.access.default
-        self.authenticated = self.server.access.is_open
+        self.logged_in = self.server.access.is_open
         self.discard()
         self.server.monitors.remove(self)
         self.no_evict = self.no_touch = False

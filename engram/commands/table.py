@@ -188,10 +188,10 @@ def wrong_arity(name: str) -> CommandError:
 
 def unknown_command(arguments: Sequence[bytes]) -> CommandError:
     """The error for a command that is not in the table, in Redis's words."""
-    shown = ""
+    shown = b""
     for argument in arguments[1:]:
         if len(shown) >= 128:
             break
-        shown += f"'{argument[: 128 - len(shown)].decode('utf-8', 'surrogateescape')}' "
-    name = arguments[0][:128].decode("utf-8", "surrogateescape")
-    return CommandError(f"ERR unknown command '{name}', with args beginning with: {shown}")
+        shown += b"'%b' " % argument[: 128 - len(shown)]
+    text = b"ERR unknown command '%b', with args beginning with: %b" % (arguments[0][:128], shown)
+    return CommandError(text.decode("utf-8", "surrogateescape"))

@@ -44,6 +44,12 @@ CONVERSATIONS: dict[str, Conversation] = {
             [b"foobar", b"a b", b"c"],
             b"-ERR unknown command 'foobar', with args beginning with: 'a b' 'c' \r\n",
         ),
+        # At most 128 bytes of arguments, not characters.
+        (
+            [b"foobar", "\u00e9".encode() * 3, b"y" * 200],
+            b"-ERR unknown command 'foobar', with args beginning with: '%b' '%b' \r\n"
+            % ("\u00e9".encode() * 3, b"y" * 119),
+        ),
         ([b"x\r\ny", b"a\r\nb"], b"-ERR unknown command 'x  y', with args beginning with: 'a  b' \r\n"),
     ),
 }
