@@ -67,7 +67,7 @@ def _hello(session: Session, arguments: list[bytes]) -> bytes:
             raise CommandError(f"ERR Syntax error in HELLO option '{text(arguments[position])}'")
     if credentials is not None:
         authenticate(session, arguments, *credentials)
-    if not session.authenticated:
+    if not session.logged_in:
         raise CommandError(_NO_AUTHENTICATION)
     session.encoder = encoder
     if name is not None:

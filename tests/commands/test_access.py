@@ -508,6 +508,7 @@ async def test_who_came_while_a_password_was_needed_is_let_in_while_none_is(hous
     assert await waiting.call("PING") == NO_AUTHENTICATION
     require(b"")
     assert await waiting.call("PING") == PONG
+    assert (await waiting.call("HELLO")).startswith(b"-NOAUTH HELLO must be called")
     inside = house.connect()
     assert await inside.call("PING") == PONG
     require(b"secret")
