@@ -260,7 +260,9 @@ class Patient:
         else:
             # What has been cut off cannot tell what was durable.
             enough = recovery.lsn - specimen.closed == sum(end <= case.offset for end in specimen.record_ends)
-            whole = case.offset in (FILE_HEADER_SIZE, *specimen.record_ends)
+            begin = max(end for end in (FILE_HEADER_SIZE, *specimen.record_ends) if end <= case.offset)
+            # A record of which nothing is there, or zeros alone, looks as what was never written.
+            whole = not any(specimen.files[case.path][begin : case.offset])
         reported = recovery.torn_bytes > 0 and len(recovery.cut_files) == 1
         return CUT, "" if enough and reported != whole else f"recovered up to {recovery.lsn}: {recovery}"
 
