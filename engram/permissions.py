@@ -457,21 +457,26 @@ class Rules:
         )
 
 
-def _join_selectors(rules: Iterable[bytes]) -> Iterator[bytes]:
-    """The rules, each selector one of them, whether it came in one word or in several."""
+def _join_selectors(rules: Iterable[bytes]) -> list[bytes]:
+    """The rules, each selector one of them, whether it came in one word or in several.
+
+    Raises UnmatchedParenthesisError, which goes before whatever else is wrong with the rules.
+    """
+    joined: list[bytes] = []
     opened: list[bytes] = []
     for rule in rules:
         if opened:
             opened.append(rule)
             if rule.endswith(b")"):
-                yield b" ".join(opened)
+                joined.append(b" ".join(opened))
                 opened = []
         elif rule.startswith(b"(") and not rule.endswith(b")"):
             opened.append(rule)
         else:
-            yield rule
+            joined.append(rule)
     if opened:
         raise UnmatchedParenthesisError(opened[0], "Unmatched parenthesis in selector definition")
+    return joined
 
 
 def hash_password(password: bytes) -> bytes:
