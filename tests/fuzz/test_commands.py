@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hiredis
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engram.commands.registry import COMMANDS
-from engram.commands.syntax import Argument
-from engram.commands.table import Command
-from engram.config import SETTINGS
+from tests.conftest import encode_request
 from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess, running_server
+from tests.fuzz.grammar import OPENING, leaves, requests_for
 
 # They end the server or the connection, take replies away, make them wait, or lock others out, by design.
 EXCLUDED = frozenset(
@@ -43,7 +40,6 @@ MOST_RESIDENT_BYTES = 400 << 20
 
 CORPUS = Path(__file__).parent / "corpus"
 
-DIMENSION = 4
 SENTINEL = b"the last reply"
 
 
@@ -52,77 +48,6 @@ def server() -> Iterator[ServerProcess]:
     """One where SETRANGE and the like make no strings of hundreds of megabytes."""
     with running_server("--proto-max-bulk-len", "1mb") as server:
         yield server
-
-
-keys = st.sampled_from([b"a", b"b", b"number", b"index", b"other", b"", b"\x00\xff", b"*"])
-vectors = st.lists(st.floats(width=32) | st.just(0.0), min_size=DIMENSION - 1, max_size=DIMENSION + 1).map(
-    lambda numbers: np.array(numbers, "<f4").tobytes()
-)
-integers = st.one_of(
-    st.integers(-3, 20),
-    st.sampled_from([2**31, 2**32, 2**53, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, 2**64, 10**30]),
-).map(lambda number: b"%d" % number)
-oddities = st.sampled_from(
-    [b"", b"nan", b"inf", b"-0", b"+1", b" 1", b"1_0", b"\xd9\xa1", b"\r\n", b"(", b"%s", b"[a-"]
-)
-texts = st.one_of(
-    st.binary(max_size=20),
-    vectors,
-    oddities,
-    integers,
-    st.sampled_from(sorted(SETTINGS)).map(str.encode),
-    st.sampled_from(sorted(COMMANDS)),
-)
-
-
-def joined(parts: Iterable[list[bytes]]) -> list[bytes]:
-    return list(chain.from_iterable(parts))
-
-
-def leaves(commands: Sequence[Command]) -> list[Command]:
-    """Commands and subcommands, containers left out."""
-    found: list[Command] = []
-    for command in commands:
-        found += leaves(list(command.subcommands.values())) if command.subcommands else [command]
-    return found
-
-
-def value(argument: Argument) -> st.SearchStrategy[list[bytes]]:
-    """Words for an argument that is there once, its token left out."""
-    match argument.type:
-        case "oneof":
-            return st.one_of([words(each) for each in argument.arguments])
-        case "block":
-            return st.tuples(*map(words, argument.arguments)).map(joined)
-        case "pure-token":
-            return st.just([])
-        case "key":
-            return keys.map(lambda key: [key])
-        case "integer" | "unix-time":
-            return (integers | oddities).map(lambda number: [number])
-        case "double":
-            return (st.floats().map(lambda number: b"%g" % number) | oddities).map(lambda number: [number])
-        case _ if argument.name in ("vector", "query"):
-            return vectors.map(lambda vector: [vector])
-        case _:
-            return texts.map(lambda text: [text])
-
-
-def words(argument: Argument) -> st.SearchStrategy[list[bytes]]:
-    """Words for an argument, as the command's usage has it."""
-    token = [] if argument.token is None else [argument.token.encode()]
-    once = value(argument).map(lambda found: [*token, *found])
-    if argument.multiple:
-        once = st.lists(once, min_size=1, max_size=4).map(joined)
-    return st.just([]) | once if argument.optional else once
-
-
-def requests_of(command: Command) -> st.SearchStrategy[list[bytes]]:
-    """Requests that follow the command's usage, or nearly."""
-    name = [word.encode() for word in command.name.split("|")]
-    proper = st.tuples(*map(words, command.arguments)).map(lambda parts: [*name, *joined(parts)])
-    loose = st.lists(texts | keys, max_size=6).map(lambda rest: [*name, *rest])
-    return proper | proper | proper | loose
 
 
 def is_harmless(request: list[bytes]) -> bool:
@@ -134,20 +59,13 @@ def is_harmless(request: list[bytes]) -> bool:
     return not (lowered[:2] == [b"config", b"set"] and KEPT_SETTINGS & set(map(bytes.lower, request)))
 
 
-table = [command for command in leaves(list(COMMANDS.values())) if command.name not in EXCLUDED]
-requests = st.one_of(
-    st.one_of([requests_of(command) for command in table]),
-    st.lists(texts, min_size=1, max_size=5),
-).filter(is_harmless)
-
-
-def encode(request: Sequence[bytes]) -> bytes:
-    return b"*%d\r\n%s" % (len(request), b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in request))
+table = [command for command in leaves(COMMANDS.values()) if command.name not in EXCLUDED]
+requests = requests_for(table).filter(is_harmless)
 
 
 def exchange(client: socket.socket, batch: Sequence[Sequence[bytes]]) -> list[Any]:
     """The replies up to the sentinel's, which is asked for last, outside a transaction."""
-    client.sendall(b"".join(map(encode, [*batch, (b"DISCARD",), (b"ECHO", SENTINEL)])))
+    client.sendall(b"".join(map(encode_request, [*batch, (b"DISCARD",), (b"ECHO", SENTINEL)])))
     nothing = object()
     reader = hiredis.Reader(notEnoughData=nothing)
     found: list[Any] = []
@@ -167,7 +85,7 @@ def exchange(client: socket.socket, batch: Sequence[Sequence[bytes]]) -> list[An
 def test_each_request_gets_one_reply(
     server: ServerProcess, batch: list[list[bytes]], protocol: bytes
 ) -> None:
-    opening = [[b"HELLO", protocol], [b"VNEW", b"index", b"%d" % DIMENSION], [b"SET", b"number", b"1"]]
+    opening = [[b"HELLO", protocol], *OPENING]
     with socket.create_connection((HOST, server.port), DEADLINE_SECONDS) as client:
         replies = exchange(client, [*opening, *batch])
     assert len(replies) == len(opening) + len(batch)
