@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -34,7 +35,7 @@ from engram.index.service import Done, SearchService
 from engram.index.vector_index import VectorIndex, View
 from engram.index.verification import Verification
 from engram.operations import InstallSegment, Operation
-from engram.transport import StreamTransport
+from engram.transport import SocketTransport, StreamTransport, Transport
 
 START = 1_800_000_000_000
 
@@ -92,7 +93,8 @@ class Clock:
 class ManualJournal:
     """A log in memory. What is appended is durable when `release` says so.
 
-    `together` holds the operations of each call that makes them one.
+    `together` holds the operations of each call that makes them one, `boundaries` the LSNs at which a record
+    ends: after a crash the last change is one of them.
     `refusal` is the text of the error that admission ends with while `room` is False; without one,
     admission waits.
     """
@@ -100,6 +102,7 @@ class ManualJournal:
     def __init__(self, *, automatic: bool = False) -> None:
         self.records: list[tuple[int, Operation]] = []
         self.together: list[tuple[Operation, ...]] = []
+        self.boundaries: list[int] = []
         self.durable = 0
         self.automatic = automatic
         self.room = True
@@ -125,6 +128,7 @@ class ManualJournal:
 
     def append(self, lsn: int, operation: Operation) -> None:
         self.records.append((lsn, operation))
+        self.boundaries.append(lsn)
         if self.automatic:
             self.durable = lsn
 
@@ -132,6 +136,7 @@ class ManualJournal:
         self.together.append(tuple(operations))
         for lsn, operation in enumerate(operations, first_lsn):
             self.append(lsn, operation)
+        del self.boundaries[-len(operations) : -1]
 
     def released(self, lsn: int) -> bool:
         return lsn <= self.durable
@@ -259,9 +264,18 @@ class House:
     ) -> Client:
         """A new client; `reads` is False for one that leaves its replies unread."""
         near, far = streams or trio.testing.memory_stream_pair()
+        return self._serve(StreamTransport(far), near, reads)
+
+    def connect_by_socket(self) -> Client:
+        """A new client over a pair of sockets."""
+        near, far = socket.socketpair()
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(near))
+        return self._serve(SocketTransport(far, self.server.rounds), stream, True)
+
+    def _serve(self, transport: Transport, near: trio.abc.Stream, reads: bool) -> Client:
         number = 1000 + len(self.connections)
         connection = Connection(
-            StreamTransport(far),
+            transport,
             self.server,
             address=f"127.0.0.1:{number}",
             local_address="127.0.0.1:6380",

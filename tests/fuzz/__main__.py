@@ -2,9 +2,10 @@
 
     python -m tests.fuzz --minutes 60 --jobs 2
 
-Each job runs the properties of the parser, of commands that are carried out together, and of all commands
-against a server process of its own, again and again, with other examples each time. What fails is printed by
-Hypothesis as small as it can make it, and belongs into `tests/fuzz/corpus`, which the test suite replays.
+Each job runs the properties of the parser, of commands that are carried out together, of conversations, and
+of all commands against a server process of its own, again and again, with other examples each time. What
+fails is printed by Hypothesis as small as it can make it, and belongs into `tests/fuzz/corpus`, which the
+test suite replays.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-TESTS = ("tests/protocol/test_requests.py", "tests/commands/test_runs.py", "tests/fuzz/test_commands.py")
+TESTS = (
+    "tests/protocol/test_requests.py",
+    "tests/commands/test_runs.py",
+    "tests/fuzz/test_conversations.py",
+    "tests/fuzz/test_commands.py",
+)
 EXAMPLES = 3000
 # Examples of the properties of a run, which has as many seconds at most.
 LONGEST_RUN_SECONDS = 900

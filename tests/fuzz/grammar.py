@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from hypothesis import strategies as st
@@ -13,14 +14,17 @@ from engram.commands.syntax import Argument
 from engram.commands.table import Command
 from engram.config import SETTINGS
 
+T = TypeVar("T")
+
 DIMENSION = 4
 
 # What a command may fail to find, and what it may find of the wrong kind.
 OPENING: Sequence[Sequence[bytes]] = (
     (b"VNEW", b"index", b"%d" % DIMENSION),
     (b"SET", b"number", b"1"),
-    (b"VADD", b"index", b"a", bytes(4 * DIMENSION), b'{"n":1,"s":"text"}'),
+    (b"VADD", b"index", b"a", bytes(4 * DIMENSION)),
     (b"VADD", b"index", b"b", np.ones(DIMENSION, "<f4").tobytes()),
+    (b"VSETATTR", b"index", b"b", b'{"n":1,"s":"text"}'),
 )
 
 
@@ -95,8 +99,8 @@ _BY_TYPE = {
 }
 
 
-def joined(parts: Iterable[list[bytes]]) -> list[bytes]:
-    """The words of all parts."""
+def joined(parts: Iterable[list[T]]) -> list[T]:
+    """What is in all parts."""
     return list(chain.from_iterable(parts))
 
 
