@@ -39,6 +39,8 @@ class Journal(Protocol):
 
     def on_release(self, lsn: int, callback: Callable[[], None]) -> None: ...
 
+    async def wait_durable(self, lsn: int) -> None: ...
+
 
 def clock() -> int:
     """Milliseconds since the epoch."""

@@ -110,6 +110,7 @@ class ManualJournal:
         self.admissions = 0
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._parked = trio.lowlevel.ParkingLot()
+        self._unsynced = trio.lowlevel.ParkingLot()
 
     @property
     def durable_lsn(self) -> int:
@@ -149,6 +150,11 @@ class ManualJournal:
         self.durable = self.records[-1][0] if lsn is None else lsn
         while self._waiting and self.released(self._waiting[0][0]):
             self._waiting.popleft()[1]()
+        self._unsynced.unpark_all()
+
+    async def wait_durable(self, lsn: int) -> None:
+        while self.durable < lsn:
+            await self._unsynced.park()
 
     def make_room(self) -> None:
         self.room = True

@@ -13,14 +13,9 @@ import trio
 from engram.commands.arguments import INTEGER_HIGH, integer
 from engram.commands.session import Barrier, Session
 from engram.commands.table import Command, Reply
-from engram.database import Journal
 from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.replies import ZERO
-
-# Where replies do not wait for the log, it is looked at this often, in seconds. Such a log is synced once a
-# second or less.
-_LOOK_INTERVAL = 0.01
 
 _UNBLOCKED = "UNBLOCKED client unblocked via CLIENT UNBLOCK"
 
@@ -76,20 +71,11 @@ def _waitaof(session: Session, arguments: list[bytes]) -> Reply:
 
     async def wait() -> None:
         if journal is not None and local:
-            await _synced(journal, lsn)
+            await journal.wait_durable(lsn)
         if replicas:
             await trio.sleep_forever()
 
     return Barrier(lambda: _blocked(session, seconds, wait, reply))
-
-
-async def _synced(journal: Journal, lsn: int) -> None:
-    """Returns once what was written up to `lsn` is on disk."""
-    released = trio.Event()
-    journal.on_release(lsn, released.set)
-    await released.wait()
-    while journal.durable_lsn < lsn:  # noqa: ASYNC110 - with syncs a second apart it costs nothing
-        await trio.sleep(_LOOK_INTERVAL)
 
 
 async def _blocked(

@@ -350,6 +350,12 @@ class Persistence:
         # Under a policy that just became "always" there may be no other cause to sync.
         self._work.set()
 
+    async def wait_durable(self, lsn: int) -> None:
+        """Returns once all up to `lsn` is synced, whatever `appendfsync` lets replies do before."""
+        self._work.set()
+        while self._durable_lsn < lsn:
+            await self._progress.wait()
+
     def _release(self) -> None:
         waiting = self._waiting
         while waiting and self.released(waiting[0][0]):

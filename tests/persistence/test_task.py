@@ -76,11 +76,6 @@ class Running:
             self.persistence.append(lsn, operation(lsn, size))
             self.persistence.on_release(lsn, lambda lsn=lsn: self.released.append(lsn))  # type: ignore[misc]
 
-    async def synced(self, lsn: int) -> None:
-        """Waits for a sync that is on its way, whatever was released before it."""
-        while self.persistence.durable_lsn < lsn:
-            await trio.lowlevel.checkpoint()
-
     async def durable(self, lsn: int) -> None:
         event = trio.Event()
         self.persistence.on_release(lsn, event.set)
@@ -297,7 +292,7 @@ async def test_everysec_releases_at_once_and_syncs_later(
         assert [call[0] for call in files.calls[before:]] == ["write_at", "write_at", "sync_data"]
         assert running.persistence.durable_lsn == 1
         synced.open()
-        await running.synced(4)
+        await running.persistence.wait_durable(4)
     assert read_back(directory).operations == numbered(1, 4)
 
 
@@ -312,7 +307,7 @@ async def test_no_syncs_only_when_a_file_is_closed(directory: Path, files: Hooke
             await running.persistence.admit(1000)
             running.append(size=1000)
         assert running.released == list(range(1, 10))
-        await running.synced(3)
+        await running.persistence.wait_durable(3)
         assert running.persistence.durable_lsn < 9
     assert read_back(directory).recovery.recorded_durable_lsn == 9
 
@@ -326,6 +321,15 @@ async def test_switching_to_always_makes_a_reader_wait_for_a_sync(
         settings.appendfsync = "always"
         assert not running.persistence.released(1)
         await running.durable(1)
+
+
+async def test_who_waits_for_a_sync_sees_a_switch_to_always(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(appendfsync="no", log_file_size=1 << 16)
+    async with started(directory, files, settings) as running:
+        running.append()
+        settings.appendfsync = "always"
+        await running.persistence.wait_durable(1)
+        assert running.persistence.durable_lsn == 1
 
 
 async def test_switching_from_always_releases_what_waits(directory: Path, files: HookedFiles) -> None:
