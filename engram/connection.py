@@ -10,7 +10,7 @@ from itertools import islice
 
 import trio
 
-from engram.commands.guard import check_rights, guard
+from engram.commands.guard import check, check_rights, queue_or_show
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
 from engram.commands.table import Command, Handler, Reply, check_arity, log_room, unknown_command
@@ -88,8 +88,8 @@ class Connection:
             abort=self._scope.cancel,
             written=self._touch,
         )
-        # Whether a barrier is being waited for.
-        self._passing = False
+        # Whether an obstacle is being waited for.
+        self._held = False
         server.last_client_id += 1
         now = time.monotonic()
         self.session = Session(
@@ -105,13 +105,13 @@ class Connection:
             buffered=lambda: (self._parser.buffered, self._outbox.size),
             observed=lambda: self._database.lsn if self._burst else self._outbox.observed_lsn,
             push=self._push,
-            awaiting=lambda: self._passing or self._outbox.awaiting,
+            awaiting=lambda: self._held or self._outbox.awaiting,
         )
+        # From here on whatever changes what clients may do reaches this one.
+        server.sessions[self.session.id] = self.session
 
     async def serve(self) -> None:
         """Answers requests until the client leaves, is killed, or `finish` is called."""
-        sessions = self._server.sessions
-        sessions[self.session.id] = self.session
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -131,7 +131,7 @@ class Connection:
             self._server.monitors.remove(self.session)
             self.session.unwatch()
             # Whoever no longer sees the client in CLIENT LIST may rely on its socket being closed.
-            sessions.pop(self.session.id, None)
+            self._server.sessions.pop(self.session.id, None)
 
     def _touch(self) -> None:
         self.session.last_active = time.monotonic()
@@ -162,7 +162,14 @@ class Connection:
             await self._transport.deliver(self._take)
             while (obstacle := self._obstacle) is not None:
                 self._obstacle = None
-                await obstacle()
+                self._held = True
+                try:
+                    await obstacle()
+                    # Who was ended in the same moment changes nothing any more.
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                finally:
+                    self._held = False
+                    self._touch()
                 self._carry_on()
 
     def _take(self, data: bytes) -> bool:
@@ -190,9 +197,11 @@ class Connection:
         try:
             obstacle = None if self.session.closing else self._execute()
         except Exception:
-            # It ends the client, who should still learn what was done before.
+            # It ends this client alone, who still learns what was done before.
+            logger.exception("client %s ended by an error", self.session.address)
             self._release(self._burst)
-            raise
+            self._finished = True
+            return False
         parser, outbox = self._parser, self._outbox
         if obstacle is not None:
             self._obstacle = obstacle
@@ -285,7 +294,11 @@ class Connection:
                 if special:
                     known = None
                     if session.guarded or server.guarded:
-                        reply = guard(session, command, request)
+                        check(session, command, request)
+                        if server.pause.holds(writes := session.would_write(command)):
+                            obstacle = partial(self._wait_for_pause, writes)
+                            break
+                        reply = queue_or_show(session, command, request)
                         # Room in the log may go to what is evicted, or to a transaction.
                         admitted = journal is None
                     if reply is None and (obstacle := self._obstacle_to(command, request, admitted)):
@@ -368,8 +381,6 @@ class Connection:
 
     def _obstacle_to(self, command: Command, request: list[bytes], admitted: bool) -> Obstacle | None:
         """What a request has to wait for that nothing else forbids; None when it may be carried out now."""
-        if self._server.pause.holds(command):
-            return partial(self._clear, command, request)
         if not command.writes:
             return None
         delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
@@ -378,21 +389,17 @@ class Connection:
             return None
         return partial(self._clear, command, request, delay)
 
-    async def _clear(self, command: Command, request: list[bytes], delay: float | None = None) -> None:
-        """Waits until a request may be carried out: `delay` seconds, which are yet to be found when None."""
-        journal = self._database.journal
+    async def _wait_for_pause(self, writes: bool) -> None:
+        """Waits until a pause is over that holds the next request, which is looked at afresh then."""
+        await self._server.pause.wait(writes)
+        self._position -= 1
+
+    async def _clear(self, command: Command, request: list[bytes], delay: float) -> None:
+        """Waits until a write may be carried out: `delay` seconds, and as long as the log has no room."""
         try:
-            if delay is None:
-                await self._server.pause.wait(command)
-                delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
             if delay:
                 await trio.sleep(delay)
-            if (
-                command.writes
-                and journal is not None
-                and not journal.has_room(room := log_room(command, request))
-            ):
-                await journal.admit(room)
+            await self._server.admit(log_room(command, request))
             # Its user may have changed meanwhile.
             check_rights(self.session, command, request)
         except CommandError as error:
@@ -457,14 +464,10 @@ class Connection:
     async def _pass(self, barrier: Barrier, command: Command | None) -> None:
         """Waits for the reply that stands behind a barrier, and hands it on."""
         began = time.perf_counter_ns()
-        self._passing = True
         try:
             reply = await barrier.reply()
         except CommandError as error:
             reply = self._refuse(str(error), command, rejected=False)
-        finally:
-            self._passing = False
-            self._touch()
         if command is not None:
             self._server.statistics.usage[command.name].record(1, time.perf_counter_ns() - began)
         self._answer(reply)

@@ -351,7 +351,8 @@ class Reception:
                 continue
             latest = time.monotonic() - timeout
             for session in list(self._server.sessions.values()):
-                if session.last_active < latest and not session.awaiting():
+                busy = session.awaiting() or session in self._server.monitors
+                if session.last_active < latest and not busy:
                     logger.info("client %s dropped: idle for more than %d s", session.address, timeout)
                     session.close()
 

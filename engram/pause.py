@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import trio
-
-
-class Pausable(Protocol):
-    """What is needed of a command: whether it changes data."""
-
-    @property
-    def writes(self) -> bool: ...
 
 
 class Pause:
@@ -65,11 +57,11 @@ class Pause:
                 continue
             self.end()
 
-    def holds(self, command: Pausable) -> bool:
-        """Whether a command has to wait."""
-        return self.active and (self._everything or command.writes)
+    def holds(self, writes: bool) -> bool:
+        """Whether a command has to wait that changes data, or does not."""
+        return self.active and (self._everything or writes)
 
-    async def wait(self, command: Pausable) -> None:
-        """Returns once the command may be carried out."""
-        while self.holds(command):
+    async def wait(self, writes: bool) -> None:
+        """Returns once such a command may be carried out."""
+        while self.holds(writes):
             await self._waiting.park()

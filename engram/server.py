@@ -381,7 +381,8 @@ async def _expire(database: Database) -> None:
     while True:
         next_expiry = database.engine.keyspace.next_expiry()
         pause = _IDLE_EXPIRY_INTERVAL
-        if next_expiry is not None:
+        # What lapsed before and is still there waits for room in the log.
+        if next_expiry is not None and next_expiry > database.now():
             pause = min(pause, max(0.001, (next_expiry - database.now()) / 1000))
         await trio.sleep(pause)
         while database.expire_due():

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
 
+from engram.commands.registry import COMMANDS, SPELLINGS
+from engram.commands.session import Session
 from engram.config import Config
 from engram.index.search import SearchResult
 from engram.operations import DeleteKeys, SetString
@@ -283,6 +286,47 @@ async def test_a_client_that_waits_for_room_in_the_log_can_be_killed(open_house:
         journal.make_room()
         await wait_all_tasks_blocked()
         assert journal.records == []
+
+
+async def test_a_client_who_came_as_its_user_was_restricted_is_restricted(house: House) -> None:
+    """Its task has not begun when the rules change."""
+    new = house.connect()
+    house.server.access.put(b"default", house.server.access.changed(b"default", [b"-@all", b"+ping"]))
+    house.server.review_sessions()
+    assert (await new.call("SET k v")).startswith(b"-NOPERM ")
+
+
+async def test_who_is_ended_by_an_error_learns_what_was_done_before(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(session: Session, arguments: list[bytes]) -> bytes:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setitem(SPELLINGS, b"ECHO", attrs.evolve(COMMANDS[b"echo"], handler=broken))
+    journal = ManualJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.send("SET k v", "ECHO x", "PING")
+        assert await client.arrived() == b""
+        journal.release()
+        assert await client.ended() == OK
+    assert "ended by an error" in caplog.text
+
+
+async def test_a_transaction_is_queued_as_far_as_there_is_memory_for_requests(house: House) -> None:
+    house.server.config.client_query_buffer_limit = 1 << 20
+    client = house.connect()
+    await client.call("MULTI")
+    for _ in range(10):
+        assert await client.call([b"SET", b"k", bytes(100_000)]) == b"+QUEUED\r\n"
+    refused = b"-ERR the transaction takes more than client-query-buffer-limit\r\n"
+    for _ in range(10):
+        assert await client.call([b"SET", b"k", bytes(100_000)]) == refused
+    transaction = house.server.sessions[1].transaction
+    assert transaction is not None
+    assert transaction.size < 1.2 * (1 << 20)
+    assert (await client.call("EXEC")).startswith(b"-EXECABORT ")
+    assert await client.call("EXISTS k") == b":0\r\n"
 
 
 # Durability: no reply leaves before the state it shows is durable

@@ -258,20 +258,31 @@ async def test_idle_clients_are_dropped(
         mock_clock.jump(1)
 
     async with open_door(open_house, Config(port=0, timeout=30)) as door:
-        idle, busy, waiting = [await door.connect() for _ in range(3)]
-        for client in (idle, busy, waiting):
+        idle, busy, monitor, blocked, paused = [await door.connect() for _ in range(5)]
+        for client in (idle, busy, monitor, blocked, paused):
             assert await client.call("PING") == PONG
-        *_, last = door.house.server.sessions.values()
-        last.awaiting = lambda: True
+        assert await monitor.call("MONITOR") == OK
+        assert await busy.call("CLIENT PAUSE 1000000 WRITE") == OK
+        await blocked.send("WAIT 1 0")
+        await paused.send("SET k v")
+        await wait_all_tasks_blocked()
         pass_time(30)
         assert await busy.call("PING") == PONG
-        assert len(door.house.server.sessions) == 3
+        assert len(door.house.server.sessions) == 5
         pass_time(1)
         assert await idle.ended() == b""
-        assert await busy.call("PING") == PONG
+        pass_time(29)
+        assert await busy.call("CLIENT UNPAUSE") == OK
+        assert await paused.reply() == OK
+        assert await busy.call("CLIENT UNBLOCK 4") == b":1\r\n"
+        assert await blocked.reply() == b":0\r\n"
+        assert not monitor.gone.is_set()
+        # Who was held is idle from when it no longer is.
+        pass_time(30)
+        assert await paused.call("PING") == PONG
         door.config.timeout = 0
         pass_time(1e6)
-        assert await waiting.call("PING") == PONG
+        assert await blocked.call("PING") == PONG
         assert await busy.call("PING") == PONG
 
 

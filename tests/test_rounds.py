@@ -140,6 +140,8 @@ async def test_who_comes_in_place_of_one_who_left_is_not_taken_for_it(
         descriptor = gone.near.fileno()
         gone.leave()
         near, far = socket.socketpair()
+        if far.fileno() == descriptor:
+            near, far = far, near
         with far:
             taken = near.detach()
             if taken != descriptor:

@@ -15,14 +15,8 @@ _NO_AUTHENTICATION = "NOAUTH Authentication required."
 _NEVER_QUEUED = frozenset({"exec", "discard", "multi", "watch", "quit", "reset"})
 
 
-def guard(session: Session, command: Command, request: list[bytes]) -> bytes | None:
-    """Refuses or queues what a client must not do now, in the order of Redis's checks.
-
-    Returns the reply of a command that was queued, None for one that is to be carried out.
-
-    Raises:
-        CommandError: it is refused.
-    """
+def check(session: Session, command: Command, request: list[bytes]) -> None:
+    """Raises CommandError for what a client must not do now, in the order of Redis's checks."""
     check_authentication(session, command)
     transaction = session.transaction
     if transaction is not None and "no_multi" in command.flags:
@@ -38,8 +32,21 @@ def guard(session: Session, command: Command, request: list[bytes]) -> bytes | N
         server.memory.admit(command)
     if server.monitors and session in server.monitors and {"write", "readonly"} & set(command.flags):
         raise CommandError("ERR Replica can't interact with the keyspace")
+
+
+def queue_or_show(session: Session, command: Command, request: list[bytes]) -> bytes | None:
+    """Queues a command within MULTI, or shows it to the clients that gave MONITOR.
+
+    Returns the reply of a command that was queued, None for one that is to be carried out.
+
+    Raises:
+        CommandError: the transaction takes more than `client-query-buffer-limit`.
+    """
+    transaction, server = session.transaction, session.server
     if transaction is not None and command.name not in _NEVER_QUEUED:
         transaction.queue(command, request)
+        if transaction.size > server.config.client_query_buffer_limit:
+            raise CommandError("ERR the transaction takes more than client-query-buffer-limit")
         return _QUEUED
     # EXEC is shown after what it has carried out.
     if server.monitors and command.name != "exec":

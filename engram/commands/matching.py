@@ -80,13 +80,13 @@ async def _delete_matching(session: Session, index: VectorIndex, condition: Filt
         size = sum(map(len, keys)) + _KEY_BYTES * len(keys) + RECORD_OVERHEAD
         if size > _LARGEST_RECORD:
             raise CommandError("ERR the keys to delete do not fit in one record; use a narrower filter")
-        if database.journal is None or size <= admitted:
+        if size <= admitted:
             database.commit(DeleteVectors(index.id, tuple(keys)))
             database.changed(index)
             return replies.integer(len(keys))
         # With some to spare for what is added until there is room.
         admitted = 2 * size
-        await database.journal.admit(admitted)
+        await session.server.admit(admitted)
     return ZERO
 
 

@@ -21,12 +21,16 @@ from engram.pause import Pause
 from engram.protocol import replies
 from engram.protocol.replies import RESP2, Encoder
 from engram.rounds import Rounds
+from engram.sizes import BYTES_OBJECT
 from engram.slowlog import SlowLog
 from engram.statistics import Statistics
 from engram.watches import Watch
 
 if TYPE_CHECKING:
     from engram.commands.table import Command
+
+# What a queued request takes beside its words: a list of them, and the pair that it is in.
+_REQUEST_BYTES = 200
 
 
 class Slot:
@@ -129,20 +133,25 @@ class Transaction:
 
     Attributes:
         commands: each command and its request.
-        size: bytes of the requests.
+        size: bytes that the requests take in memory.
         failed: whether a command was refused, so that EXEC will not carry out any.
+        writes: whether one of them changes data.
         grows: whether one of them may take memory.
     """
 
     commands: list[tuple[Command, list[bytes]]] = attrs.Factory(list)
     size: int = 0
     failed: bool = False
+    writes: bool = False
     grows: bool = False
 
     def queue(self, command: Command, request: list[bytes]) -> None:
-        """Keeps a command for EXEC."""
+        """Keeps a command for EXEC, unless that will carry out none."""
+        if self.failed:
+            return
         self.commands.append((command, request))
-        self.size += sum(map(len, request))
+        self.size += _REQUEST_BYTES + BYTES_OBJECT * len(request) + sum(map(len, request))
+        self.writes = self.writes or command.writes
         self.grows = self.grows or "denyoom" in command.flags
 
 
@@ -212,6 +221,21 @@ class Server:
             or config.maxmemory > 0
             or config.max_key_length < config.proto_max_bulk_len
         )
+
+    async def admit(self, room: int) -> None:
+        """Waits until a write may be made that takes up to `room` bytes of the log, and no pause holds it.
+
+        It is made before the next checkpoint, or not at all. A client that has been ended makes none: this
+        raises Cancelled then. Raises CommandError when the log has no room and will not have any soon.
+        """
+        journal = self.database.journal
+        while True:
+            await self.pause.wait(writes=True)
+            if journal is not None and not journal.has_room(room):
+                await journal.admit(room)
+            if not self.pause.holds(writes=True):
+                break
+        await trio.lowlevel.checkpoint_if_cancelled()
 
     def review_sessions(self, changing: Session | None = None) -> None:
         """Lets a change of users hold for every session; those whose user is gone end.
@@ -314,6 +338,11 @@ class Session:
         if journal is None or self.executing or journal.released(lsn):
             return lsn
         return max(journal.durable_lsn, self.observed())
+
+    def would_write(self, command: Command) -> bool:
+        """Whether a command changes data: by itself, or as EXEC does with what is queued."""
+        transaction = self.transaction
+        return command.writes or (command.name == "exec" and transaction is not None and transaction.writes)
 
     def reconsider(self) -> None:
         """Finds `authenticated` and `guarded` again, after what they follow from has changed."""

@@ -70,8 +70,8 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     async def execute() -> bytes:
         try:
             await trio.sleep(delay)
-            if room and journal is not None:
-                await journal.admit(room)
+            if room:
+                await session.server.admit(room)
         except CommandError as error:
             session.discard()
             raise CommandError(f"EXECABORT Transaction discarded because of: {error}") from error

@@ -8,7 +8,7 @@ import trio.testing
 
 from engram import REDIS_VERSION
 from tests.commands.conftest import Conversation, Converse
-from tests.conftest import House
+from tests.conftest import House, ManualJournal, OpenHouse
 
 CONVERSATIONS: dict[str, Conversation] = {
     "ping and echo": (
@@ -291,7 +291,7 @@ async def test_flags_say_what_a_client_is_doing(house: House) -> None:
     await other.call("GET abc")
     assert await flags() == "xd"
     line = (await client.call("CLIENT LIST ID 2")).decode()
-    assert re.search(r" multi=1 watch=1 .* multi-mem=6 ", line)
+    assert re.search(r" multi=1 watch=1 .* multi-mem=2\d\d ", line)
     await other.call("DISCARD")
     await other.call("MONITOR")
     assert await flags() == "O"
@@ -362,3 +362,71 @@ async def test_who_is_killed_is_seen_no_more(house: House) -> None:
     assert b"victim" not in data
     assert data.endswith(b"\r\n:0\r\n")
     assert await killed.ended() == b""
+
+
+async def test_a_pause_of_writes_holds_an_exec_that_writes(house: House) -> None:
+    client, reader, other = house.connect(), house.connect(), house.connect()
+    for one, command in ((client, "SET k v"), (reader, "GET k")):
+        await one.call("MULTI")
+        await one.call(command)
+    await other.call("CLIENT PAUSE 100000 WRITE")
+    assert await reader.call("EXEC") == b"*1\r\n$-1\r\n"
+    await client.send("EXEC")
+    assert await client.arrived() == b""
+    assert await other.call("CLIENT UNPAUSE") == b"+OK\r\n"
+    assert await client.reply() == b"*1\r\n+OK\r\n"
+
+
+async def test_a_pause_of_writes_holds_what_would_be_queued(house: House) -> None:
+    """As in Redis, whose pause comes before the queue of MULTI."""
+    client, other = house.connect(), house.connect()
+    await other.call("CLIENT PAUSE 100000 WRITE")
+    await client.send("MULTI", "GET k", "SET k v", "EXEC")
+    assert await client.arrived() == b"+OK\r\n+QUEUED\r\n"
+    assert await other.call("CLIENT UNPAUSE") == b"+OK\r\n"
+    assert await client.arrived() == b"+QUEUED\r\n*2\r\n$-1\r\n+OK\r\n"
+
+
+@pytest.mark.parametrize("requests", [["SET k v"], ["MULTI", "SET k v", "EXEC"]])
+async def test_a_write_that_waits_for_room_is_held_by_a_pause_that_began_meanwhile(
+    open_house: OpenHouse, requests: list[str]
+) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        journal.room = False
+        await client.send(*requests)
+        await client.arrived()
+        await other.call("CLIENT PAUSE 100000 WRITE")
+        journal.make_room()
+        assert await client.arrived() == b""
+        assert await other.call("EXISTS k") == b":0\r\n"
+        assert await other.call("CLIENT UNPAUSE") == b"+OK\r\n"
+        assert (await client.arrived()).endswith(b"+OK\r\n")
+        assert await other.call("EXISTS k") == b":1\r\n"
+
+
+async def test_who_is_killed_as_a_pause_ends_changes_nothing(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    assert await client.call("CLIENT ID") == b":1\r\n"
+    await other.call("CLIENT PAUSE 100000 WRITE")
+    await client.send("SET k 1", "SET l 2")
+    assert await client.arrived() == b""
+    await other.send("CLIENT UNPAUSE", "CLIENT KILL ID 1", "DBSIZE")
+    assert await other.arrived() == b"+OK\r\n:1\r\n:0\r\n"
+    assert await other.call("DBSIZE") == b":0\r\n"
+
+
+async def test_who_is_killed_as_there_is_room_for_its_exec_changes_nothing(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.call("MULTI")
+        await client.call("SET k v")
+        journal.room = False
+        await client.send("EXEC")
+        assert await client.arrived() == b""
+        journal.make_room()
+        house.server.sessions[1].close()
+        assert await client.ended() == b""
+        assert await other.call("DBSIZE") == b":0\r\n"
