@@ -328,7 +328,10 @@ class Config:
         256, _integer(1, 256), "values that an expression of a FILTER may have waiting at once", mutable=True
     )
     shutdown_timeout: int = _setting(
-        10, _integer(0, 86400), "seconds clients have to take their last replies at shutdown", mutable=True
+        10,
+        _integer(0, 86400),
+        "seconds clients have to take their last replies, at shutdown or after they stopped sending",
+        mutable=True,
     )
 
     loglevel: LogLevel = _setting(

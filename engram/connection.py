@@ -189,7 +189,9 @@ class Connection:
         held = 0 if self._database.journal is None else parser.buffered
         requests = self._requests = parser.feed(data)
         self._position = 0
-        self._room = 2 * (held + len(data)) + RECORD_OVERHEAD * len(requests)
+        # Surely enough for what they write and for the end of each lapsed key they may name; where the log
+        # has less, the need of each is looked at.
+        self._room = 8 * (held + len(data)) + RECORD_OVERHEAD * len(requests)
         self._server.statistics.commands_processed += len(requests)
 
     def _carry_on(self) -> bool:
@@ -278,6 +280,7 @@ class Connection:
                         admitted = journal is None
                     special = session.guarded or server.guarded
                     special = special or (command.writes and (not admitted or command.throttle is not None))
+                    database.covered = admitted or command.writes
                     if self._cleared:
                         self._cleared, special, known = False, False, None
                     elif command.run is not None and not (special or session.changed_course):
@@ -354,6 +357,7 @@ class Connection:
                     obstacle = self._make_way
                     break
         self._position = position
+        database.covered = False
         if counted is not None:
             if calls:
                 self._count(counted, calls, clock() - first, slow, latest)

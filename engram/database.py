@@ -69,6 +69,8 @@ class Database:
         # Called after each change of an index, so that its graphs can be built.
         self.changed = changed
         self.expired_keys = 0
+        # Whether the log has room for the end of every lapsed key that what is being carried out may find.
+        self.covered = False
         self.watches = Watches(engine.keyspace)
         self._watched = self.watches.by_key
         self._apply = engine.apply
@@ -118,7 +120,9 @@ class Database:
         if keyspace.expiries:
             expires_at = keyspace.expiries.get(key)
             if expires_at is not None and expires_at <= self.now():
-                self._expire((key,))
+                # Reads go on without room in the log: the key is treated as gone, and deleted later.
+                if self.covered or self._has_room_to_delete((key,)):
+                    self._expire((key,))
                 return None
         return keyspace.values.get(key)
 
@@ -157,13 +161,19 @@ class Database:
     def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
         """Deletes up to `limit` keys that have lapsed; returns how many."""
         keys = self.keyspace.expired(self.now(), limit)
-        return len(keys) if keys and self._expire(tuple(keys)) else 0
+        if not keys or not self._has_room_to_delete(keys):
+            return 0
+        self._expire(tuple(keys))
+        return len(keys)
 
-    def _expire(self, keys: tuple[bytes, ...]) -> bool:
+    def _has_room_to_delete(self, keys: Sequence[bytes]) -> bool:
+        journal = self.journal
+        if journal is None:
+            return True
+        # The log does not know yet what is changed together.
         size = RECORD_OVERHEAD + sum(map(len, keys)) + 8 * len(keys)
-        if self.journal is not None and not self.journal.has_room(size):
-            # Reads go on without room in the log: the key is treated as gone, and deleted later.
-            return False
+        return not self._together and journal.has_room(size)
+
+    def _expire(self, keys: tuple[bytes, ...]) -> None:
         self.commit(DeleteKeys(keys))
         self.expired_keys += len(keys)
-        return True

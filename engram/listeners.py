@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
 import stat
 import time
@@ -39,7 +40,7 @@ HANDSHAKE_SECONDS = 10.0
 
 # So many clients that are not to be served may shake hands at once to be told why; others are just dropped.
 _MOST_REFUSED_AT_ONCE = 16
-_IDLE_CHECK_INTERVAL = 1.0
+_LOOK_INTERVAL = 1.0
 _KEEPALIVE_PROBES = 3
 # Linux takes no more (MAX_TCP_KEEPIDLE).
 _LONGEST_KEEPALIVE = 32767
@@ -206,7 +207,7 @@ class Reception:
             async with trio.open_nursery() as front_nursery:
                 for listener in self._listeners:
                     front_nursery.start_soon(self._accept, listener, front_nursery, client_nursery)
-                front_nursery.start_soon(self._drop_idle)
+                front_nursery.start_soon(self._look_after_clients)
                 ready()
                 await shutdown.wait()
                 front_nursery.cancel_scope.cancel()
@@ -343,18 +344,41 @@ class Reception:
             logger.exception("TLS handshake with %s ended by an error", address)
         return None
 
-    async def _drop_idle(self) -> None:
-        """Ends clients that have been silent for longer than the setting `timeout`."""
+    async def _look_after_clients(self) -> None:
         while True:
-            await trio.sleep(_IDLE_CHECK_INTERVAL)
-            if not (timeout := self._server.config.timeout):
-                continue
-            latest = time.monotonic() - timeout
-            for session in list(self._server.sessions.values()):
-                busy = session.awaiting() or session in self._server.monitors
-                if session.last_active < latest and not busy:
-                    logger.info("client %s dropped: idle for more than %d s", session.address, timeout)
-                    session.close()
+            await trio.sleep(_LOOK_INTERVAL)
+            if self._server.config.timeout:
+                self._drop_idle(self._server.config.timeout)
+            self._drop_departed()
+
+    def _drop_idle(self, timeout: int) -> None:
+        """Ends clients that have been silent for longer than `timeout` seconds."""
+        latest = time.monotonic() - timeout
+        for session in list(self._server.sessions.values()):
+            busy = session.awaiting() or session in self._server.monitors
+            if session.last_active < latest and not busy:
+                logger.info("client %s dropped: idle for more than %d s", session.address, timeout)
+                session.close()
+
+    def _drop_departed(self) -> None:
+        """Ends clients that left while a command of theirs waits; nobody reads from them meanwhile.
+
+        Who only says no more may still want the reply: it has `shutdown-timeout` seconds from when it last
+        sent or took something.
+        """
+        sessions = self._server.sessions.values()
+        waiting = {session.descriptor: session for session in sessions if session.awaiting()}
+        if not waiting:
+            return
+        poll = select.poll()
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLRDHUP)
+        latest = time.monotonic() - self._server.config.shutdown_timeout
+        for descriptor, events in poll.poll(0):
+            session = waiting[descriptor]
+            if events & (select.POLLHUP | select.POLLERR) or session.last_active < latest:
+                logger.info("client %s dropped: it left while its command waited", session.address)
+                session.close()
 
 
 def _tune(client: socket.socket, keepalive: int) -> None:

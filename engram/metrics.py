@@ -6,6 +6,7 @@ two, and made into text in a thread.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
@@ -23,6 +24,8 @@ from engram.commands.information import resident_memory
 from engram.commands.session import Server
 from engram.errors import OperatorError
 from engram.statistics import Usage
+
+logger = logging.getLogger(__name__)
 
 # Upper bounds of histograms, in nanoseconds: from 1 us to 17 s, a factor of four apart.
 _BOUNDS = tuple(1 << exponent for exponent in range(10, 36, 2))
@@ -202,7 +205,11 @@ async def _admit(stream: trio.SocketStream, limiter: trio.CapacityLimiter, scrap
         if limiter.available_tokens < 1:
             return
         async with limiter:
-            await answer(stream, scrape)
+            try:
+                await answer(stream, scrape)
+            except Exception:
+                # An observer must not end what it observes.
+                logger.exception("a request for metrics ended by an error")
 
 
 async def answer(stream: trio.abc.Stream, scrape: Scrape) -> None:

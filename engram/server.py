@@ -230,6 +230,7 @@ async def _serve(
         reception.reload_certificates()
         if persistence is not None:
             _configure_log(persistence.settings, config)
+            persistence.reconsider()
         searches.timeout = config.search_queue_timeout / 1000
         server.memory.reconfigure()
         set_level(config.loglevel)

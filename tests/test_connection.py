@@ -10,9 +10,12 @@ from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
 
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Session
+from engram.commands.table import log_room
 from engram.config import Config
+from engram.database import RECORD_OVERHEAD
+from engram.errors import CommandError
 from engram.index.search import SearchResult
-from engram.operations import DeleteKeys, SetString
+from engram.operations import DeleteKeys, Operation, SetString, encode
 from tests.conftest import (
     PATIENCE,
     HeldSearches,
@@ -552,6 +555,49 @@ async def test_a_lapsed_key_reads_as_gone_without_room_to_delete_it(open_house: 
         journal.make_room()
         assert await client.call("GET k") == b"$-1\r\n"
         assert journal.records[1:] == [(2, DeleteKeys((b"k",)))]
+
+
+class ScarceJournal(ManualJournal):
+    """A log with `space` bytes left, which never grow."""
+
+    def __init__(self) -> None:
+        super().__init__(automatic=True)
+        self.space = 1 << 30
+        self.refusal = "MISCONF no space left"
+
+    def has_room(self, size: int) -> bool:
+        return size <= self.space
+
+    async def admit(self, size: int) -> None:
+        if not self.has_room(size):
+            raise CommandError(self.refusal)
+
+    def append(self, lsn: int, operation: Operation) -> None:
+        super().append(lsn, operation)
+        self.space -= len(encode(operation))
+        assert self.space >= 0, operation
+
+
+@pytest.mark.parametrize("within", [False, True])
+async def test_what_a_write_was_given_room_for_is_not_spent_on_lapsed_keys(
+    open_house: OpenHouse, within: bool
+) -> None:
+    keys = [b"key:%d" % number for number in range(500)]
+    journal = ScarceJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        for key in keys:
+            await client.send([b"SET", key, b"", b"PX", b"100"])
+        await client.arrived()
+        request = [b"MSETNX", *(word for key in keys for word in (key, b"x"))]
+        if within:
+            await client.call("MULTI")
+            assert await client.call(request) == b"+QUEUED\r\n"
+        house.clock.time += 1000
+        journal.space = log_room(COMMANDS[b"msetnx"], request) + 3 * RECORD_OVERHEAD
+        done = await client.call("EXEC" if within else request)
+        assert done.endswith(b":1\r\n")
+        assert await client.call("GET key:7") == b"$1\r\nx\r\n"
 
 
 async def test_a_write_waits_for_room_and_the_replies_before_it_do_not(open_house: OpenHouse) -> None:

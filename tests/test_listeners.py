@@ -286,6 +286,43 @@ async def test_idle_clients_are_dropped(
         assert await busy.call("PING") == PONG
 
 
+async def test_who_leaves_while_its_command_waits_is_dropped(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    async with open_door(open_house, Config(port=0, shutdown_timeout=5)) as door:
+        stays, leaves, says_no_more, paused, other = [await door.connect() for _ in range(5)]
+        for client in (stays, leaves, says_no_more):
+            assert await client.call("PING") == PONG
+            await client.send("WAIT 1 0")
+        await paused.send("CLIENT PAUSE 1000000 WRITE", "SET k v")
+        await other.send("WAIT 1 0")
+        await wait_all_tasks_blocked()
+        await leaves.stream.aclose()
+        await paused.stream.aclose()
+        assert isinstance(says_no_more.stream, trio.SocketStream)
+        await says_no_more.stream.send_eof()
+        await wait_all_tasks_blocked()
+        now += 5
+        mock_clock.jump(1)
+        await wait_all_tasks_blocked()
+        sessions = door.house.server.sessions
+        assert len(sessions) == 5
+        # It still wants its reply.
+        session = sessions[3]
+        assert session.unblock is not None
+        session.unblock(False)
+        assert await says_no_more.ended() == b":0\r\n"
+        now += 0.1
+        mock_clock.jump(1)
+        await wait_all_tasks_blocked()
+        assert sorted(sessions) == [1, 5]
+        sessions[5].close()
+        assert await other.ended() == b""
+    assert door.house.engine.lsn == 0
+
+
 async def test_tls(open_house: OpenHouse, encrypting: Config, authority: Authority) -> None:
     large = b"x" * 3_000_000
     async with open_door(open_house, encrypting) as door:

@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from engram import __version__
+from engram.commands.session import Server
 from engram.config import Config
 from engram.errors import OperatorError
 from engram.metrics import answer, read, render, serve
@@ -173,6 +175,25 @@ async def test_over_a_socket(open_house: OpenHouse) -> None:
         assert await everything(refused) == b""
         for stream in idle:
             await stream.aclose()
+
+
+async def test_an_error_in_an_answer_ends_nothing_else(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(server: Server) -> list[Metric]:
+        raise OSError(24, "Too many open files")
+
+    async with open_house(storage=Snapshots(), config=Config(metrics_port=0)) as house:
+        port: int = await house.nursery.start(serve, house.server)
+        with monkeypatch.context() as patched:
+            patched.setattr("engram.metrics.read", broken)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert await stream.receive_some() == b""
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+    assert "a request for metrics ended by an error" in caplog.text
 
 
 async def test_an_address_in_use(open_house: OpenHouse) -> None:

@@ -23,9 +23,12 @@ _SAMPLED_EXPIRIES = 256
 
 
 def resident_memory() -> int:
-    """Bytes of this process in memory, files it maps included. Linux only."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * _PAGE
+    """Bytes of this process in memory, files it maps included; 0 when nothing can be opened. Linux only."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except OSError:
+        return 0
 
 
 def human(size: float) -> str:

@@ -11,6 +11,21 @@ from engram.errors import CommandError
 from engram.index.filters import Filter, compile_filter
 
 
+def longest_reply(session: Session) -> int:
+    """Bytes of strings that one reply may have. A long one asked for many times would fill any memory."""
+    config = session.server.config
+    return max(config.client_output_buffer_limit, config.proto_max_bulk_len)
+
+
+def check_reply_of_strings(session: Session, size: int) -> None:
+    """Raises CommandError when a reply has more than `longest_reply`."""
+    if size > longest_reply(session):
+        raise CommandError(
+            f"ERR the reply would take {size} bytes, more than client-output-buffer-limit and"
+            " proto-max-bulk-len"
+        )
+
+
 def check(value: int, most: int, name: str) -> None:
     """Raises CommandError when a value, which clients know by `name`, is more than it may be."""
     if value > most:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
+from engram.commands.limits import check_reply_of_strings
 from engram.commands.session import Session
 from engram.commands.table import Command, wrong_arity
 from engram.errors import CommandError
@@ -140,14 +141,8 @@ def _get_many(session: Session, arguments: list[bytes]) -> bytes:
     statistics = session.server.statistics
     statistics.keyspace_misses += (misses := values.count(None))
     statistics.keyspace_hits += len(values) - misses
-    # A long string asked for many times is a reply that no memory holds.
     size = sum(len(value) for value in values if type(value) is bytes)
-    config = session.server.config
-    if size > max(config.client_output_buffer_limit, config.proto_max_bulk_len):
-        raise CommandError(
-            f"ERR the reply would take {size} bytes, more than client-output-buffer-limit and"
-            " proto-max-bulk-len"
-        )
+    check_reply_of_strings(session, size)
     return replies.array(bulk(value) if type(value) is bytes else null for value in values)
 
 

@@ -17,6 +17,8 @@ Handler = Callable[[Session, list[bytes]], Reply]
 Run = Callable[[Session, Sequence[list[bytes]]], tuple[int, bytes]]
 Throttle = Callable[[Session, list[bytes]], float]
 
+# What the log takes for a word of a request beside its bytes, were it a key that has lapsed.
+_WORD_OVERHEAD = 16
 _KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
 _CATEGORIES = {
     "generic": ("@keyspace",),
@@ -177,8 +179,9 @@ def check_arity(command: Command, arguments: Sequence[bytes]) -> None:
 
 
 def log_room(command: Command, arguments: Sequence[bytes]) -> int:
-    """Bytes that a request may take in the log."""
-    return 2 * sum(map(len, arguments)) + command.logs_beyond + RECORD_OVERHEAD
+    """Bytes that a request may take in the log, with the end of each lapsed key that it names."""
+    words = 2 * sum(map(len, arguments)) + _WORD_OVERHEAD * len(arguments)
+    return words + command.logs_beyond + RECORD_OVERHEAD
 
 
 def wrong_arity(name: str) -> CommandError:

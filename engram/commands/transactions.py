@@ -9,6 +9,7 @@ from itertools import islice, takewhile
 import trio
 
 from engram.commands.guard import show
+from engram.commands.limits import check_reply_of_strings, longest_reply
 from engram.commands.session import Barrier, Session, Slot, Transaction
 from engram.commands.table import Command, Reply, log_room
 from engram.database import RECORD_OVERHEAD
@@ -82,13 +83,16 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
 
 
 def _needs(session: Session, transaction: Transaction) -> tuple[float, int]:
-    """Seconds to wait for a builder that cannot keep up, and bytes of room in the log."""
+    """Seconds to wait for a builder that cannot keep up, and bytes of room in the log; 0 without writes."""
     written = [(command, request) for command, request in transaction.commands if command.writes]
     delays = (
         command.throttle(session, request) for command, request in written if command.throttle is not None
     )
-    room = sum(log_room(command, request) for command, request in written)
-    return max(delays, default=0.0), room + RECORD_OVERHEAD if written else 0
+    if not written:
+        return 0.0, 0
+    room = sum(log_room(command, request) for command, request in transaction.commands)
+    watched = sum(RECORD_OVERHEAD + len(key) for key in session.watch.keys)
+    return max(delays, default=0.0), room + watched + RECORD_OVERHEAD
 
 
 def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Barrier:
@@ -97,6 +101,7 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     `name` is EXEC as the client has written it.
     """
     database = session.database
+    database.covered = transaction.writes
     for key in session.watch.keys:
         database.lookup(key)
     broken = session.watch.broken
@@ -105,18 +110,22 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
         return session.encoder.null_array
     queued = transaction.commands
     results: list[Reply] = []
-    position = 0
+    position = size = 0
+    longest = longest_reply(session)
     session.executing = True
     try:
         with database.together():
             while position < len(queued):
-                done, result = _carry_out_run(session, queued, position)
+                done = 0
+                if size <= longest:
+                    done, result = _carry_out_run(session, queued, position)
                 if not done:
-                    done, result = 1, _carry_out(session, *queued[position])
+                    done, result = 1, _carry_out(session, *queued[position], size)
+                size += _size(result)
                 results.append(result)
                 position += done
     finally:
-        session.executing = False
+        session.executing = database.covered = False
     if session.server.monitors:
         session.server.monitors.feed(session, [name])
     header = replies.array_header(len(queued))
@@ -151,13 +160,23 @@ def _carry_out_run(
     return done, joined
 
 
-def _carry_out(session: Session, command: Command, request: list[bytes]) -> Reply:
+def _size(result: Reply) -> int:
+    """Bytes of a reply, about; 0 where nobody knows yet."""
+    if isinstance(result, bytes):
+        return len(result)
+    return result.size if isinstance(result, Slot) else 0
+
+
+def _carry_out(session: Session, command: Command, request: list[bytes], size: int) -> Reply:
+    """Carries out one command, behind `size` bytes of replies: when that is too much, it may only write."""
     server = session.server
     if server.monitors:
         show(session, command, request)
     began = time.perf_counter_ns()
     try:
         _check_again(session, command, request)
+        if not command.writes:
+            check_reply_of_strings(session, size)
         return command.handler(session, request)
     except CommandError as error:
         server.statistics.usage[command.name].failed += 1

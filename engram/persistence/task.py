@@ -356,6 +356,11 @@ class Persistence:
         while self._durable_lsn < lsn:
             await self._progress.wait()
 
+    def reconsider(self) -> None:
+        """To be called when `settings` have changed, which may let replies leave or ask for a sync."""
+        self._release()
+        self._work.set()
+
     def _release(self) -> None:
         waiting = self._waiting
         while waiting and self.released(waiting[0][0]):

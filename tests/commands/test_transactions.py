@@ -269,3 +269,20 @@ async def test_others_go_on_while_a_search_in_a_transaction_is_made(open_house: 
 
 def test_every_operation_says_which_keys_it_changes() -> None:
     assert set(watches._CHANGED) == set(get_args(Operation))
+
+
+async def test_a_transaction_makes_no_reply_that_no_memory_holds(house: House) -> None:
+    """Beyond the bound it still writes what was queued."""
+    house.server.config.client_output_buffer_limit = house.server.config.proto_max_bulk_len = 1 << 20
+    client = house.connect()
+    await client.call([b"SET", b"k", bytes(500_000)])
+    await client.send("MULTI", *["GET k"] * 4, "SET k x", *["GET k"] * 2, "PING", "EXEC")
+    replies = [await client.reply() for _ in range(10)]
+    found = b"$500000\r\n" + bytes(500_000) + b"\r\n"
+    refused = (
+        b"-ERR the reply would take 1500033 bytes, more than client-output-buffer-limit and"
+        b" proto-max-bulk-len\r\n"
+    )
+    assert replies[-1].startswith(b"*8\r\n" + found * 3 + refused + b"+OK\r\n-ERR the reply would take ")
+    assert replies[-1].count(b"-ERR the reply would take ") == 4
+    assert await client.call("GET k") == b"$1\r\nx\r\n"

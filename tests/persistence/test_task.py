@@ -339,10 +339,23 @@ async def test_switching_from_always_releases_what_waits(directory: Path, files:
         running.append()
         await gate.reached.wait()
         settings.appendfsync = "everysec"
-        assert running.persistence.released(1)
-        gate.open()
-        await running.durable(1)
+        running.persistence.reconsider()
         assert running.released == [1]
+        gate.open()
+        await running.persistence.wait_durable(1)
+
+
+async def test_switching_to_always_syncs_what_is_written(directory: Path, files: HookedFiles) -> None:
+    settings = PersistenceSettings(appendfsync="no", log_file_size=1 << 16)
+    async with started(directory, files, settings) as running:
+        running.append()
+        while running.persistence.status.queued_bytes:
+            await trio.lowlevel.checkpoint()
+        gate = Gate(files, "sync_data")
+        settings.appendfsync = "always"
+        running.persistence.reconsider()
+        await gate.reached.wait()
+        gate.open()
 
 
 # Admission
