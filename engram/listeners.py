@@ -169,17 +169,17 @@ def tcp_port(listeners: Sequence[Listener]) -> int:
 class Reception:
     """Accepts clients, and serves each until it leaves.
 
-    `most_clients` is what the limit of open files has room for. The settings `maxclients`, `timeout` and
+    Clients have descriptors below `most_descriptors`. The settings `maxclients`, `timeout` and
     `tcp-keepalive` are looked at whenever they matter, certificates when `reload_certificates` is called.
 
     Raises:
         ConfigError: there is a TLS port, and the certificates cannot be used.
     """
 
-    def __init__(self, server: Server, listeners: Sequence[Listener], most_clients: int) -> None:
+    def __init__(self, server: Server, listeners: Sequence[Listener], most_descriptors: int) -> None:
         self._server = server
         self._listeners = listeners
-        self._most_clients = most_clients
+        self._most_descriptors = most_descriptors
         self._connections: set[Connection] = set()
         # In the order in which they began.
         self._handshakes: dict[trio.CancelScope, None] = {}
@@ -233,7 +233,7 @@ class Reception:
                 continue
             server.statistics.connections_received += 1
             refusal: bytes | None = None
-            if len(connections) >= (limit := self._limit):
+            if len(connections) >= (limit := self._limit(client.fileno())):
                 refusal = MAXCLIENTS_REACHED
             elif not listener.path and server.access.refuses_peer(
                 peer[0], protected=server.config.protected_mode == "yes"
@@ -263,10 +263,11 @@ class Reception:
                 transport = SocketTransport(client, server.rounds)
                 self._admit(transport, client, address, local_address, client_nursery)
 
-    @property
-    def _limit(self) -> int:
-        """How many clients are served at once."""
-        return min(self._server.config.maxclients, self._most_clients)
+    def _limit(self, descriptor: int) -> int:
+        """How many clients are served at once, when the next has this descriptor."""
+        if descriptor >= self._most_descriptors:
+            return len(self._connections) + len(self._handshakes)
+        return self._server.config.maxclients
 
     def _admit(
         self,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import itertools
 import logging
 import os
-import resource
 import secrets
 import shutil
 import sys
@@ -27,6 +27,7 @@ from engram.commands.registry import COMMANDS
 from engram.commands.session import Server
 from engram.config import Config
 from engram.database import RECORD_OVERHEAD, Database
+from engram.descriptors import RESERVED, DescriptorLimits, in_use, raise_limits
 from engram.engine import Engine
 from engram.errors import OperatorError
 from engram.files import DiskFiles, Files
@@ -49,9 +50,6 @@ logger = logging.getLogger("engram")
 # searches takes the lock once a query, so the default of 5 ms would make it wait most of the time.
 SWITCH_INTERVAL = 0.0005
 
-# Descriptors kept for the log, segments and child processes, whatever number of clients comes.
-_RESERVED_DESCRIPTORS = 128
-
 # There are no threads that only help where there are as many that search as this.
 _MOST_HELPED = 4
 _IDLE_EXPIRY_INTERVAL = 0.1
@@ -63,6 +61,7 @@ _FREE_SLICE = 4096
 # One sample in so many takes the memory, too.
 _MEMORY_SAMPLES = 10
 _MEMORY_RESERVE = 16 << 20
+_TOO_MANY_SEGMENTS = "the limit of open files is too low for what the data directory holds; see ulimit -n"
 
 
 @attrs.frozen
@@ -99,17 +98,16 @@ async def serve(
     sys.setswitchinterval(SWITCH_INTERVAL)
     shutdown = trio.Event() if shutdown is None else shutdown
     began = time.monotonic()
-    most_clients = _raise_descriptor_limit() - _RESERVED_DESCRIPTORS
-    if most_clients < 1:
+    descriptors = raise_limits(config.maxclients)
+    if in_use() >= descriptors.clients:
         raise OperatorError(
-            f"the limit of open files is too low: {_RESERVED_DESCRIPTORS} are needed beside the clients;"
-            " see ulimit -n"
+            f"the limit of open files is too low: {RESERVED} are needed beside the clients; see ulimit -n"
         )
-    if most_clients < config.maxclients:
-        logger.warning("the limit of open files leaves room for %d clients only", most_clients)
+    if descriptors.clients < config.maxclients:
+        logger.warning("the limit of open files leaves room for %d clients only", descriptors.clients)
     try:
         with listening(config) as listeners, _data_folder(config) as folder:
-            await _serve(config, folder, listeners, most_clients, shutdown, began, task_status)
+            await _serve(config, folder, listeners, descriptors, shutdown, began, task_status)
     except BaseExceptionGroup as group:
         # The operator is told the reason, not the shape of the nurseries.
         matched, rest = group.split(OperatorError)
@@ -163,14 +161,6 @@ def _remove_abandoned_folders() -> None:
             logger.debug("%s stays: %s", mark.parent, error)
 
 
-def _raise_descriptor_limit() -> int:
-    """Raises the limit of open files as far as this process may; returns it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
-
-
 def search_threads(config: Config) -> tuple[int, int]:
     """How many threads search, and how many help them to walk several graphs at once."""
     cores = len(os.sched_getaffinity(0))
@@ -183,7 +173,7 @@ async def _serve(
     config: Config,
     folder: Path,
     listeners: list[Listener],
-    most_clients: int,
+    descriptors: DescriptorLimits,
     shutdown: trio.Event,
     began: float,
     task_status: trio.TaskStatus[Started],
@@ -191,7 +181,7 @@ async def _serve(
     files = DiskFiles()
     progress = Progress()
     threads, helpers = search_threads(config)
-    store = SegmentStore(folder / "segments", files, threads + helpers, progress)
+    store = SegmentStore(folder / "segments", files, threads + helpers, progress, descriptors.segments)
     engine = Engine(store, seal_rows=config.seal_rows)
     recovery: Recovery | None = None
     persistence: Persistence | None = None
@@ -207,6 +197,8 @@ async def _serve(
     )
     if config.dir:
         recovery = await _recover(folder, files, engine, progress, shutdown)
+        if in_use() >= descriptors.clients:
+            raise OperatorError(_TOO_MANY_SEGMENTS)
         persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
     database = Database(engine, persistence)
     verification = Verification(
@@ -264,7 +256,7 @@ async def _serve(
                 reconfigure=reconfigure,
                 access=access,
             )
-            reception = Reception(server, listeners, most_clients)
+            reception = Reception(server, listeners, descriptors.clients)
             _tune_collector()
             heap = Heap()
             heap.tune()
@@ -322,6 +314,8 @@ async def _recover(
         try:
             recovery = await trio.to_thread.run_sync(read_back)
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise OperatorError(_TOO_MANY_SEGMENTS) from error
             raise OperatorError(
                 f"{error.filename or folder}: cannot be read back: {error.strerror}"
             ) from error

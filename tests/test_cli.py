@@ -255,6 +255,33 @@ def test_clients_cannot_use_up_the_descriptors_of_the_log(tmp_path: Path) -> Non
     assert "the limit of open files leaves room for 72 clients only" in errors
 
 
+def test_segments_cannot_use_up_the_descriptors_of_clients_and_the_log(tmp_path: Path) -> None:
+    data = str(tmp_path / "data")
+    arguments = ("--port", "0", "--dir", data, "--log-file-size", "64kb")
+    with server(*arguments, entry=limited(200)) as running:
+        replies, built = b"", -1
+        while b"-" not in replies:
+            name = f"vectors-{(built := built + 1)}"
+            replies = running.call(f"VNEW {name} 2", f"VADD {name} row 12345678", f"VOPTIMIZE {name}")
+        assert 0 < built < 36
+        assert b"Too many open files" in replies
+        connections = [socket.create_connection(("127.0.0.1", running.ports[0]), PATIENCE) for _ in range(30)]
+        try:
+            for client in connections:
+                client.sendall(encode_request([b"SET", b"k", b"x" * 10_000]))
+                assert client.recv(100) == b"+OK\r\n"
+        finally:
+            for client in connections:
+                client.close()
+        assert running.call("VSEARCH vectors-0 12345678 1", "VSAVE").endswith(b"+OK\r\n")
+        code, errors = running.end(signal.SIGTERM)
+    assert code == 0
+    assert "failed: [Errno 24] Too many open files" in errors
+    ended = run("--port", "0", "--dir", data, entry=limited(150))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "engram: the limit of open files is too low for what the data directory holds" in ended.stderr
+
+
 def test_too_few_descriptors_are_one_line() -> None:
     ended = run("--port", "0", entry=limited(100))
     assert (ended.returncode, ended.stdout) == (1, "")

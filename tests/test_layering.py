@@ -11,12 +11,13 @@ import pytest
 
 ENGRAM = Path(__file__).parents[1] / "engram"
 
-GROUND = frozenset({"operations", "errors", "files", "columns", "progress", "sizes"})
+GROUND = frozenset({"operations", "errors", "descriptors", "files", "columns", "progress", "sizes"})
 STATE = GROUND | {"keyspace", "index"}
 
 # A room is a module or a package directly under `engram`, and may import itself, the names defined in
 # engram/__init__.py, and these rooms.
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
+    "descriptors": frozenset(),
     "errors": frozenset(),
     "sizes": frozenset(),
     "files": frozenset(),

@@ -229,6 +229,9 @@ class Builder:
         for source in plan.sources:
             # New checksums must not vouch for damage.
             self._store.verify(source.segment)
+        # Merging leaves less open than before.
+        if not plan.sources:
+            self._store.check_descriptors()
         return self._store.write_rows(name, live_rows(plan))
 
     async def _in_thread(self, function: Callable[[], T]) -> T:

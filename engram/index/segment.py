@@ -17,8 +17,10 @@ graph is being built, a folder `<id>.building` holds the rows.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram.columns import Array, ColumnFolder, open_columns
+from engram.descriptors import in_use
 from engram.errors import DamagedDataError
 from engram.files import Files
 from engram.index.attributes import AttributeColumns, unpack_attributes
@@ -149,14 +152,22 @@ class SegmentStore:
     """The folder of segments.
 
     `views` is the number of search workers; with 0 no graph is opened, and segments cannot be searched.
-    `progress` is told of segments that are opened again.
+    `progress` is told of segments that are opened again. Below `most_descriptors` are those of new segments.
     """
 
-    def __init__(self, folder: Path, files: Files, views: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Files,
+        views: int,
+        progress: Progress | None = None,
+        most_descriptors: int = sys.maxsize,
+    ) -> None:
         self.folder = folder
         self.files = files
         self._views = views
         self._progress = progress or Progress()
+        self._most_descriptors = most_descriptors
         self._adopted: dict[str, Segment] = {}
         self._opened: WeakValueDictionary[str, Segment] = WeakValueDictionary()
         self._reopening: dict[str, Future[Segment]] = {}
@@ -248,6 +259,11 @@ class SegmentStore:
     def building(self, segment_id: str) -> Path:
         """The folder of a segment that is not finished."""
         return self.folder / f"{segment_id}.building"
+
+    def check_descriptors(self) -> None:
+        """Raises OSError (EMFILE) when the limit of open files leaves no room for one more segment."""
+        if in_use() + self._views > self._most_descriptors:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def write_rows(self, segment_id: str, parts: Sequence[tuple[RowSource, Positions]]) -> int:
         """Writes `ROW_FILES` of a segment to be built, from the rows at these positions (blocking).
