@@ -44,7 +44,7 @@ def _wait(session: Session, arguments: list[bytes]) -> Reply:
     # There are no replicas.
     if replicas <= 0 or session.executing:
         return ZERO
-    return Barrier(lambda: _blocked(session, seconds, trio.sleep_forever, lambda: ZERO))
+    return _block(session, seconds, trio.sleep_forever, lambda: ZERO)
 
 
 def _waitaof(session: Session, arguments: list[bytes]) -> Reply:
@@ -75,29 +75,35 @@ def _waitaof(session: Session, arguments: list[bytes]) -> Reply:
         if replicas:
             await trio.sleep_forever()
 
-    return Barrier(lambda: _blocked(session, seconds, wait, reply))
+    return _block(session, seconds, wait, reply)
 
 
-async def _blocked(
+def _block(
     session: Session, seconds: float, wait: Callable[[], Awaitable[None]], reply: Callable[[], bytes]
-) -> bytes:
+) -> Barrier:
     """The reply once `wait` has ended, `seconds` have passed, or CLIENT UNBLOCK says so."""
+    scope = trio.CancelScope(deadline=trio.current_time() + seconds)
     failed = False
-    with trio.move_on_after(seconds) as scope:
 
-        def unblock(with_error: bool) -> None:
-            nonlocal failed
-            failed = with_error
-            scope.cancel()
+    def unblock(with_error: bool) -> None:
+        nonlocal failed
+        failed = with_error
+        session.unblock = None
+        scope.cancel()
 
-        session.unblock = unblock
+    async def blocked() -> bytes:
         try:
-            await wait()
+            with scope:
+                await wait()
         finally:
             session.unblock = None
-    if failed:
-        raise CommandError(_UNBLOCKED)
-    return reply()
+        if failed:
+            raise CommandError(_UNBLOCKED)
+        return reply()
+
+    # From now on, although the wait begins when the client's task is woken.
+    session.unblock = unblock
+    return Barrier(blocked)
 
 
 _GROUP = "connection"

@@ -116,6 +116,16 @@ async def test_another_client_ends_it(
         assert b" flags=N " in await other.call("CLIENT LIST ID 1")
 
 
+async def test_it_can_be_ended_before_the_client_s_task_runs(house: House) -> None:
+    """Requests that come in the same round are carried out before any task is woken."""
+    client, other = house.connect(), house.connect()
+    await client.send("WAIT 1 0")
+    await other.send("CLIENT UNBLOCK 1 ERROR", "CLIENT UNBLOCK 1")
+    assert await client.reply() == b"-UNBLOCKED client unblocked via CLIENT UNBLOCK\r\n"
+    assert await other.reply() == b":1\r\n"
+    assert await other.reply() == b":0\r\n"
+
+
 async def test_a_client_that_waits_can_be_killed(house: House) -> None:
     client, other = house.connect(), house.connect()
     await client.send("WAIT 1 0")
