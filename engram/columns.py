@@ -53,6 +53,11 @@ class ColumnFolder:
     size: int
     checksums: Mapping[str, int]
 
+    @property
+    def descriptors(self) -> int:
+        """How many files it keeps open, about: each map does."""
+        return sum(column.nbytes > _SMALL_COLUMN for column in self.columns.values())
+
     def verify(self, file_name: str) -> None:
         """Reads a file of the folder and compares its checksum (blocking).
 

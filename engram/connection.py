@@ -10,7 +10,7 @@ from itertools import islice
 
 import trio
 
-from engram.commands.guard import check, check_rights, queue_or_show
+from engram.commands.guard import admit, check, check_rights
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
 from engram.commands.table import Command, Handler, Reply, check_arity, log_room, unknown_command
@@ -204,6 +204,8 @@ class Connection:
             self._release(self._burst)
             self._finished = True
             return False
+        finally:
+            self._database.covered = False
         parser, outbox = self._parser, self._outbox
         if obstacle is not None:
             self._obstacle = obstacle
@@ -301,7 +303,7 @@ class Connection:
                         if server.pause.holds(writes := session.would_write(command)):
                             obstacle = partial(self._wait_for_pause, writes)
                             break
-                        reply = queue_or_show(session, command, request)
+                        reply = admit(session, command, request)
                         # Room in the log may go to what is evicted, or to a transaction.
                         admitted = journal is None
                     if reply is None and (obstacle := self._obstacle_to(command, request, admitted)):
@@ -357,7 +359,6 @@ class Connection:
                     obstacle = self._make_way
                     break
         self._position = position
-        database.covered = False
         if counted is not None:
             if calls:
                 self._count(counted, calls, clock() - first, slow, latest)

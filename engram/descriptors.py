@@ -17,15 +17,19 @@ RESERVED = 128
 
 @attrs.frozen
 class DescriptorLimits:
-    """Bounds of the numbers of descriptors, each exclusive.
+    """What clients and segments may take.
 
     Attributes:
-        clients: of those of clients. What is above is for whatever must not fail.
-        segments: of those of new segments. What is above is for clients.
+        numbers: the bound of the numbers of their descriptors, exclusive. What is above is for whatever must
+            not fail.
+        segments: how many segments may have, before there are no more of them.
     """
 
-    clients: int
+    numbers: int
     segments: int
+
+
+NO_LIMITS = DescriptorLimits(sys.maxsize, sys.maxsize)
 
 
 def raise_limits(most_clients: int) -> DescriptorLimits:
@@ -37,8 +41,8 @@ def raise_limits(most_clients: int) -> DescriptorLimits:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     limit = hard if hard != resource.RLIM_INFINITY else sys.maxsize
-    clients = limit - RESERVED
-    return DescriptorLimits(clients, clients - min(most_clients, clients // 2))
+    numbers = limit - RESERVED
+    return DescriptorLimits(numbers, numbers - min(most_clients, numbers // 2))
 
 
 def in_use() -> int:

@@ -54,8 +54,9 @@ class Pause:
         while self.active:
             with trio.move_on_at(self._deadline):
                 await self._changed.wait()
-                continue
-            self.end()
+            # It may have been extended in the moment in which it would have ended.
+            if trio.current_time() >= self._deadline:
+                self.end()
 
     def holds(self, writes: bool) -> bool:
         """Whether a command has to wait that changes data, or does not."""

@@ -99,12 +99,12 @@ async def serve(
     shutdown = trio.Event() if shutdown is None else shutdown
     began = time.monotonic()
     descriptors = raise_limits(config.maxclients)
-    if in_use() >= descriptors.clients:
+    if in_use() >= descriptors.numbers:
         raise OperatorError(
             f"the limit of open files is too low: {RESERVED} are needed beside the clients; see ulimit -n"
         )
-    if descriptors.clients < config.maxclients:
-        logger.warning("the limit of open files leaves room for %d clients only", descriptors.clients)
+    if descriptors.numbers < config.maxclients:
+        logger.warning("the limit of open files leaves room for %d clients only", descriptors.numbers)
     try:
         with listening(config) as listeners, _data_folder(config) as folder:
             await _serve(config, folder, listeners, descriptors, shutdown, began, task_status)
@@ -181,7 +181,7 @@ async def _serve(
     files = DiskFiles()
     progress = Progress()
     threads, helpers = search_threads(config)
-    store = SegmentStore(folder / "segments", files, threads + helpers, progress, descriptors.segments)
+    store = SegmentStore(folder / "segments", files, threads + helpers, progress, descriptors)
     engine = Engine(store, seal_rows=config.seal_rows)
     recovery: Recovery | None = None
     persistence: Persistence | None = None
@@ -197,7 +197,7 @@ async def _serve(
     )
     if config.dir:
         recovery = await _recover(folder, files, engine, progress, shutdown)
-        if in_use() >= descriptors.clients:
+        if in_use() >= descriptors.numbers:
             raise OperatorError(_TOO_MANY_SEGMENTS)
         persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
     database = Database(engine, persistence)
@@ -256,7 +256,7 @@ async def _serve(
                 reconfigure=reconfigure,
                 access=access,
             )
-            reception = Reception(server, listeners, descriptors.clients)
+            reception = Reception(server, listeners, descriptors.numbers)
             _tune_collector()
             heap = Heap()
             heap.tune()

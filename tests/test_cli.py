@@ -265,7 +265,7 @@ def test_segments_cannot_use_up_the_descriptors_of_clients_and_the_log(tmp_path:
             replies = running.call(f"VNEW {name} 2", f"VADD {name} row 12345678", f"VOPTIMIZE {name}")
         assert 0 < built < 36
         assert b"Too many open files" in replies
-        connections = [socket.create_connection(("127.0.0.1", running.ports[0]), PATIENCE) for _ in range(30)]
+        connections = [socket.create_connection(("127.0.0.1", running.ports[0]), PATIENCE) for _ in range(20)]
         try:
             for client in connections:
                 client.sendall(encode_request([b"SET", b"k", b"x" * 10_000]))

@@ -600,6 +600,42 @@ async def test_what_a_write_was_given_room_for_is_not_spent_on_lapsed_keys(
         assert await client.call("GET key:7") == b"$1\r\nx\r\n"
 
 
+async def test_random_keys_take_no_room_of_the_log(open_house: OpenHouse) -> None:
+    journal = ScarceJournal()
+    async with open_house(journal) as house:
+        client = house.connect()
+        for number in range(200):
+            await client.send([b"SET", b"%d" % number + bytes(2000), b"", b"PX", b"100"])
+        await client.arrived()
+        house.clock.time += 1000
+        journal.space = 8000
+        assert await client.call("RANDOMKEY") == b"$-1\r\n"
+        await client.send("MULTI", "SET a b", "RANDOMKEY")
+        await client.arrived()
+        assert await client.call("EXEC") == b"*2\r\n+OK\r\n$1\r\na\r\n"
+
+
+async def test_nothing_has_room_in_the_log_beyond_what_it_was_made_for(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.send("SET a 1", "POST /")
+        await wait_all_tasks_blocked()
+        assert not house.database.covered
+        client = house.connect()
+        await client.send("WATCH w", "MULTI", "SET a 1")
+        await client.arrived()
+        await other.call("SET w 1")
+        journal.room = False
+        await client.send("EXEC")
+        await wait_all_tasks_blocked()
+        journal.make_room()
+        assert await client.reply() == b"*-1\r\n"
+        assert not house.database.covered
+
+
 async def test_a_write_waits_for_room_and_the_replies_before_it_do_not(open_house: OpenHouse) -> None:
     journal = ManualJournal(automatic=True)
     async with open_house(journal) as house:

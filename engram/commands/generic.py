@@ -117,7 +117,8 @@ def _random_key(session: Session, arguments: list[bytes]) -> bytes:
         key = database.keyspace.random_key()
         if key is None:
             return session.encoder.null
-        if database.lookup(key) is not None:
+        # Those that have lapsed are not deleted here: any number may be drawn, and the log may be full.
+        if database.live_keys((key,)):
             return replies.bulk(key)
     live = database.live_keys(database.keyspace.values)
     return replies.bulk(secrets.choice(live)) if live else session.encoder.null

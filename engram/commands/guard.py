@@ -25,24 +25,25 @@ def check(session: Session, command: Command, request: list[bytes]) -> None:
     check_permission(session, command, request)
     if server.config.max_key_length < server.config.proto_max_bulk_len:
         check_keys(command, request, server.config)
+    if server.monitors and session in server.monitors and {"write", "readonly"} & set(command.flags):
+        raise CommandError("ERR Replica can't interact with the keyspace")
+
+
+def admit(session: Session, command: Command, request: list[bytes]) -> bytes | None:
+    """Makes room in memory for a command; queues it in MULTI, or shows it to the clients that gave MONITOR.
+
+    To be called when no pause holds it: nothing is evicted before. Returns the reply of a command that was
+    queued, None for one that is to be carried out.
+
+    Raises:
+        CommandError: there is no room, or the transaction takes more than `client-query-buffer-limit`.
+    """
+    transaction, server = session.transaction, session.server
     if server.config.maxmemory and (
         "denyoom" in command.flags
         or (transaction is not None and transaction.grows and command.name == "exec")
     ):
         server.memory.admit(command)
-    if server.monitors and session in server.monitors and {"write", "readonly"} & set(command.flags):
-        raise CommandError("ERR Replica can't interact with the keyspace")
-
-
-def queue_or_show(session: Session, command: Command, request: list[bytes]) -> bytes | None:
-    """Queues a command within MULTI, or shows it to the clients that gave MONITOR.
-
-    Returns the reply of a command that was queued, None for one that is to be carried out.
-
-    Raises:
-        CommandError: the transaction takes more than `client-query-buffer-limit`.
-    """
-    transaction, server = session.transaction, session.server
     if transaction is not None and command.name not in _NEVER_QUEUED:
         transaction.queue(command, request)
         if transaction.size > server.config.client_query_buffer_limit:

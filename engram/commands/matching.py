@@ -94,13 +94,17 @@ async def _find(session: Session, find: Callable[[], Matching]) -> Matching:
     """What a search thread finds. Raises CommandError when it fails."""
     outcomes: list[Matching | Exception] = []
     found = trio.Event()
+    wanted = True
 
     def done(outcome: Matching | Exception) -> None:
         outcomes.append(outcome)
         found.set()
 
-    session.server.searches.submit_work(find, done, client=session.id)
-    await found.wait()
+    session.server.searches.submit_work(find, done, lambda: wanted, session.id)
+    try:
+        await found.wait()
+    finally:
+        wanted = False
     outcome = outcomes.pop()
     if isinstance(outcome, CommandError):
         raise outcome

@@ -18,6 +18,8 @@ from engram.permissions import Reason
 from engram.protocol import replies
 from engram.protocol.replies import OK
 
+_ANSWER_VALUES = frozenset({"getdel", "getex", "getset"})
+
 # Commands that are looked at for whether they can be carried out together.
 _LONGEST_RUN = 256
 
@@ -101,19 +103,19 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     `name` is EXEC as the client has written it.
     """
     database = session.database
-    database.covered = transaction.writes
-    for key in session.watch.keys:
-        database.lookup(key)
-    broken = session.watch.broken
-    session.discard()
-    if broken:
-        return session.encoder.null_array
     queued = transaction.commands
     results: list[Reply] = []
     position = size = 0
     longest = longest_reply(session)
-    session.executing = True
+    database.covered = transaction.writes
     try:
+        for key in session.watch.keys:
+            database.lookup(key)
+        broken = session.watch.broken
+        session.discard()
+        if broken:
+            return session.encoder.null_array
+        session.executing = True
         with database.together():
             while position < len(queued):
                 done = 0
@@ -134,7 +136,12 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
         return header + b"".join(known)
 
     async def wait() -> bytes:
-        return header + b"".join([await _result(session, result) for result in results])
+        try:
+            return header + b"".join([await _result(session, result) for result in results])
+        finally:
+            for result in results:
+                if isinstance(result, Slot):
+                    result.awaited = False
 
     return Barrier(wait)
 
@@ -168,14 +175,17 @@ def _size(result: Reply) -> int:
 
 
 def _carry_out(session: Session, command: Command, request: list[bytes], size: int) -> Reply:
-    """Carries out one command, behind `size` bytes of replies: when that is too much, it may only write."""
+    """Carries out one command, behind `size` bytes of replies: when that is too much, it may only write.
+
+    Those that write what they also answer are refused as those that only read.
+    """
     server = session.server
     if server.monitors:
         show(session, command, request)
     began = time.perf_counter_ns()
     try:
         _check_again(session, command, request)
-        if not command.writes:
+        if not command.writes or _answers_values(command, request):
             check_reply_of_strings(session, size)
         return command.handler(session, request)
     except CommandError as error:
@@ -183,6 +193,13 @@ def _carry_out(session: Session, command: Command, request: list[bytes], size: i
         return server.error(str(error))
     finally:
         _count(session, command, request, 1, time.perf_counter_ns() - began)
+
+
+def _answers_values(command: Command, request: Sequence[bytes]) -> bool:
+    """Whether a write may answer a string that somebody has stored."""
+    return command.name in _ANSWER_VALUES or (
+        command.name == "set" and any(word.lower() == b"get" for word in request[3:])
+    )
 
 
 def _count(session: Session, command: Command, latest: list[bytes], calls: int, nanoseconds: int) -> None:
@@ -221,10 +238,7 @@ async def wait_for(slot: Slot) -> bytes:
     if slot.reply is None:
         filled = trio.Event()
         slot.on_fill = filled.set
-        try:
-            await filled.wait()
-        finally:
-            slot.awaited = False
+        await filled.wait()
     assert slot.reply is not None
     return slot.reply
 

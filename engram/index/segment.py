@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engram.columns import Array, ColumnFolder, open_columns
-from engram.descriptors import in_use
+from engram.descriptors import NO_LIMITS, DescriptorLimits, in_use
 from engram.errors import DamagedDataError
 from engram.files import Files
 from engram.index.attributes import AttributeColumns, unpack_attributes
@@ -101,6 +100,11 @@ class Segment:
     _folder: ColumnFolder
     masks: MaskCache = attrs.field(factory=MaskCache, init=False)
 
+    @property
+    def descriptors(self) -> int:
+        """How many files it keeps open, about."""
+        return len(self.graphs) + self._folder.descriptors
+
     def verify_vectors(self) -> None:
         """Compares the checksum of the vectors (blocking: it reads them all).
 
@@ -152,7 +156,7 @@ class SegmentStore:
     """The folder of segments.
 
     `views` is the number of search workers; with 0 no graph is opened, and segments cannot be searched.
-    `progress` is told of segments that are opened again. Below `most_descriptors` are those of new segments.
+    `progress` is told of segments that are opened again. `limits` are of the files that are open.
     """
 
     def __init__(
@@ -161,13 +165,13 @@ class SegmentStore:
         files: Files,
         views: int,
         progress: Progress | None = None,
-        most_descriptors: int = sys.maxsize,
+        limits: DescriptorLimits = NO_LIMITS,
     ) -> None:
         self.folder = folder
         self.files = files
         self._views = views
         self._progress = progress or Progress()
-        self._most_descriptors = most_descriptors
+        self._limits = limits
         self._adopted: dict[str, Segment] = {}
         self._opened: WeakValueDictionary[str, Segment] = WeakValueDictionary()
         self._reopening: dict[str, Future[Segment]] = {}
@@ -262,7 +266,9 @@ class SegmentStore:
 
     def check_descriptors(self) -> None:
         """Raises OSError (EMFILE) when the limit of open files leaves no room for one more segment."""
-        if in_use() + self._views > self._most_descriptors:
+        segments = [reference() for reference in self._opened.valuerefs()]
+        taken = sum(segment.descriptors for segment in segments if segment is not None)
+        if taken + self._views > self._limits.segments or in_use() + self._views > self._limits.numbers:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def write_rows(self, segment_id: str, parts: Sequence[tuple[RowSource, Positions]]) -> int:

@@ -331,6 +331,22 @@ async def test_a_pause_of_writes_holds_no_reads(house: House) -> None:
     assert await other.arrived() == b"+OK\r\n$1\r\n1\r\n"
 
 
+async def test_nothing_is_evicted_during_a_pause_of_writes(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    for number in range(20):
+        await client.call([b"SET", b"%d" % number, bytes(1000), b"EX", b"1000"])
+    await client.call("CONFIG SET maxmemory-policy volatile-ttl")
+    assert await client.call("CLIENT PAUSE 100000 WRITE") == b"+OK\r\n"
+    house.server.config.maxmemory = 10_000
+    house.server.reconsider()
+    await other.send("SET a 1")
+    assert await other.arrived() == b""
+    assert await client.call("DBSIZE") == b":20\r\n"
+    assert await client.call("CLIENT UNPAUSE") == b"+OK\r\n"
+    assert await other.reply() == b"+OK\r\n"
+    assert len(house.engine.keyspace.values) < 12
+
+
 async def test_the_stricter_and_longer_pause_counts(
     house: House, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+import trio.testing
 
 from engram.commands import matching
 from engram.operations import DeleteVectors
@@ -11,6 +12,19 @@ from tests.commands.conftest import SYNTAX_ERROR, add, bulk, bulks, search
 from tests.conftest import Client, HeldSearches, House, ManualJournal, OpenHouse, vector
 
 ARITY = b"-ERR wrong number of arguments for '%b' command\r\n"
+
+
+async def test_nobody_looks_for_a_client_that_is_gone(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client, other = house.connect(), house.connect()
+        await client.send("VNEW i 2", [b"VADD", b"i", b"x", vector(1, 2)])
+        await client.send([b"VDELBY", b"i", b"FILTER", b".a == 1"])
+        await client.arrived()
+        assert [wanted() for wanted in searches.wanted] == [True]
+        assert await other.call("CLIENT KILL ID 1") == b":1\r\n"
+        await trio.testing.wait_all_tasks_blocked()
+        assert [wanted() for wanted in searches.wanted] == [False]
 
 
 async def fill(client: Client, count: int = 10) -> None:

@@ -271,6 +271,35 @@ def test_every_operation_says_which_keys_it_changes() -> None:
     assert set(watches._CHANGED) == set(get_args(Operation))
 
 
+@pytest.mark.parametrize("request_", ["GETEX k", "SET k x NX GET", "GETSET k x"])
+async def test_writes_that_answer_values_are_bounded_too(house: House, request_: str) -> None:
+    house.server.config.client_output_buffer_limit = house.server.config.proto_max_bulk_len = 1 << 20
+    client = house.connect()
+    await client.call([b"SET", b"k", bytes(500_000)])
+    words = ["GET k"] * 3 + [request_, "INCR n", "EXEC"]
+    await client.send("MULTI", *words)
+    reply = [await client.reply() for _ in range(7)][-1]
+    assert reply.count(bytes(500_000)) == 3
+    assert reply.count(b"-ERR the reply would take ") == 1
+    assert reply.endswith(b":1\r\n")
+    assert await client.call("STRLEN k") == b":500000\r\n"
+
+
+async def test_nobody_searches_for_a_client_that_is_gone(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client, other = house.connect(), house.connect()
+        search = [b"VSEARCH", b"i", vector(1, 2), b"1"]
+        await client.send(
+            "VNEW i 2", [b"VADD", b"i", b"x", vector(1, 2)], "MULTI", search, search, search, "EXEC"
+        )
+        await client.arrived()
+        assert [wanted() for wanted in searches.wanted] == [True] * 3
+        assert await other.call("CLIENT KILL ID 1") == b":1\r\n"
+        await wait_all_tasks_blocked()
+        assert [wanted() for wanted in searches.wanted] == [False] * 3
+
+
 async def test_a_transaction_makes_no_reply_that_no_memory_holds(house: House) -> None:
     """Beyond the bound it still writes what was queued."""
     house.server.config.client_output_buffer_limit = house.server.config.proto_max_bulk_len = 1 << 20
