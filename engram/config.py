@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from engram.errors import ConfigError
+from engram.protocol.inline import split_inline
 
 AppendFsync = Literal["always", "everysec", "no"]
 MaxmemoryPolicy = Literal["noeviction", "volatile-ttl"]
@@ -385,7 +385,7 @@ USAGE = "usage: engram [config-file] [--setting value ...]; see engram --help"
 def load_config(arguments: Sequence[str]) -> Config:
     """The settings that a command line asks for: `[config-file] [--name value ...]`.
 
-    A config file holds `name value` lines and `#` comments; a value may be quoted.
+    A config file holds lines `name value`, which may be quoted as in Redis, and those that begin with `#`.
 
     Raises:
         ConfigError: a setting is unknown or malformed, or the file cannot be read.
@@ -396,11 +396,10 @@ def load_config(arguments: Sequence[str]) -> Config:
         path = Path(rest.pop(0))
         config.file = os.path.abspath(path)
         try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ConfigError(f"cannot read config file '{path}': {reason}") from error
-        for number, line in enumerate(text.splitlines(), 1):
+            text = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"cannot read config file '{path}': {error.strerror}") from error
+        for number, line in enumerate(text.split(b"\n"), 1):
             _apply_line(config, line, f"{path}, line {number}")
     while rest:
         word = rest.pop(0)
@@ -417,21 +416,24 @@ def _values(rest: list[str]) -> Iterable[str]:
         yield rest.pop(0)
 
 
-def _apply_line(config: Config, line: str, where: str) -> None:
+def _apply_line(config: Config, line: bytes, where: str) -> None:
     try:
-        words = shlex.split(line, comments=True)
+        words = split_line(line)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     if words:
-        _assign(config, words[0], words[1:] if words[0].lower() != "user" else _user_words(line)[1:], where)
+        _assign(config, words[0], words[1:], where)
 
 
-def _user_words(line: str) -> list[str]:
-    """The words of a line about a user, in which `#` begins a password's hash and a backslash is one."""
-    lexer = shlex.shlex(line, posix=True)
-    lexer.whitespace_split = True
-    lexer.commenters = lexer.escape = ""
-    return list(lexer)
+def split_line(line: bytes) -> list[str]:
+    """The words of a line of a config file; none of a comment. Bytes that are no UTF-8 become surrogates.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    if line.lstrip().startswith(b"#"):
+        return []
+    return [word.decode(errors="surrogateescape") for word in split_inline(line)]
 
 
 def _assign(config: Config, name: str, values: list[str], where: str) -> None:

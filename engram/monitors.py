@@ -7,32 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from engram.protocol.inline import quoted
 from engram.slowlog import redacted
 
 logger = logging.getLogger("engram")
 
 # Replies and requests seen that may wait for one that watches, even where clients have no limit.
 _MOST_BUFFERED = 64 << 20
-
-_PRINTABLE = {byte: bytes((byte,)) for byte in range(32, 127)}
-_ESCAPES = (
-    {byte: b"\\x%02x" % byte for byte in range(256)}
-    | _PRINTABLE
-    | {
-        ord("\\"): b"\\\\",
-        ord('"'): b'\\"',
-        ord("\n"): b"\\n",
-        ord("\r"): b"\\r",
-        ord("\t"): b"\\t",
-        ord("\a"): b"\\a",
-        ord("\b"): b"\\b",
-    }
-)
-
-
-def quoted(argument: bytes) -> bytes:
-    """An argument in double quotes, as Redis shows it to people."""
-    return b'"%b"' % b"".join(map(_ESCAPES.__getitem__, argument))
 
 
 class Client(Protocol):

@@ -109,7 +109,7 @@ def test_every_entry_starts_a_server_that_sigterm_ends(entry: str, tmp_path: Pat
 
 def test_a_directory_from_start_to_start(tmp_path: Path) -> None:
     config = tmp_path / "engram.conf"
-    config.write_text("# where\nbind 127.0.0.1 127.0.0.2\nport 1\ndir data # not here\n")
+    config.write_text("# where\nbind 127.0.0.1 127.0.0.2\nport 1\n # not here\ndir data\n")
     data = tmp_path / "data"
     arguments = (str(config), "--port", "0", "--dir", str(data))
     with server(*arguments) as running:

@@ -18,7 +18,7 @@ def test_defaults() -> None:
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "engram.conf"
     path.write_text(
-        "# a comment\nport 7000\n\nmaxclients 10 # another\ndir 'with space'\nbind 127.0.0.1 ::1\n"
+        "# a comment\nport 7000\n\n  # another\r\nmaxclients 10\r\ndir 'with space'\nbind 127.0.0.1 ::1\n"
     )
     config = load_config([str(path), "--port", "7001", "--log-file-size=1mb"])
     assert (config.port, config.maxclients, config.log_file_size) == (7001, 10, 1 << 20)
@@ -63,8 +63,26 @@ def test_a_bad_command_line_says_why(arguments: list[str], message: str) -> None
 def test_a_bad_line_of_a_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "engram.conf"
     path.write_text('port 1\ndir "unbalanced\n')
-    with pytest.raises(ConfigError, match=r"engram\.conf, line 2: No closing quotation"):
+    with pytest.raises(ConfigError, match=r"engram\.conf, line 2: unbalanced quotes"):
         load_config([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("line", "password"),
+    [
+        (b"requirepass foo#bar", "foo#bar"),
+        (b"requirepass #foo", "#foo"),
+        (b"requirepass pa\\ss", "pa\\ss"),
+        (rb'requirepass "a\x41\tb\"\\"', 'aA\tb"\\'),
+        (rb"requirepass 'a\x41 \'b'", "a\\x41 'b"),
+        (b"# caf\xe9\nrequirepass \xff\xc3\xa9", "\udcff\xe9"),
+        (b"requirepass a\xe2\x80\xa8b\xc2\x85c", "a\u2028b\x85c"),
+    ],
+)
+def test_words_of_a_file_are_those_of_redis(tmp_path: Path, line: bytes, password: str) -> None:
+    path = tmp_path / "engram.conf"
+    path.write_bytes(line + b"\n")
+    assert load_config([str(path)]).requirepass == password
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -7,7 +7,8 @@ import pytest
 import trio
 import trio.testing
 
-from engram.monitors import Monitors, quoted
+from engram.monitors import Monitors
+from engram.protocol.inline import quoted
 from engram.slowlog import SlowLog, redacted
 from tests.conftest import House
 

@@ -23,6 +23,7 @@ from typing import Final
 import hiredis
 
 from engram.errors import EngramError
+from engram.protocol.inline import split_inline
 
 MAX_BULK_LENGTH: Final = 512 * 1024 * 1024
 """Bytes of one argument (Redis: proto-max-bulk-len)."""
@@ -55,21 +56,6 @@ _ARRAY: Final = ord("*")
 _BULK_LENGTHS: Final = {b"$%d" % length: length for length in range(4096)}
 _ARRAY_LENGTHS: Final = {b"*%d" % length: length for length in range(64)}
 _LENGTH: Final = re.compile(rb"-?[1-9][0-9]{0,18}|0")
-
-# Without these, blanks are all that counts in a line. (A vertical tab or a form feed is one only between two
-# arguments.)
-_NOT_PLAIN: Final = b"\"'\v\f"
-_BLANKS: Final = b" \t\n\v\f\r"
-_INLINE_ARGUMENT: Final = re.compile(
-    rb"""([^ \t\n\r"']*+)                                # ends at a blank or a quote
-         (?: "((?:[^"\\]|\\.)*+)" (?=[ \t\n\v\f\r]|\Z)   # a closing quote ends the argument:
-           | '((?:\\'|[^'])*+)'   (?=[ \t\n\v\f\r]|\Z)   # only a blank may follow
-           | (?!["']) )
-         [ \t\n\v\f\r]*+""",
-    re.VERBOSE | re.DOTALL,
-)
-_ESCAPE: Final = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
-_CONTROL: Final = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"a": b"\a"}
 
 _SHORTEST_BURST: Final = 128
 _LONGEST_PLAIN_ARRAY: Final = 99
@@ -285,7 +271,10 @@ class RequestParser:
             return self._hold_line(data, position, line_end, "too big inline request")
         if line_end - position > self._inline_limit:
             raise ProtocolError("too big inline request")
-        arguments = split_inline(data[position:line_end].removesuffix(b"\r"))
+        try:
+            arguments = split_inline(data[position:line_end].removesuffix(b"\r"))
+        except ValueError as error:
+            raise ProtocolError("unbalanced quotes in request") from error
         if arguments:
             requests.append(arguments)
         return line_end + 1
@@ -358,30 +347,3 @@ def _length(header: bytes) -> int | None:
         return None
     length = int(header[1:])
     return length if -(2**63) <= length < 2**63 else None
-
-
-def split_inline(line: bytes) -> list[bytes]:
-    r"""The arguments of an inline command, quoted as in Redis (its sdssplitargs).
-
-    In double quotes a backslash escapes: ``\n \r \t \b \a``, ``\xHH`` for any byte, and any other character
-    for itself. In single quotes only ``\'`` is special. Raises ProtocolError when a quote is left open, or
-    closed with anything but a blank behind it.
-    """
-    if len(line.translate(None, _NOT_PLAIN)) == len(line):
-        return line.split()
-    arguments = []
-    line = line.lstrip(_BLANKS)
-    position = 0
-    while position < len(line):
-        match = _INLINE_ARGUMENT.match(line, position)
-        if match is None:
-            raise ProtocolError("unbalanced quotes in request")
-        plain, double, single = match.groups(b"")
-        arguments.append(plain + _ESCAPE.sub(_unescape, double) + single.replace(b"\\'", b"'"))
-        position = match.end()
-    return arguments
-
-
-def _unescape(match: re.Match[bytes]) -> bytes:
-    digits, character = match.groups()
-    return bytes.fromhex(digits.decode()) if digits else _CONTROL.get(character, character)

@@ -581,7 +581,7 @@ def test_users_outlive_the_server(tmp_path: Path) -> None:
 def test_users_of_a_config_file(tmp_path: Path) -> None:
     path = tmp_path / "engram.conf"
     path.write_text(
-        f"port 0 # a comment\nuser bob on #{HASH} +get ~k\\* # no comment\nuser carl on >'two words' +ping\n"
+        f"# a comment\nport 0\nuser bob on #{HASH} +get ~k\\* # no comment\nuser carl on >'two words' +ping\n"
     )
     with pytest.raises(
         StartError, match="Error in user declaration 'bob': The password hash must be exactly"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Session
-from engram.protocol.requests import split_inline
+from engram.protocol.inline import split_inline
 from tests.fuzz import grammar
 from tests.fuzz.conversations import (
     CLIENTS,

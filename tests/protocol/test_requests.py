@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from engram.protocol.inline import quoted, split_inline
 from engram.protocol.replies import bulk_array
-from engram.protocol.requests import ProtocolError, RequestParser, split_inline
+from engram.protocol.requests import ProtocolError, RequestParser
 
 PING = b"*1\r\n$4\r\nPING\r\n"
 ECHO = b"*2\r\n$4\r\nECHO\r\n"
@@ -182,19 +184,20 @@ def test_an_error_forgets_what_was_held() -> None:
 )
 def test_splits_inline_commands_as_redis_does(line: bytes, arguments: list[bytes] | None) -> None:
     if arguments is None:
-        with pytest.raises(ProtocolError, match="unbalanced quotes in request"):
+        with pytest.raises(ValueError, match="unbalanced quotes"):
             split_inline(line)
     else:
         assert split_inline(line) == arguments
 
 
-def quoted(argument: bytes) -> bytes:
+def hexadecimal(argument: bytes) -> bytes:
     return b'"%b"' % b"".join(b"\\x%02x" % byte for byte in argument)
 
 
+@pytest.mark.parametrize("quote", [quoted, hexadecimal])
 @given(st.lists(st.binary(max_size=20)))
-def test_quoted_inline_arguments_come_back(arguments: list[bytes]) -> None:
-    assert split_inline(b" ".join(map(quoted, arguments))) == arguments
+def test_quoted_inline_arguments_come_back(quote: Callable[[bytes], bytes], arguments: list[bytes]) -> None:
+    assert split_inline(b" ".join(map(quote, arguments))) == arguments
 
 
 @given(st.text("ab\x00\xff\x1c\\ \t\r\v\f").map(lambda text: text.encode("latin-1")))
