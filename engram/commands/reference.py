@@ -39,7 +39,7 @@ Where a setting comes from; the later wins:
 
 1. its default;
 2. a config file, whose path is the first argument: `engram engram.conf`. It holds lines `name value`, and
-   those that begin with `#` are comments; a value with blanks is quoted as in Redis (`"a\\n\\x00b"`, `'as it is'`).
+   those that begin with `#` are comments; what has blanks is quoted as in Redis (`"a\\n\\x00b"`).
 3. the command line: `--name value`, or `--name=value`;
 4. `CONFIG SET name value` while the server runs, where the table says so. It lasts until the server ends.
 
