@@ -167,10 +167,13 @@ class Connection:
                     await obstacle()
                     # Who was ended in the same moment changes nothing any more.
                     await trio.lowlevel.checkpoint_if_cancelled()
+                except Exception:
+                    self._give_up()
                 finally:
                     self._held = False
                     self._touch()
-                self._carry_on()
+                if not self._finished:
+                    self._carry_on()
 
     def _take(self, data: bytes) -> bool:
         """Carries out what has arrived; returns whether more can be."""
@@ -199,10 +202,7 @@ class Connection:
         try:
             obstacle = None if self.session.closing else self._execute()
         except Exception:
-            # It ends this client alone, who still learns what was done before.
-            logger.exception("client %s ended by an error", self.session.address)
-            self._release(self._burst)
-            self._finished = True
+            self._give_up()
             return False
         finally:
             self._database.covered = False
@@ -219,6 +219,12 @@ class Connection:
         elif outbox.congested:
             self._obstacle = outbox.relieved
         return self._obstacle is None and not self._finished
+
+    def _give_up(self) -> None:
+        """Ends this client alone for the error at hand; it still learns what was done before."""
+        logger.exception("client %s ended by an error", self.session.address)
+        self._release(self._burst)
+        self._finished = True
 
     async def _read_on(self) -> None:
         """Has the parser go on with what it was given."""

@@ -159,11 +159,12 @@ class Database:
         return [key for key in keys if (at := expiries.get(key)) is None or at > now]
 
     def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
-        """Deletes up to `limit` keys that have lapsed; returns how many."""
+        """Deletes up to `limit` keys that have lapsed, as many as the log has room for; returns how many."""
         keys = self.keyspace.expired(self.now(), limit)
-        if not keys or not self._has_room_to_delete(keys):
-            return 0
-        self._expire(tuple(keys))
+        while keys and not self._has_room_to_delete(keys):
+            keys = keys[: len(keys) // 2]
+        if keys:
+            self._expire(tuple(keys))
         return len(keys)
 
     def _has_room_to_delete(self, keys: Sequence[bytes]) -> bool:

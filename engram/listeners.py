@@ -24,7 +24,7 @@ import trio
 
 from engram.access import PROTECTED
 from engram.certificates import reason, server_context
-from engram.commands.session import Server
+from engram.commands.session import ReplyMode, Server, Session
 from engram.config import Config
 from engram.connection import Connection
 from engram.errors import ConfigError, OperatorError
@@ -183,6 +183,8 @@ class Reception:
         self._connections: set[Connection] = set()
         # In the order in which they began.
         self._handshakes: dict[trio.CancelScope, None] = {}
+        # Who was found to say no more, and since when.
+        self._silent: dict[Session, float] = {}
         self._refusals = 0
         self._computing = trio.Lock()
         self._context = server_context(server.config) if server.config.tls_port else None
@@ -364,22 +366,25 @@ class Reception:
     def _drop_departed(self) -> None:
         """Ends clients that left while a command of theirs waits; nobody reads from them meanwhile.
 
-        Who only says no more may still want the reply: it has `shutdown-timeout` seconds from when it last
-        sent or took something.
+        Who only says no more may still want the reply, and who wants none may have sent more before it left:
+        these have `shutdown-timeout` seconds from when they were found so, or when a command of theirs went
+        on.
         """
         sessions = self._server.sessions.values()
         waiting = {session.descriptor: session for session in sessions if session.awaiting()}
-        if not waiting:
-            return
         poll = select.poll()
         for descriptor in waiting:
             poll.register(descriptor, select.POLLRDHUP)
-        latest = time.monotonic() - self._server.config.shutdown_timeout
-        for descriptor, events in poll.poll(0):
+        now = time.monotonic()
+        silent: dict[Session, float] = {}
+        for descriptor, events in poll.poll(0) if waiting else ():
             session = waiting[descriptor]
-            if events & (select.POLLHUP | select.POLLERR) or session.last_active < latest:
+            gone = events & (select.POLLHUP | select.POLLERR) and session.reply_mode is ReplyMode.ON
+            since = silent[session] = max(self._silent.get(session, now), session.last_active)
+            if gone or since < now - self._server.config.shutdown_timeout:
                 logger.info("client %s dropped: it left while its command waited", session.address)
                 session.close()
+        self._silent = silent
 
 
 def _tune(client: socket.socket, keepalive: int) -> None:

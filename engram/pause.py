@@ -19,6 +19,8 @@ class Pause:
 
     def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
         self.active = False
+        # Whether somebody sees to it that the pause ends in time.
+        self._timed = False
         self._on_change = on_change
         self._everything = False
         self._deadline = 0.0
@@ -28,7 +30,7 @@ class Pause:
     def start(self, seconds: float, *, everything: bool) -> bool:
         """Holds commands for `seconds`; a pause that is on keeps the later end and the stricter kind.
 
-        Returns whether `run` must be started, as nothing was held so far.
+        Returns whether `run` must be started, as it does not run yet.
         """
         deadline = trio.current_time() + seconds
         was_active = self.active
@@ -39,10 +41,11 @@ class Pause:
         self._changed = trio.Event()
         if not was_active:
             self._on_change()
-        return not was_active
+        was_timed, self._timed = self._timed, True
+        return not was_timed
 
     def end(self) -> None:
-        """Lets all commands go on, in the order in which they came."""
+        """Lets all commands go on."""
         if self.active:
             self.active = False
             self._changed.set()
@@ -57,6 +60,7 @@ class Pause:
             # It may have been extended in the moment in which it would have ended.
             if trio.current_time() >= self._deadline:
                 self.end()
+        self._timed = False
 
     def holds(self, writes: bool) -> bool:
         """Whether a command has to wait that changes data, or does not."""

@@ -9,8 +9,8 @@ import trio.testing
 from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
 
 from engram.commands.registry import COMMANDS, SPELLINGS
-from engram.commands.session import Session
-from engram.commands.table import log_room
+from engram.commands.session import Barrier, Session
+from engram.commands.table import Reply, log_room
 from engram.config import Config
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
@@ -299,10 +299,17 @@ async def test_a_client_who_came_as_its_user_was_restricted_is_restricted(house:
     assert (await new.call("SET k v")).startswith(b"-NOPERM ")
 
 
+@pytest.mark.parametrize("waits", [False, True])
 async def test_who_is_ended_by_an_error_learns_what_was_done_before(
-    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    waits: bool, open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(session: Session, arguments: list[bytes]) -> bytes:
+    async def break_later() -> bytes:
+        await trio.lowlevel.checkpoint()
+        raise ZeroDivisionError("broken")
+
+    def broken(session: Session, arguments: list[bytes]) -> Reply:
+        if waits:
+            return Barrier(break_later)
         raise ZeroDivisionError("broken")
 
     monkeypatch.setitem(SPELLINGS, b"ECHO", attrs.evolve(COMMANDS[b"echo"], handler=broken))

@@ -79,6 +79,16 @@ def test_keys_that_are_due_are_deleted_in_batches(
     assert sorted(database.keyspace.values) == [b"7", b"8", b"9"]
 
 
+def test_as_many_keys_are_deleted_as_the_log_has_room_for(
+    database: Database, journal: ManualJournal, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(10):
+        database.commit(SetString(b"%d" % number * 1000, b"", START))
+    monkeypatch.setattr(journal, "has_room", lambda size: size < 3000)
+    assert [database.expire_due() for _ in range(6)] == [2, 2, 1, 2, 1, 2]
+    assert database.keyspace.values == {}
+
+
 def test_values_of_the_wrong_type(database: Database) -> None:
     database.commit(SetString(b"s", b"1"))
     database.commit(CreateIndex(b"i", 2, "l2", 16, 128, "f32"))

@@ -299,14 +299,16 @@ async def test_who_leaves_while_its_command_waits_is_dropped(
         await paused.send("CLIENT PAUSE 1000000 WRITE", "SET k v")
         await other.send("WAIT 1 0")
         await wait_all_tasks_blocked()
+        now += 100
         await leaves.stream.aclose()
         await paused.stream.aclose()
         assert isinstance(says_no_more.stream, trio.SocketStream)
         await says_no_more.stream.send_eof()
         await wait_all_tasks_blocked()
-        now += 5
-        mock_clock.jump(1)
-        await wait_all_tasks_blocked()
+        for _ in range(2):
+            mock_clock.jump(1)
+            await wait_all_tasks_blocked()
+            now += 5
         sessions = door.house.server.sessions
         assert len(sessions) == 5
         # It still wants its reply.
@@ -321,6 +323,28 @@ async def test_who_leaves_while_its_command_waits_is_dropped(
         sessions[5].close()
         assert await other.ended() == b""
     assert door.house.engine.lsn == 0
+
+
+async def test_what_was_sent_before_leaving_without_a_wish_for_replies_is_carried_out(
+    open_house: OpenHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
+) -> None:
+    """A Unix socket says at once that its client has gone, whatever it has sent before."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    config = Config(port=0, unixsocket=str(tmp_path / "socket"), shutdown_timeout=5)
+    async with open_door(open_house, config) as door:
+        client = door.serve(await trio.open_unix_socket(config.unixsocket))
+        await client.send("CLIENT REPLY OFF", "CLIENT PAUSE 1000000 WRITE", "SET k v")
+        await wait_all_tasks_blocked()
+        await client.send("SET l v")
+        await client.stream.aclose()
+        mock_clock.jump(1)
+        await wait_all_tasks_blocked()
+        assert len(door.house.server.sessions) == 1
+        door.house.server.pause.end()
+        await wait_all_tasks_blocked()
+        assert door.house.server.sessions == {}
+        assert door.house.database.keyspace.values == {b"k": b"v", b"l": b"v"}
 
 
 async def test_tls(open_house: OpenHouse, encrypting: Config, authority: Authority) -> None:

@@ -127,8 +127,8 @@ class Graph:
         Raises:
             OSError: there is no such file, or it cannot be mapped.
         """
-        # usearch closes descriptor 0 when the file is missing.
-        path.stat()
+        # usearch closes descriptor 0 when it cannot open the file.
+        path.open("rb").close()
         index = _empty_index(parameters)
         try:
             index.view(path)
