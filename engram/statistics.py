@@ -157,7 +157,7 @@ class Statistics:
     """Counters since the start, or since CONFIG RESETSTAT.
 
     Attributes:
-        keyspace_hits, keyspace_misses: keys that commands which only read found, or did not, but for GET.
+        keyspace_hits, keyspace_misses: keys whose values clients asked for, found or not, but for GET.
         get_misses: GETs that found nothing. What they find is what is left of their calls: nothing is called
             so often, and nothing need be counted for it.
         usage: by the name of the command; of a subcommand, `client|list`.
@@ -185,7 +185,7 @@ class Statistics:
     output_rate: Rate = attrs.field(factory=Rate)
 
     def lookups(self) -> tuple[int, int]:
-        """Keys that were found and keys that were not, by commands that only read."""
+        """Keys that were found and keys that were not, by commands that ask for values."""
         gets = self.usage["get"]
         found = max(0, gets.calls - gets.failed - self.get_misses)
         return self.keyspace_hits + found, self.keyspace_misses + self.get_misses

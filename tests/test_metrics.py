@@ -51,7 +51,7 @@ async def test_what_is_counted(open_house: OpenHouse) -> None:
     assert found["engram_command_rejections_total{command=get}"] == 1
     assert found["engram_errors_total{error=ERR}"] == 2
     assert found["engram_commands_processed_total"] == 9
-    assert found["engram_keyspace_hits_total"] == 2
+    assert found["engram_keyspace_hits_total"] == 3
     assert found["engram_keyspace_misses_total"] == 1
     assert found["engram_keys"] == 2
     assert found["engram_clients"] == 1

@@ -46,7 +46,7 @@ def _set_bit(session: Session, arguments: list[bytes]) -> bytes:
 
 def _get_bit(session: Session, arguments: list[bytes]) -> bytes:
     place, bit = divmod(_offset(session, arguments[2]), 8)
-    value = session.database.string(arguments[1])
+    value = session.read_string(arguments[1])
     if value is None or place >= len(value):
         return ZERO
     return ONE if value[place] & 0x80 >> bit else ZERO
@@ -63,7 +63,7 @@ def _count_bits(session: Session, arguments: list[bytes]) -> bytes:
         if unit not in (b"BYTE", b"BIT"):
             raise CommandError(SYNTAX_ERROR)
         by_bit = unit == b"BIT"
-    value = session.database.string(arguments[1])
+    value = session.read_string(arguments[1])
     if value is None:
         return ZERO
     if bounds is None:

@@ -43,11 +43,7 @@ def _delete(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _exists(session: Session, arguments: list[bytes]) -> bytes:
-    database, statistics = session.database, session.server.statistics
-    found = sum(database.lookup(key) is not None for key in arguments[1:])
-    statistics.keyspace_hits += found
-    statistics.keyspace_misses += len(arguments) - 1 - found
-    return replies.integer(found)
+    return replies.integer(sum(session.read(key) is not None for key in arguments[1:]))
 
 
 def _rename(session: Session, arguments: list[bytes]) -> bytes:
@@ -85,7 +81,7 @@ def _copy(session: Session, arguments: list[bytes]) -> bytes:
             raise CommandError(SYNTAX_ERROR)
     if source == destination:
         raise CommandError(_SAME_KEY)
-    value = database.lookup(source)
+    value = session.read(source)
     if value is None or (database.lookup(destination) is not None and not replace):
         return ZERO
     if isinstance(value, VectorIndex):
@@ -132,7 +128,7 @@ def type_name(value: object) -> str:
 
 
 def _type(session: Session, arguments: list[bytes]) -> bytes:
-    return replies.simple(type_name(session.database.lookup(arguments[1])))
+    return replies.simple(type_name(session.read(arguments[1])))
 
 
 def _expire_by(name: str, unit: int, *, absolute: bool) -> Callable[[Session, list[bytes]], bytes]:
@@ -186,7 +182,7 @@ def _expire_applies(options: set[bytes], current: int | None, expires_at: int) -
 def _remaining(unit: int, *, absolute: bool) -> Callable[[Session, list[bytes]], bytes]:
     def handle(session: Session, arguments: list[bytes]) -> bytes:
         database = session.database
-        if database.lookup(arguments[1]) is None:
+        if session.read(arguments[1]) is None:
             return replies.integer(NO_KEY)
         expires_at = database.keyspace.expiries.get(arguments[1])
         if expires_at is None:

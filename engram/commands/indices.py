@@ -37,6 +37,14 @@ def existing_index(session: Session, key: bytes) -> VectorIndex:
     return index
 
 
+def read_index(session: Session, key: bytes) -> VectorIndex:
+    """The index at a key, counted as found or as not found. Raises CommandError when there is none."""
+    index = session.read_index(key)
+    if index is None:
+        raise CommandError(NO_INDEX)
+    return index
+
+
 def recall_target(argument: bytes) -> float:
     """The operand of RECALL, above 0 and at most 1. Raises CommandError for anything else."""
     wrong = "ERR RECALL must be a number above 0 and at most 1"
@@ -103,7 +111,7 @@ def _new(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _info(session: Session, arguments: list[bytes]) -> bytes:
-    index = existing_index(session, arguments[1])
+    index = read_index(session, arguments[1])
     parameters, statistics = index.parameters, index.statistics()
     fields: dict[str, object] = {
         "dim": parameters.dimension,

@@ -8,7 +8,7 @@ from functools import partial
 import trio
 
 from engram.commands.arguments import SYNTAX_ERROR
-from engram.commands.indices import existing_index
+from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import bounded_filter
 from engram.commands.session import Barrier, Session, Slot
 from engram.commands.table import Command
@@ -35,7 +35,7 @@ def _filter(session: Session, words: list[bytes]) -> Filter:
 
 
 def _count(session: Session, arguments: list[bytes]) -> bytes | Slot:
-    index = existing_index(session, arguments[1])
+    index = read_index(session, arguments[1])
     if len(arguments) == 2:
         return replies.integer(len(index))
     condition = _filter(session, arguments[2:])

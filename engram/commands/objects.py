@@ -49,7 +49,7 @@ def _is_integer(value: bytes) -> bool:
 
 
 def _of_object(answer: Callable[[Value], bytes], session: Session, arguments: list[bytes]) -> bytes:
-    value = session.database.lookup(arguments[2])
+    value = session.read(arguments[2])
     return session.encoder.null if value is None else answer(value)
 
 

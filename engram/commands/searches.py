@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engram.commands.arguments import NOT_AN_INTEGER, SYNTAX_ERROR, integer, number, options
-from engram.commands.indices import existing_index, recall_target
+from engram.commands.indices import read_index, recall_target
 from engram.commands.limits import bounded_filter, check
 from engram.commands.session import Session, Slot
 from engram.commands.table import Command
@@ -71,7 +71,7 @@ def _wanted_results(session: Session, index: VectorIndex, argument: bytes) -> in
 
 
 def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
-    index = existing_index(session, arguments[1])
+    index = read_index(session, arguments[1])
     query = decode_vector(arguments[2], index.parameters.dimension)
     search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:])
     if search.k == 0 or not len(index):
@@ -81,7 +81,7 @@ def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
 
 
 def _search_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
-    index = existing_index(session, arguments[1])
+    index = read_index(session, arguments[1])
     k, count = _wanted_results(session, index, arguments[2]), integer(arguments[3])
     if count < 1:
         raise CommandError(NOT_AN_INTEGER)

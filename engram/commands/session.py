@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import attrs
 import trio
@@ -14,6 +14,7 @@ from engram.config import Config
 from engram.database import Database
 from engram.index.builder import Builder
 from engram.index.service import SearchService
+from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
 from engram.memory import MemoryLimit
 from engram.monitors import Monitors
@@ -28,6 +29,8 @@ from engram.watches import Watch
 
 if TYPE_CHECKING:
     from engram.commands.table import Command
+
+T = TypeVar("T")
 
 # What a queued request takes beside its words: a list of them, and the pair that it is in.
 _REQUEST_BYTES = 200
@@ -338,6 +341,25 @@ class Session:
         if journal is None or self.executing or journal.released(lsn):
             return lsn
         return max(journal.durable_lsn, self.observed())
+
+    def read(self, key: bytes) -> bytes | VectorIndex | None:
+        """What a key holds, counted as found or as not found."""
+        return self._counted(self.database.lookup(key))
+
+    def read_string(self, key: bytes) -> bytes | None:
+        """The string at a key, counted as found or as not found. Raises CommandError as `Database.string`."""
+        return self._counted(self.database.string(key))
+
+    def read_index(self, key: bytes) -> VectorIndex | None:
+        """The index at a key, counted as found or as not found. Raises CommandError as `Database.index`."""
+        return self._counted(self.database.index(key))
+
+    def _counted(self, value: T) -> T:
+        if value is None:
+            self.server.statistics.keyspace_misses += 1
+        else:
+            self.server.statistics.keyspace_hits += 1
+        return value
 
     def would_write(self, command: Command) -> bool:
         """Whether a command changes data: by itself, or as EXEC does with what is queued."""

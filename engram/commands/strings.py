@@ -30,7 +30,7 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
     expires_at = None if operand is None else expiry(lifetime, operand, database.now(), "set")
     reply = OK
     if get:
-        previous = database.string(key)
+        previous = session.read_string(key)
         reply = session.encoder.null if previous is None else bulk(previous)
     if condition and (database.lookup(key) is None) is (condition == b"XX"):
         return reply if get else session.encoder.null
@@ -137,10 +137,7 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
 
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:
     null = session.encoder.null
-    values = list(map(session.database.lookup, arguments[1:]))
-    statistics = session.server.statistics
-    statistics.keyspace_misses += (misses := values.count(None))
-    statistics.keyspace_hits += len(values) - misses
+    values = list(map(session.read, arguments[1:]))
     size = sum(len(value) for value in values if type(value) is bytes)
     check_reply_of_strings(session, size)
     return replies.array(bulk(value) if type(value) is bytes else null for value in values)
@@ -148,14 +145,14 @@ def _get_many(session: Session, arguments: list[bytes]) -> bytes:
 
 def _get_and_set(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    value = database.string(arguments[1])
+    value = session.read_string(arguments[1])
     database.commit(SetString(arguments[1], arguments[2]))
     return session.encoder.null if value is None else bulk(value)
 
 
 def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    value = database.string(arguments[1])
+    value = session.read_string(arguments[1])
     if value is None:
         return session.encoder.null
     database.commit(DeleteKeys((arguments[1],)))
@@ -166,7 +163,7 @@ def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     key = arguments[1]
     lifetime, operand = _lifetime(arguments)
-    value = database.string(key)
+    value = session.read_string(key)
     if value is None:
         return session.encoder.null
     if operand is not None:
@@ -209,13 +206,13 @@ def _append(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _strlen(session: Session, arguments: list[bytes]) -> bytes:
-    value = session.database.string(arguments[1])
+    value = session.read_string(arguments[1])
     return ZERO if value is None else replies.integer(len(value))
 
 
 def _get_range(session: Session, arguments: list[bytes]) -> bytes:
     start, end = integer(arguments[2]), integer(arguments[3])
-    value = session.database.string(arguments[1])
+    value = session.read_string(arguments[1])
     if value is None:
         return EMPTY_BULK
     start, stop = clamp_range(start, end, len(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engram.commands.arguments import options, scan_count, scan_cursor
-from engram.commands.indices import existing_index
+from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import check, check_members
 from engram.commands.session import Session
 from engram.commands.table import Command, wrong_arity
@@ -88,12 +88,12 @@ def _throttle(session: Session, arguments: list[bytes]) -> float:
 
 
 def _get(session: Session, arguments: list[bytes]) -> bytes:
-    vector = existing_index(session, arguments[1]).vector(arguments[2])
+    vector = read_index(session, arguments[1]).vector(arguments[2])
     return session.encoder.null if vector is None else replies.bulk(vector)
 
 
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:
-    index = existing_index(session, arguments[1])
+    index = read_index(session, arguments[1])
     keys = arguments[2:]
     check_reply_size(session, 4 * index.parameters.dimension * len(keys))
     found = map(index.vector, keys)
@@ -124,13 +124,13 @@ def _set_attributes(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _get_attributes(session: Session, arguments: list[bytes]) -> bytes:
-    index = session.database.index(arguments[1])
+    index = session.read_index(arguments[1])
     attributes = b"" if index is None else index.attributes(arguments[2])
     return replies.bulk(attributes) if attributes else session.encoder.null
 
 
 def _scan(session: Session, arguments: list[bytes]) -> bytes:
-    index = existing_index(session, arguments[1])
+    index = read_index(session, arguments[1])
     cursor = scan_cursor(arguments[2])
     given = options(arguments[3:], (b"COUNT", b"MATCH"))
     count = scan_count(given[b"COUNT"]) if b"COUNT" in given else _SCAN_COUNT

@@ -95,6 +95,48 @@ async def test_lookups(house: House) -> None:
     assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("4", "4")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("BITCOUNT k", "COPY k l", "EXISTS k", "EXPIRETIME k", "GET k", "GETBIT k 1", "GETDEL k", "GETEX k"),
+        *("GETRANGE k 0 1", "GETSET k v", "MGET k", "OBJECT ENCODING k", "SET k v GET", "STRLEN k", "TTL k"),
+        *("TOUCH k", "TYPE k"),
+    ],
+)
+async def test_who_asks_for_a_value_looks_it_up(house: House, command: str) -> None:
+    client = house.connect()
+    await client.call(command)
+    await client.call("SET k 5")
+    await client.call(command)
+    fields = await info(client, "stats")
+    assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("1", "1")
+
+
+@pytest.mark.parametrize(
+    "command", ["APPEND k 1", "DEL k", "EXPIRE k 9", "INCR k", "MEMORY USAGE k", "SET k v NX", "SETBIT k 1 1"]
+)
+async def test_who_changes_a_value_looks_nothing_up(house: House, command: str) -> None:
+    client = house.connect()
+    await client.call(command)
+    await client.call("SET k 5")
+    await client.call(command)
+    fields = await info(client, "stats")
+    assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("0", "0")
+
+
+async def test_who_asks_of_an_index_looks_it_up(house: House) -> None:
+    client = house.connect()
+    commands = ["VCOUNT i", "VGETATTR i x", "VINFO i", "VSCAN i 0", "VMGET i x", "VGET i x"]
+    for command in commands:
+        await client.call(command)
+    await client.call("VNEW i 2")
+    for command in commands:
+        await client.call(command)
+    await client.call([b"VSEARCH", b"i", vector(1, 2), b"1"])
+    fields = await info(client, "stats")
+    assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("7", "6")
+
+
 async def test_clients(house: House) -> None:
     client, watching, blocked = house.connect(), house.connect(), house.connect()
     await watching.call("WATCH a b")
