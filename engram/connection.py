@@ -84,6 +84,7 @@ class Connection:
         self._outbox = Outbox(
             transport,
             server,
+            address,
             start_writer=self._start_writer,
             abort=self._scope.cancel,
             written=self._touch,
@@ -195,7 +196,6 @@ class Connection:
         # Surely enough for what they write and for the end of each lapsed key they may name; where the log
         # has less, the need of each is looked at.
         self._room = 8 * (held + len(data)) + RECORD_OVERHEAD * len(requests)
-        self._server.statistics.commands_processed += len(requests)
 
     def _carry_on(self) -> bool:
         """Carries out the requests that are left; returns whether more can be read, and nothing waits."""
@@ -402,7 +402,11 @@ class Connection:
 
     async def _wait_for_pause(self, writes: bool) -> None:
         """Waits until a pause is over that holds the next request, which is looked at afresh then."""
-        await self._server.pause.wait(writes)
+        self.session.paused = True
+        try:
+            await self._server.pause.wait(writes)
+        finally:
+            self.session.paused = False
         self._position -= 1
 
     async def _clear(self, command: Command, request: list[bytes], delay: float) -> None:

@@ -233,7 +233,6 @@ class Reception:
                 logger.warning("cannot accept a connection: %s", error.strerror)
                 await trio.sleep(_ACCEPT_PAUSE)
                 continue
-            server.statistics.connections_received += 1
             refusal: bytes | None = None
             if len(connections) >= (limit := self._limit(client.fileno())):
                 refusal = MAXCLIENTS_REACHED
@@ -287,6 +286,7 @@ class Reception:
             descriptor=client.fileno(),
         )
         self._connections.add(connection)
+        self._server.statistics.connections_received += 1
         nursery.start_soon(self._attend, connection)
 
     async def _attend(self, connection: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,8 @@ import trio
 from engram.commands.session import Server, Slot
 from engram.database import Journal
 from engram.transport import Transport
+
+logger = logging.getLogger(__name__)
 
 # Replies that may wait for the log or for a search before further requests are left unread.
 _UNRELEASED_REPLIES = 1024
@@ -38,6 +41,7 @@ class Outbox:
         self,
         transport: Transport,
         server: Server,
+        address: str,
         *,
         start_writer: Callable[[], None],
         abort: Callable[[], None],
@@ -46,6 +50,7 @@ class Outbox:
         self.authenticated = True
         self._transport = transport
         self._server = server
+        self._address = address
         self._journal = server.database.journal
         self._rounds = server.rounds
         self._start_writer = start_writer
@@ -240,6 +245,9 @@ class Outbox:
                 finished = True
         finally:
             self._write_scope = None
+            if scope.cancelled_caught:
+                timeout = self._server.config.client_write_timeout
+                logger.warning("client %s dropped: it took no reply for %d s", self._address, timeout)
             if not finished:
                 # Part of it may have been sent: nothing can follow.
                 self.discard()

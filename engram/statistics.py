@@ -167,7 +167,6 @@ class Statistics:
 
     connections_received: int = 0
     connections_rejected: int = 0
-    commands_processed: int = 0
     net_input_bytes: int = 0
     net_output_bytes: int = 0
     error_replies: int = 0
@@ -183,6 +182,11 @@ class Statistics:
     commands_rate: Rate = attrs.field(factory=Rate)
     input_rate: Rate = attrs.field(factory=Rate)
     output_rate: Rate = attrs.field(factory=Rate)
+
+    @property
+    def commands_processed(self) -> int:
+        """Commands that were carried out, those of transactions among them."""
+        return sum(usage.calls for usage in self.usage.values())
 
     def lookups(self) -> tuple[int, int]:
         """Keys that were found and keys that were not, by commands that ask for values."""

@@ -50,7 +50,7 @@ async def test_what_is_counted(open_house: OpenHouse) -> None:
     assert 0 < found["engram_command_duration_seconds_sum{command=get}"] < 1
     assert found["engram_command_rejections_total{command=get}"] == 1
     assert found["engram_errors_total{error=ERR}"] == 2
-    assert found["engram_commands_processed_total"] == 9
+    assert found["engram_commands_processed_total"] == 7
     assert found["engram_keyspace_hits_total"] == 3
     assert found["engram_keyspace_misses_total"] == 1
     assert found["engram_keys"] == 2

@@ -133,6 +133,17 @@ async def test_monitor_shows_what_others_do(house: House) -> None:
     ]
 
 
+async def test_monitor_shows_an_exec_that_carries_nothing_out(house: House) -> None:
+    watching, client = house.connect(), house.connect()
+    await watching.call("MONITOR")
+    for request in ("EXEC", "MULTI", "NOSUCH", "EXEC", "WATCH a", "SET a 1", "MULTI", "GET a", "EXEC"):
+        await client.call(request)
+    lines = (await watching.arrived()).decode().splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [
+        *('"EXEC"', '"MULTI"', '"EXEC"', '"WATCH" "a"', '"SET" "a" "1"', '"MULTI"', '"EXEC"')
+    ]
+
+
 async def test_a_client_sees_its_own_requests_before_their_replies(house: House) -> None:
     client = house.connect()
     await client.send("HELLO 3", "MONITOR", "PING", "PING")

@@ -83,6 +83,7 @@ def make_bench(house: House) -> Bench:
     outbox = Outbox(
         pipe,
         house.server,
+        "client:1",
         start_writer=lambda: house.nursery.start_soon(outbox.write),
         abort=lambda: aborted.append(True),
     )
@@ -139,7 +140,9 @@ async def test_the_rest_follows_when_the_socket_takes_it(bench: Bench) -> None:
     assert bench.pipe.taken == b"abcdefghij"
 
 
-async def test_a_client_that_takes_nothing_in_time_is_ended(bench: Bench, autojump_clock: MockClock) -> None:
+async def test_a_client_that_takes_nothing_in_time_is_ended(
+    bench: Bench, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.pipe.room = 0
     bench.outbox.send(b"x" * 1001, 0)
     assert bench.outbox.congested
@@ -148,6 +151,7 @@ async def test_a_client_that_takes_nothing_in_time_is_ended(bench: Bench, autoju
     assert trio.current_time() - began == pytest.approx(7)
     assert bench.aborted
     assert bench.outbox.size == 0
+    assert caplog.messages == ["client client:1 dropped: it took no reply for 7 s"]
 
 
 async def test_a_client_that_takes_a_little_now_and_then_is_kept(
@@ -290,6 +294,7 @@ def test_replies_are_whole_in_order_and_never_early(actions: list[tuple[str, int
             outbox = Outbox(
                 pipe,
                 server,  # type: ignore[arg-type]
+                "client:1",
                 start_writer=lambda: nursery.start_soon(outbox.write),
                 abort=lambda: None,
             )
@@ -369,6 +374,7 @@ async def test_a_client_that_reads_late_is_seen_to_read(house: House) -> None:
     outbox = Outbox(
         pipe,
         house.server,
+        "client:1",
         start_writer=lambda: house.nursery.start_soon(outbox.write),
         abort=lambda: None,
         written=lambda: written.append(trio.current_time()),

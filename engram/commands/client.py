@@ -42,7 +42,7 @@ def _flags(session: Session) -> str:
     conditions = (
         ("O", session in session.server.monitors),
         ("x", session.transaction is not None),
-        ("b", session.unblock is not None),
+        ("b", session.blocked),
         ("d", session.watch.broken),
         ("c", session.closing),
         ("U", session.address.startswith("/")),

@@ -17,6 +17,7 @@ _NEVER_QUEUED = frozenset({"exec", "discard", "multi", "watch", "quit", "reset"}
 
 def check(session: Session, command: Command, request: list[bytes]) -> None:
     """Raises CommandError for what a client must not do now, in the order of Redis's checks."""
+    session.last_command = command.name
     check_authentication(session, command)
     transaction = session.transaction
     if transaction is not None and "no_multi" in command.flags:
@@ -49,8 +50,8 @@ def admit(session: Session, command: Command, request: list[bytes]) -> bytes | N
         if transaction.size > server.config.client_query_buffer_limit:
             raise CommandError("ERR the transaction takes more than client-query-buffer-limit")
         return _QUEUED
-    # EXEC is shown after what it has carried out.
-    if server.monitors and command.name != "exec":
+    # EXEC is shown after what it carries out, if it does.
+    if server.monitors and (command.name != "exec" or transaction is None or transaction.failed):
         show(session, command, request)
     return None
 

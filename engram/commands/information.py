@@ -73,7 +73,7 @@ def _clients(server: Server) -> Fields:
         "maxclients": server.config.maxclients,
         "client_recent_max_input_buffer": max((received for received, _ in buffers), default=0),
         "client_recent_max_output_buffer": max((sent for _, sent in buffers), default=0),
-        "blocked_clients": sum(session.unblock is not None for session in sessions),
+        "blocked_clients": sum(session.blocked for session in sessions),
         "tracking_clients": 0,
         "pubsub_clients": 0,
         "watching_clients": sum(bool(session.watch.keys) for session in sessions),

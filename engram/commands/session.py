@@ -295,6 +295,8 @@ class Session:
     watch: Watch = attrs.field(factory=Watch)
     # Ends what the client is blocked in, None while it is not: by an error, or else as by a timeout.
     unblock: Callable[[bool], None] | None = None
+    # Whether a pause holds a command.
+    paused: bool = False
     # What CLIENT NO-EVICT and CLIENT NO-TOUCH asked for.
     no_evict: bool = False
     no_touch: bool = False
@@ -323,6 +325,11 @@ class Session:
     def reply_mode(self, mode: ReplyMode) -> None:
         self._reply_mode = mode
         self.changed_course = self._closing or mode is not ReplyMode.ON
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a command waits for others: for copies, for a sync, or for the end of a pause."""
+        return self.paused or self.unblock is not None
 
     @property
     def closing(self) -> bool:

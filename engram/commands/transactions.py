@@ -114,7 +114,7 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
         broken = session.watch.broken
         session.discard()
         if broken:
-            return session.encoder.null_array
+            queued = []
         session.executing = True
         with database.together():
             while position < len(queued):
@@ -130,6 +130,8 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
         session.executing = database.covered = False
     if session.server.monitors:
         session.server.monitors.feed(session, [name])
+    if broken:
+        return session.encoder.null_array
     header = replies.array_header(len(queued))
     known = [result for result in results if isinstance(result, bytes)]
     if len(known) == len(results):

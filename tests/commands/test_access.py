@@ -313,7 +313,8 @@ async def test_the_log(house: House, version: int) -> None:
         assert 0 <= float(entry[b"age-seconds"]) < PATIENCE
         assert entry[b"timestamp-created"] <= entry[b"timestamp-last-updated"]
         assert entry[b"client-info"].startswith(b"id=1 addr=127.0.0.1:1000 ")
-    assert b" user=bob " in entries[0][b"client-info"]
+    assert b" cmd=get user=bob " in entries[0][b"client-info"]
+    assert b" cmd=del user=bob " in entries[1][b"client-info"]
     assert await reader.call("ACL LOG RESET") == OK
     assert await reader.call("ACL LOG") == array()
 

@@ -326,9 +326,12 @@ async def test_a_pause_of_writes_holds_no_reads(house: House) -> None:
     assert await client.call("CLIENT PAUSE 100000 WRITE") == b"+OK\r\n"
     await other.send("GET a", "SET a 1", "GET a")
     assert await other.arrived() == b"$-1\r\n"
+    assert b" flags=b " in await client.call("CLIENT LIST ID 2")
+    assert b"\r\nblocked_clients:1\r\n" in await client.call("INFO clients")
     assert await client.call("GET a") == b"$-1\r\n"
     assert await client.call("CLIENT UNPAUSE") == b"+OK\r\n"
     assert await other.arrived() == b"+OK\r\n$1\r\n1\r\n"
+    assert b" flags=N " in await client.call("CLIENT LIST ID 2")
 
 
 async def test_nothing_is_evicted_during_a_pause_of_writes(house: House) -> None:
