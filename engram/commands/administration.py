@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from engram import REDIS_VERSION, __version__
-from engram.commands import configuration, monitoring, waiting
+from engram.commands import configuration, monitoring, topology, waiting
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
 from engram.commands.information import render
 from engram.commands.session import Session, Slot
@@ -13,7 +13,7 @@ from engram.commands.table import Command
 from engram.errors import CommandError
 from engram.operations import Flush
 from engram.protocol import replies
-from engram.protocol.replies import EMPTY_ARRAY, OK
+from engram.protocol.replies import OK
 
 _NO_DEBUG = (
     'ERR DEBUG command not allowed. If the enable-debug-command option is set to "local", you can run it'
@@ -100,10 +100,6 @@ def _lastsave(session: Session, arguments: list[bytes]) -> bytes:
     saved = 0 if storage is None else storage.status.last_save_time
     # Before the first snapshot it is when the server started, as in Redis.
     return replies.integer(saved or int(session.server.started))
-
-
-def _role(session: Session, arguments: list[bytes]) -> bytes:
-    return replies.array((replies.bulk(b"master"), replies.integer(0), EMPTY_ARRAY))
 
 
 def _debug(session: Session, arguments: list[bytes]) -> bytes:
@@ -199,17 +195,6 @@ COMMANDS = (
         ("admin", "noscript", "no_async_loading"),
     ),
     Command(
-        "role",
-        _role,
-        1,
-        "",
-        "Returns the replication role: a master without replicas.",
-        _GROUP,
-        ("noscript", "loading", "stale", "fast"),
-        since="2.8.12",
-        more_categories=("@admin", "@dangerous"),
-    ),
-    Command(
         "debug",
         _debug,
         -2,
@@ -250,5 +235,6 @@ COMMANDS = (
     ),
     *configuration.COMMANDS,
     *monitoring.COMMANDS,
+    *topology.COMMANDS,
     *waiting.COMMANDS,
 )

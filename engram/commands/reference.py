@@ -21,6 +21,7 @@ _GROUPS = {
     "transactions": "Transactions",
     "connection": "Connections",
     "server": "Server",
+    "cluster": "Cluster",
 }
 
 _COMMANDS_INTRODUCTION = """\

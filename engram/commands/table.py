@@ -21,6 +21,7 @@ Throttle = Callable[[Session, list[bytes]], float]
 _WORD_OVERHEAD = 16
 _KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
 _CATEGORIES = {
+    "cluster": (),
     "generic": ("@keyspace",),
     "server": (),
     "transactions": ("@transaction",),

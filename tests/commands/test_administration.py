@@ -79,6 +79,28 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("SHUTDOWN ABORT NOW", b"-ERR syntax error\r\n"),
         ("SHUTDOWN SAVE NOSAVE", b"-ERR syntax error\r\n"),
     ),
+    "no replicas, cluster and modules": (
+        ("REPLICAOF no one", b"+OK\r\n"),
+        ("SLAVEOF NO ONE", b"+OK\r\n"),
+        ("REPLICAOF a b", b"-ERR Invalid master port\r\n"),
+        ("REPLICAOF a 65536", b"-ERR Invalid master port\r\n"),
+        ("REPLICAOF a 6379", b"-ERR replication is not supported\r\n"),
+        *(
+            (request, b"-ERR This instance has cluster support disabled\r\n")
+            for request in (
+                "CLUSTER INFO",
+                "CLUSTER SLOTS",
+                "CLUSTER KEYSLOT a",
+                "READONLY",
+                "READWRITE",
+                "ASKING",
+            )
+        ),
+        ("CLUSTER FOO", b"-ERR unknown subcommand 'FOO'. Try CLUSTER HELP.\r\n"),
+        ("CLUSTER INFO x", b"-ERR wrong number of arguments for 'cluster|info' command\r\n"),
+        ("MODULE LIST", b"*0\r\n"),
+        ("MODULE FOO", b"-ERR unknown subcommand 'FOO'. Try MODULE HELP.\r\n"),
+    ),
     "role, debug and lolwut": (
         ("ROLE", b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n"),
         ("ROLE x", b"-ERR wrong number of arguments for 'role' command\r\n"),
