@@ -156,7 +156,7 @@ def _log(server: Server) -> Iterator[Metric]:
     yield _gauge("snapshot_running", "Whether a snapshot is being made.", status.snapshot_running)
     yield _gauge("snapshot_ok", "Whether the last snapshot succeeded.", status.last_save_ok)
     yield _gauge("snapshot_time_seconds", "When that was, since the epoch.", status.last_save_time)
-    yield _gauge("snapshot_duration_seconds", "How long it took.", status.last_save_seconds)
+    yield _gauge("snapshot_duration_seconds", "How long it took.", max(0.0, status.last_save_seconds))
 
 
 def _vectors(server: Server) -> Iterator[Metric]:

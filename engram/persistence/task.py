@@ -85,7 +85,8 @@ class PersistenceStatus:
     Attributes:
         last_save_time: when a snapshot was last made, or found to hold everything, since the epoch; 0 when
             there is none.
-        last_save_seconds: how long the last snapshot took, made or failed.
+        last_save_seconds: how long the last snapshot since the start took, made or failed; -1 when there is
+            none.
         last_save_error: why the last snapshot failed; empty when it did not.
         cleanup_error: why files no longer named could not be removed; empty when they were.
         changes_since_save: operations that the current snapshot does not hold.
@@ -187,7 +188,7 @@ class Persistence:
         self._last_save_ok = True
         self._last_save_error = ""
         self._cleanup_error = ""
-        self._last_save_seconds = 0.0
+        self._last_save_seconds = -1.0
         self._next_snapshot_time = 0.0
 
     @property

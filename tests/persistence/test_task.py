@@ -600,6 +600,7 @@ async def test_a_snapshot_takes_the_place_of_the_log(directory: Path, files: Hoo
         status = running.persistence.status
         assert (status.changes_since_save, status.log_bytes, status.last_save_ok) == (0, 0, True)
         assert status.last_save_time > 0
+        assert status.last_save_seconds > 0
         manifest = read_manifest(layout.manifest)
         assert manifest is not None
         assert (manifest.snapshot, manifest.lsn, manifest.size) == ("snapshot-10", 10, 1000)
@@ -657,6 +658,7 @@ async def test_one_snapshot_at_a_time(directory: Path, files: HookedFiles) -> No
 async def test_a_snapshot_with_nothing_new_is_done_at_once(directory: Path, files: HookedFiles) -> None:
     async with started(directory, files, command=lambda _: ["/nonexistent/program"]) as running:
         assert running.persistence.status.last_save_time == 0
+        assert running.persistence.status.last_save_seconds == -1
         await running.persistence.snapshot()
         assert running.persistence.status.last_save_ok
         assert running.persistence.status.last_save_time > 0
