@@ -69,11 +69,19 @@ def tells_time(words: Sequence[bytes]) -> bool:
     return any(word.upper() in _RELATIVE for word in words)
 
 
-def differ(name: str, theirs: Reply, ours: Reply, *, relative: bool, common: frozenset[str]) -> bool:
+def differ(
+    name: str,
+    theirs: Reply,
+    ours: Reply,
+    *,
+    relative: bool,
+    commands: frozenset[str],
+    settings: frozenset[str],
+) -> bool:
     """Whether the replies of both to a command are not the same.
 
-    `relative` says that there may be keys whose time to live counts from when it was set; `common` are the
-    names of commands and settings that both have.
+    `relative` says that there may be keys whose time to live counts from when it was set; `commands`
+    and `settings` are the names of those that both have.
     """
     if theirs == ours:
         return False
@@ -83,9 +91,9 @@ def differ(name: str, theirs: Reply, ours: Reply, *, relative: bool, common: fro
         return min(times) < 0 or abs(times[0] - times[1]) * unit > TOLERANCE_MILLISECONDS
     view = _VIEWS.get(name, _whole)
     if name == "acl|cat":
-        theirs, ours = _known(theirs, common), _known(ours, common)
+        theirs, ours = _known(theirs, commands), _known(ours, commands)
     elif name == "config|get":
-        theirs, ours = _known_pairs(theirs, common), _known_pairs(ours, common)
+        theirs, ours = _known_pairs(theirs, settings), _known_pairs(ours, settings)
     elif name == "command|help" or name.endswith("|help"):
         view = _kind
     return _plain(view(theirs)) != _plain(view(ours))

@@ -177,7 +177,6 @@ class Replay:
         self, client: _Client, name: str, words: Words, theirs: Reply, ours: Reply, *, relative: bool
     ) -> list[Answers]:
         """What of the replies to a request differs: all of it, or some of the commands that EXEC answers."""
-        common = self.grammar.common
         answers = [(name, words, theirs, ours)]
         if client.queued is not None and theirs == ours == _QUEUED:
             client.queued.append(words)
@@ -205,7 +204,14 @@ class Replay:
         return [
             answer
             for answer in answers
-            if differ(answer[0], answer[2], answer[3], relative=relative, common=common)
+            if differ(
+                answer[0],
+                answer[2],
+                answer[3],
+                relative=relative,
+                commands=self.grammar.common_commands,
+                settings=self.grammar.common_settings,
+            )
         ]
 
     @staticmethod

@@ -27,13 +27,13 @@ Strategy = st.SearchStrategy[Words]
 EXCLUDED = frozenset(
     {
         *("bgrewriteaof", "bgsave", "save", "lastsave", "shutdown", "sync", "psync", "replconf", "failover"),
-        *("replicaof", "slaveof", "debug", "monitor", "module", "lolwut", "cluster", "script", "function"),
+        *("replicaof", "slaveof", "debug", "monitor", "module", "lolwut", "script", "function"),
         *("subscribe", "psubscribe", "ssubscribe", "unsubscribe", "punsubscribe", "sunsubscribe", "latency"),
         *("blpop", "brpop", "blmove", "blmpop", "bzpopmin", "bzpopmax", "bzmpop", "brpoplpush"),
         *("client|reply", "client|pause", "client|kill", "client|tracking", "command", "command|count"),
         *("command|docs", "command|info", "command|list", "config|rewrite", "acl|load", "acl|save"),
-        *("slowlog|get", "slowlog|len", "migrate", "pfselftest", "pfdebug", "asking", "readonly"),
-        *("info", "readwrite", "memory|doctor", "memory|malloc-stats", "memory|stats", "memory|purge"),
+        *("slowlog|get", "slowlog|len", "migrate", "pfselftest", "pfdebug"),
+        *("info", "memory|doctor", "memory|malloc-stats", "memory|stats", "memory|purge"),
     }
 )
 
@@ -337,7 +337,8 @@ class Grammar:
         self.commands = common
         # engram's indices have a dialect of their own.
         dialect = {name for name in common if name.startswith("v")}
-        self.common = (common - dialect) | {name.decode() for name in shared}
+        self.common_commands = common - dialect
+        self.common_settings = frozenset(name.decode() for name in shared)
         self.has_index = "vadd" in common
         self.arguments: dict[str, Strategy] = {}
         for name in sorted(common - self.containers - dialect):
