@@ -43,7 +43,8 @@ def _delete(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _exists(session: Session, arguments: list[bytes]) -> bytes:
-    return replies.integer(sum(session.read(key) is not None for key in arguments[1:]))
+    values = session.read_many(arguments[1:])
+    return replies.integer(len(values) - values.count(None))
 
 
 def _rename(session: Session, arguments: list[bytes]) -> bytes:

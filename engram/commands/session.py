@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -352,6 +352,14 @@ class Session:
     def read(self, key: bytes) -> bytes | VectorIndex | None:
         """What a key holds, counted as found or as not found."""
         return self._counted(self.database.lookup(key))
+
+    def read_many(self, keys: Iterable[bytes]) -> list[bytes | VectorIndex | None]:
+        """What each of some keys holds, counted as found or as not found."""
+        values = list(map(self.database.lookup, keys))
+        statistics = self.server.statistics
+        statistics.keyspace_misses += (misses := values.count(None))
+        statistics.keyspace_hits += len(values) - misses
+        return values
 
     def read_string(self, key: bytes) -> bytes | None:
         """The string at a key, counted as found or as not found. Raises CommandError as `Database.string`."""

@@ -137,7 +137,7 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
 
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:
     null = session.encoder.null
-    values = list(map(session.read, arguments[1:]))
+    values = session.read_many(arguments[1:])
     size = sum(len(value) for value in values if type(value) is bytes)
     check_reply_of_strings(session, size)
     return replies.array(bulk(value) if type(value) is bytes else null for value in values)
