@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -47,6 +48,11 @@ _FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 hypothesis.settings.register_profile("fuzz", max_examples=_FUZZ_EXAMPLES, deadline=None)
 
 T = TypeVar("T")
+
+
+def pytest_configure() -> None:
+    # What a shell starts in the background ignores SIGINT, and so would the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def encode_request(words: Iterable[bytes]) -> bytes:
