@@ -95,6 +95,16 @@ async def test_lookups(house: House) -> None:
     assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("4", "4")
 
 
+async def _lookups(house: House, command: str) -> tuple[str, str]:
+    """Hits and misses of a command whose key is not there, and then is."""
+    client = house.connect()
+    await client.call(command)
+    await client.call("SET k 5")
+    await client.call(command)
+    fields = await info(client, "stats")
+    return fields["keyspace_hits"], fields["keyspace_misses"]
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -104,24 +114,14 @@ async def test_lookups(house: House) -> None:
     ],
 )
 async def test_who_asks_for_a_value_looks_it_up(house: House, command: str) -> None:
-    client = house.connect()
-    await client.call(command)
-    await client.call("SET k 5")
-    await client.call(command)
-    fields = await info(client, "stats")
-    assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("1", "1")
+    assert await _lookups(house, command) == ("1", "1")
 
 
 @pytest.mark.parametrize(
     "command", ["APPEND k 1", "DEL k", "EXPIRE k 9", "INCR k", "MEMORY USAGE k", "SET k v NX", "SETBIT k 1 1"]
 )
 async def test_who_changes_a_value_looks_nothing_up(house: House, command: str) -> None:
-    client = house.connect()
-    await client.call(command)
-    await client.call("SET k 5")
-    await client.call(command)
-    fields = await info(client, "stats")
-    assert (fields["keyspace_hits"], fields["keyspace_misses"]) == ("0", "0")
+    assert await _lookups(house, command) == ("0", "0")
 
 
 async def test_who_asks_of_an_index_looks_it_up(house: House) -> None:
