@@ -16,7 +16,10 @@ _NEVER_QUEUED = frozenset({"exec", "discard", "multi", "watch", "quit", "reset"}
 
 
 def check(session: Session, command: Command, request: list[bytes]) -> None:
-    """Raises CommandError for what a client must not do now, in the order of Redis's checks."""
+    """Notes a command as the client's last. Raises CommandError for what it must not do now.
+
+    The checks are in Redis's order.
+    """
     session.last_command = command.name
     check_authentication(session, command)
     transaction = session.transaction

@@ -31,15 +31,15 @@ QUANTIZATIONS = {b"f32": "f32", b"int8": "int8", b"bf16": "bf16"}
 
 def existing_index(session: Session, key: bytes) -> VectorIndex:
     """The index at a key. Raises CommandError when there is none."""
-    index = session.database.index(key)
-    if index is None:
-        raise CommandError(NO_INDEX)
-    return index
+    return _present(session.database.index(key))
 
 
 def read_index(session: Session, key: bytes) -> VectorIndex:
     """The index at a key, counted as found or as not found. Raises CommandError when there is none."""
-    index = session.read_index(key)
+    return _present(session.read_index(key))
+
+
+def _present(index: VectorIndex | None) -> VectorIndex:
     if index is None:
         raise CommandError(NO_INDEX)
     return index
