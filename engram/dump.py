@@ -207,7 +207,7 @@ def _vector_lines(
     view = index.view(lsn)
     sources: list[tuple[Segment | Chunk, Lsns]] = [
         *((installed.segment, installed.deaths) for installed in view.segments),
-        *((chunk, chunk.deaths[: chunk.count]) for chunk in view.chunks),
+        *((chunk, chunk.deaths[:count]) for chunk, count in view.head),
     ]
     for source, deaths in sources:
         alive = np.flatnonzero(deaths == ALIVE)

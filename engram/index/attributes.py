@@ -388,6 +388,7 @@ class GrowingAttributes:
     """The columns of up to `capacity` rows that are appended one by one; threads may ask for them at once."""
 
     def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._writer = AttributeWriter(capacity)
         self._lock = threading.Lock()
 
@@ -395,12 +396,21 @@ class GrowingAttributes:
         """The columns of the first `count` rows.
 
         `texts` gives JSON texts by position. Each is decoded once: it must not change any more.
+
+        Raises:
+            ValueError: there is no room for so many rows.
         """
+        if not 0 <= count <= self._capacity:
+            raise ValueError(f"{count} rows, where there is room for {self._capacity}")
         with self._lock:
-            if count > self._writer.written:
-                for text in texts(np.arange(self._writer.written, count)):
-                    self._writer.write(text)
-            return self._writer.columns(count, texts)
+            writer = self._writer
+            if count > writer.written:
+                # What fails half-way, for lack of memory, is not used again.
+                self._writer = AttributeWriter(self._capacity)
+                for text in texts(np.arange(writer.written, count)):
+                    writer.write(text)
+                self._writer = writer
+            return writer.columns(count, texts)
 
 
 def decode_columns(texts: Texts) -> AttributeColumns:

@@ -114,8 +114,13 @@ class GrowingCodes:
         """Codes of the first rows of `vectors`, (n, dimension), of which at most a few are left out.
 
         None while there are few. `norms` are (n,). Two threads may do this at once: they write the same.
+
+        Raises:
+            ValueError: there is no room for so many rows, or they have not as many norms.
         """
         count, capacity = len(vectors), len(self._codes)
+        if not len(norms) == count <= capacity:
+            raise ValueError(f"{count} rows with {len(norms)} norms, where there is room for {capacity}")
         latest = self._latest
         done = 0 if latest is None else latest.rows
         if count - done >= UNCODED_ROWS or (done < count == capacity >= UNCODED_ROWS):

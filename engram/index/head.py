@@ -75,8 +75,20 @@ class Chunk:
         self.masks = MaskCache()
         self.norms_known = 0
 
+    def _check(self, count: int) -> None:
+        # What is cached of rows that are not there yet would be taken for theirs when they come.
+        if not 0 <= count <= self.count:
+            raise ValueError(f"{count} of the {self.count} rows of a chunk")
+
     def codes(self, queries: Queries, count: int) -> RowCodes | None:
-        """Codes of nearly all of the first `count` rows, None while there are few; for a search."""
+        """Codes of nearly all of the first `count` rows, None while there are few; for a search.
+
+        They may cover more rows, which another search has asked for.
+
+        Raises:
+            ValueError: there are not so many rows.
+        """
+        self._check(count)
         codes = self._codes
         if codes is None:
             if count < UNCODED_ROWS:
@@ -118,7 +130,11 @@ class Chunk:
         """The norms of the first `count` rows, computed at the first search that needs them.
 
         Two threads may compute the same ones at once: they write the same numbers.
+
+        Raises:
+            ValueError: there are not so many rows.
         """
+        self._check(count)
         known = self.norms_known
         if known < count:
             self._norms[known:count] = row_norms(self.vectors[known:count])
@@ -160,7 +176,11 @@ class Chunk:
         """The attributes of the first `count` rows as columns; a row is decoded at the first search for it.
 
         Two threads may make the columns at once: those of one are lost.
+
+        Raises:
+            ValueError: there are not so many rows.
         """
+        self._check(count)
         if not self.attributes:
             return AttributeColumns(count, {}, None, self.attributes_at)
         growing = self._attribute_columns
@@ -238,15 +258,18 @@ class Head:
         if chunk is not self.chunks[-1]:
             self._bytes_before_tail += size
 
-    def rows_born_by(self, lsn: int) -> int:
-        """How many rows there were at `lsn`, which no row has left since."""
-        rows = self.rows
-        for chunk in reversed(self.chunks):
+    def born_by(self, lsn: int) -> tuple[tuple[Chunk, int], ...]:
+        """The chunks with rows that were there at `lsn`, and how many those are: at least one, the first.
+
+        No row must have left since.
+        """
+        chunks = self.chunks
+        for number in reversed(range(len(chunks))):
+            chunk = chunks[number]
             born = int(chunk.births[: chunk.count].searchsorted(lsn, "right"))
-            rows -= chunk.count - born
             if born:
-                break
-        return rows
+                return (*((before, before.count) for before in chunks[:number]), (chunk, born))
+        return ()
 
     def tail(self) -> Chunk:
         """A last chunk with room for at least one row more.

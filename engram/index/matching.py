@@ -28,7 +28,11 @@ def segment_mask(segment: Segment, condition: Filter) -> Mask:
 
 
 def chunk_mask(chunk: Chunk, count: int, condition: Filter) -> Mask:
-    """On which of the first `count` rows of a chunk the filter is true, dead ones included."""
+    """On which of the first `count` rows of a chunk the filter is true, dead ones included.
+
+    Raises:
+        ValueError: there are not so many rows.
+    """
     if count < chunk.capacity:
         return condition.mask(chunk.attribute_columns(count))
     return chunk.masks.mask(condition, lambda: chunk.attribute_columns(count))
@@ -64,11 +68,8 @@ def _matching(view: View, condition: Filter, since: int) -> Iterator[tuple[Chunk
             continue
         qualifying = segment_mask(segment, condition) & (installed.deaths > view.lsn)
         yield segment, _from(np.flatnonzero(qualifying), segment.row_ids, since)
-    left = view.head_rows
-    for chunk in view.chunks:
-        count = min(chunk.count, left)
-        left -= count
-        if not count or chunk.row_ids[count - 1] < since:
+    for chunk, count in view.head:
+        if chunk.row_ids[count - 1] < since:
             continue
         qualifying = chunk_mask(chunk, count, condition) & (chunk.deaths[:count] > view.lsn)
         yield chunk, _from(np.flatnonzero(qualifying), chunk.row_ids, since)

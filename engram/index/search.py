@@ -312,20 +312,20 @@ class _Pass:
         longest = max(self._views, key=lambda view: view.head_rows)
         blocks: list[Block] = []
         offset = rows = 0
-        for chunk in longest.chunks:
-            count = min(chunk.count, longest.head_rows - offset)
+        for chunk, count in longest.head:
             codes = chunk.codes(self._queries, count)
             coded = 0 if codes is None else codes.rows
-            count = max(count, coded)
+            # Codes of more rows than any of these views shows are for other searches: those rows are hidden.
+            covered = max(count, coded)
             mask = None
             if self._options.filter is not None:
-                mask = chunk_mask(chunk, count, self._options.filter)
+                mask = chunk_mask(chunk, covered, self._options.filter)
             if mask is None or mask.any():
-                rows += count
+                rows += covered
                 if codes is not None:
                     blocks.append(_head_block(chunk, slice(coded), mask, offset, codes))
-                if coded < count:
-                    blocks.append(_head_block(chunk, slice(coded, count), mask, offset, None))
+                if coded < covered:
+                    blocks.append(_head_block(chunk, slice(coded, covered), mask, offset, None))
             offset += count
             if rows >= _SCAN_ROWS:
                 self._scan.add(blocks)

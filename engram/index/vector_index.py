@@ -68,16 +68,16 @@ class InstalledSegment:
 class View:
     """An index at one LSN: what a search sees, whatever happens to the index meanwhile.
 
-    The first `head_rows` rows of the chunks and all rows of the segments are there, but for those that
-    died at or before `lsn`; that is no more than `rows`. The generation changes with every segment installed:
-    views of one generation differ only in how much of the head they see, and in deaths. Rows that are added
-    later have ids from `next_row` on.
+    All rows of the segments are there, and of each chunk in `head` its first few, at least one, as many as
+    stand beside it (`head_rows` together), but for those that died at or before `lsn`; that is no more than
+    `rows`. The generation changes with every segment installed: views of one generation differ only in how
+    much of the head they see, and in deaths. Rows that are added later have ids from `next_row` on.
     """
 
     parameters: Parameters
     generation: int
     segments: tuple[InstalledSegment, ...]
-    chunks: tuple[Chunk, ...]
+    head: tuple[tuple[Chunk, int], ...]
     head_rows: int
     lsn: int
     rows: int
@@ -449,13 +449,13 @@ class VectorIndex:
 
     def view(self, lsn: int) -> View:
         """The index as it was at `lsn`, which must not be before `oldest_view`."""
-        head = self._head
+        head = self._head.born_by(lsn)
         return View(
             self.parameters,
             self._generation,
             self.segments,
-            head.chunks,
-            head.rows_born_by(lsn),
+            head,
+            sum(count for _, count in head),
             lsn,
             self.rows_total,
             self._next_row,

@@ -19,6 +19,7 @@ from engram.index.attributes import (
     STRING,
     TUPLE,
     AttributeColumns,
+    AttributeWriter,
     Field,
     GrowingAttributes,
     decode_columns,
@@ -198,6 +199,38 @@ def test_columns_stay_as_they_are_while_more_rows_come() -> None:
     growing.columns(3, at)
     assert cells(field(before, "a")) == ["x"]
     assert before.field("b") is None
+
+
+@pytest.mark.parametrize("count", [-5, -1, 4])
+def test_rows_that_there_is_no_room_for_are_refused(count: int) -> None:
+    growing = GrowingAttributes(3)
+    with pytest.raises(ValueError, match="there is room for 3"):
+        growing.columns(count, lambda positions: [b'{"a":1}'] * len(positions))
+    assert cells(field(growing.columns(3, lambda positions: [b'{"a":1}'] * len(positions)), "a")) == [1.0] * 3
+
+
+def test_columns_that_could_not_be_made_are_made_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [to_json({"a": row, "b": "x"}) for row in range(5)]
+
+    def at(positions: Positions) -> list[bytes]:
+        return [texts[position] for position in positions.tolist()]
+
+    growing = GrowingAttributes(5)
+    before = growing.columns(2, at)
+    write = AttributeWriter._write_string
+
+    def fail(self: AttributeWriter, field: Any, position: int, text: str) -> None:
+        if position == 3:
+            raise MemoryError
+        write(self, field, position, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AttributeWriter, "_write_string", fail)
+        with pytest.raises(MemoryError):
+            growing.columns(5, at)
+    for columns, rows in ((before, 2), (growing.columns(4, at), 4), (growing.columns(5, at), 5)):
+        assert cells(field(columns, "a")) == list(range(rows))
+        assert cells(field(columns, "b")) == ["x"] * rows
 
 
 def chunk_of(rows: int) -> Chunk:

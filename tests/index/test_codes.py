@@ -92,3 +92,15 @@ class TestGrowingCodes:
                 assert np.array_equal(ranks, true_ranks)
                 assert np.array_equal(bounds, true_bounds)
         assert covered == [0, 0, 128, 128, 128, 256, 400, 599, 600, 600]
+
+    def test_more_rows_than_there_is_room_for_are_refused(self) -> None:
+        rows = np.ones((301, 16), np.float32)
+        norms = row_norms(rows)
+        queries = Queries.of("cosine", rows[:1])
+        codes = GrowingCodes(300, 16)
+        for count, known in ((301, 301), (300, 299), (200, 201)):
+            with pytest.raises(ValueError, match=f"{count} rows with {known} norms"):
+                codes.latest(rows[:count], norms[:known], queries)
+        latest = codes.latest(rows[:200], norms[:200], queries)
+        assert latest is not None
+        assert latest.rows == 200

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram.index.head import ALIVE, Head
+from engram.index.distances import Queries
+from engram.index.filters import compile_filter
+from engram.index.head import ALIVE, Chunk, Head
+from engram.index.matching import chunk_mask
 
 
 def filled(rows: int, *, chunk_rows: int = 8, first: int = 0, step: int = 1) -> Head:
@@ -99,6 +104,47 @@ def test_norms_are_those_of_the_rows_however_they_are_asked_for() -> None:
     for count in (1, 10, 5, 30):
         expected = np.linalg.norm(chunk.vectors[:count].astype(np.float64), axis=1)
         assert chunk.norms(count) == pytest.approx(expected)
+
+
+ACCESSES: dict[str, Callable[[Chunk, int], object]] = {
+    "norms": Chunk.norms,
+    "codes": lambda chunk, count: chunk.codes(Queries.of("l2", np.ones((1, 2), np.float32)), count),
+    "attributes": Chunk.attribute_columns,
+    "mask": lambda chunk, count: chunk_mask(chunk, count, compile_filter(b".n == 1")),
+}
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("count", [-4000, -1, 301, 4096, 4097])
+@pytest.mark.parametrize("access", ACCESSES)
+def test_rows_that_are_not_there_are_refused_and_not_remembered(
+    access: str, count: int, described: bool
+) -> None:
+    head = filled(300, chunk_rows=4096)
+    (chunk,) = head.chunks
+    if described:
+        chunk.describe(0, b'{"n": 1}')
+    with pytest.raises(ValueError, match=f"{count} of the 300 rows"):
+        ACCESSES[access](chunk, count)
+    ACCESSES[access](chunk, 0)
+    ACCESSES[access](chunk, 300)
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 8, 100])
+def test_the_rows_born_by_an_lsn_are_the_first_ones(chunk_rows: int) -> None:
+    head = Head(2, chunk_rows)
+    for lsn in range(1, 31):
+        # One, two or three at each even LSN.
+        rows = np.arange(100 * lsn, 100 * lsn + lsn % 3 + 1)
+        if lsn % 2 == 0:
+            vectors = np.repeat(rows[:, None], 2, axis=1).astype(np.float32)
+            head.extend(rows, [b"%d" % row for row in rows], vectors, lsn)
+    every = content(head)
+    for lsn in range(32):
+        born = head.born_by(lsn)
+        assert all(0 < count <= chunk.count for chunk, count in born)
+        rows = np.concatenate([np.empty(0), *(chunk.row_ids[:count] for chunk, count in born)])
+        assert rows.tolist() == [row for row in every if row < 100 * (lsn + 1)]
 
 
 @given(

@@ -53,6 +53,19 @@ class TestMatching:
         assert b"300" not in find_matching(before, EVEN).keys
         assert find_matching(index.view(6), EVEN).keys[-3:] == [b"202", b"2", b"300"]
 
+    def test_views_behind_a_chunk_change_nothing_for_later_ones(self) -> None:
+        index = VectorIndex(1, default_parameters(3, "l2"))
+        add(index, 2, *range(4000))
+        add(index, 3, *range(4000, 6000))
+        for lsn in (3, 2, 1):
+            assert count_matching(index.view(lsn), EVEN) == {3: 3000, 2: 2000, 1: 0}[lsn]
+        add(index, 4, *range(6000, 7000))
+        assert count_matching(index.view(4), EVEN) == 3500
+        assert find_matching(index.view(4), EVEN).keys == [b"%d" % number for number in range(0, 7000, 2)]
+        assert find_matching_since(index, 5000, EVEN).keys == [
+            b"%d" % number for number in range(5000, 7000, 2)
+        ]
+
     def test_rows_since_an_id_are_those_added_later(self, index: VectorIndex, build: Build) -> None:
         add(index, 2, *range(90))
         view = index.view(2)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 
 from engram.index import planner
 from engram.index.distances import METRICS
+from engram.index.filters import compile_filter
+from engram.index.matching import count_matching
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, SearchResult, search_batch
 from engram.index.vector_index import VectorIndex, View
@@ -131,6 +136,68 @@ class TestHead:
             expected.append([(present[at], d) for at, d in nearest("l2", rows[present], query, 7)])
         results = search_batch(views[::-1], np.zeros((len(views), 4), np.float32), SearchOptions(7), 0)
         assert [pairs(result) for result in results[::-1]] == expected
+
+
+class TestViewsBehind:
+    """A view that ends before a chunk sees none of its rows, and later views all of them."""
+
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("ahead", [0, 100, 2000])
+    def test_later_views_miss_nothing(self, metric: str, ahead: int, nearest: Nearest) -> None:
+        rows = np.random.default_rng(7).normal(size=(7000, 16)).astype(np.float32)
+        keys = [b"%d" % row for row in range(len(rows))]
+        texts = [b'{"even": %d}' % (row % 2 == 0) for row in range(len(rows))]
+        index = VectorIndex(1, default_parameters(16, metric))
+        even = SearchOptions(10, exact=True, filter=compile_filter(b".even == 1"))
+
+        def check(lsn: int, count: int) -> None:
+            for query in rows[4000:7000:500]:
+                for options, step in ((SearchOptions(10, exact=True), 1), (even, 2)):
+                    (result,) = search_batch([index.view(lsn)], query[None], options, 0)
+                    expected = nearest(metric, rows[:count:step], query, 10)
+                    assert pairs(result) == [(row * step, distance) for row, distance in expected]
+
+        index.add(2, keys[:4000], rows[:4000], texts[:4000])
+        index.add(3, keys[4000 : 4096 + ahead], rows[4000 : 4096 + ahead], texts[4000 : 4096 + ahead])
+        # Who loads sees their own rows, others do not yet.
+        for lsn in (3, 2, 3, 1):
+            check(lsn, {3: 4096 + ahead, 2: 4000, 1: 0}[lsn])
+        index.add(4, keys[4096 + ahead :], rows[4096 + ahead :], texts[4096 + ahead :])
+        for lsn in (2, 4, 3):
+            check(lsn, {4: 7000, 3: 4096 + ahead, 2: 4000}[lsn])
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_threads_with_views_of_any_age_agree_with_brute_force(self, seed: int, nearest: Nearest) -> None:
+        random = np.random.default_rng(seed)
+        rows = random.normal(size=(9000, 8)).astype(np.float32)
+        index = VectorIndex(1, default_parameters(8, "l2"))
+        counts = [0]
+        while counts[-1] < len(rows):
+            counts.append(min(len(rows), counts[-1] + int(random.integers(1, 1500))))
+        views = []
+        for lsn, (start, end) in enumerate(itertools.pairwise(counts), 2):
+            keys = [b"%d" % row for row in range(start, end)]
+            texts = [b'{"odd": %d}' % (row % 2) for row in range(start, end)]
+            index.add(lsn, keys, rows[start:end], texts)
+            views += [(index.view(behind), counts[behind - 1]) for behind in range(1, lsn + 1)]
+        random.shuffle(views)
+        odd = compile_filter(b".odd == 1")
+        ready = threading.Barrier(4)
+
+        def search(part: list[tuple[View, int]]) -> list[tuple[int, list[tuple[int, float]], int]]:
+            ready.wait()
+            found = []
+            for view, count in part:
+                (result,) = search_batch([view], rows[count - 1 : count], SearchOptions(5, exact=True), 0)
+                found.append((count, pairs(result), count_matching(view, odd)))
+            return found
+
+        views = [(view, count) for view, count in views if count]
+        with ThreadPoolExecutor(4) as threads:
+            parts = list(threads.map(search, [views[start::4] for start in range(4)]))
+        for count, found, matching in itertools.chain(*parts):
+            assert found == nearest("l2", rows[:count], rows[count - 1], 5)
+            assert matching == count // 2
 
 
 class TestSegments:
