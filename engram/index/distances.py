@@ -7,7 +7,9 @@
 The matrix product gives a value that orders rows as the distance does ("rank"), in float32. Summed in
 whatever order, a float32 inner product of d terms is within gamma |q| |x| of the truth, gamma about
 d 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). Every row whose rank is within
-these bounds of the k-th best is measured again in float64, so none of the true k nearest is lost.
+these bounds of the k-th best is measured again in float64, so none of the true k nearest is lost. The
+bounds allow for a few roundings of float32 more than there are, which is many more of float64: whatever is
+passed over is farther by float64, too.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ TINY_NORM = 1e-28
 _BLOCK = 1 << 16
 # Numbers of rows that are gathered at once.
 _GATHERED_NUMBERS = 1 << 17
-# Covers the rounding of distances to float32, several times.
+# Covers the rounding of ranks to float32, several times.
 _SLACK = 1e-6
+# Cosine distances are whole multiples of 1 / _COSINE_STEPS: about what float64 tells apart. Without, the same
+# direction would be at some such distance from itself, or a negative one.
+_COSINE_STEPS = 2.0**50
 
 
 def row_norms(rows: Floats) -> Doubles:
@@ -120,13 +125,9 @@ class Queries:
             self.error[which],
         )
 
-    def distances(self, which: npt.NDArray[np.intp], rows: Floats, norms: Doubles) -> Floats:
-        """The exact distances, float32 of shape (n,), of queries `which` to rows of shape (n, dimension).
-
-        They are computed in float64 and rounded once. A similarity is rounded to float32 before it is
-        taken from 1, so that the same direction is at distance 0.
-        """
-        distances = np.empty(len(rows), np.float32)
+    def distances(self, which: npt.NDArray[np.intp], rows: Floats, norms: Doubles) -> Doubles:
+        """The exact distances, (n,), of queries `which` to rows of shape (n, dimension), to float64."""
+        distances = np.empty(len(rows))
         step = max(1, _BLOCK // rows.shape[1])
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
@@ -136,12 +137,12 @@ class Queries:
             )
         return distances
 
-    def distances_of_each(self, rows: Floats, norms: Doubles, first: int = 0) -> Floats:
+    def distances_of_each(self, rows: Floats, norms: Doubles, first: int = 0) -> Doubles:
         """The exact distances, (n, m), of n queries from the `first` on, each to its own m rows.
 
         The rows have shape (n, m, dimension), their norms (n, m).
         """
-        distances = np.empty(norms.shape, np.float32)
+        distances = np.empty(norms.shape)
         step = max(1, _BLOCK // (rows.shape[1] * rows.shape[2]))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
@@ -151,12 +152,12 @@ class Queries:
             )
         return distances
 
-    def distances_at(self, rows: Floats, norms: Doubles, positions: npt.NDArray[np.int64]) -> Floats:
+    def distances_at(self, rows: Floats, norms: Doubles, positions: npt.NDArray[np.int64]) -> Doubles:
         """The exact distances, (n, m), of each query to the rows at its `positions`, (n, m).
 
         `rows` is (r, dimension), their norms (r,).
         """
-        distances = np.empty(positions.shape, np.float32)
+        distances = np.empty(positions.shape)
         step = max(1, _GATHERED_NUMBERS // (positions.shape[1] * rows.shape[1]))
         for start in range(0, len(positions), step):
             near = positions[start : start + step]
@@ -171,22 +172,33 @@ class Queries:
             return lengths
         products: Doubles = np.vecdot(wide, queries)
         if self.metric == "dot":
-            # Turns -0 into 0.
-            return 0.0 - products
+            return -products
         sizes = norms * query_norms
-        similarities = np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 0.0)
-        return 1.0 - similarities.astype(np.float32).astype(np.float64)
+        distances: Doubles = np.divide(products, sizes, out=np.zeros_like(products), where=sizes > 0.0)
+        np.subtract(1.0, distances, out=distances)
+        distances *= _COSINE_STEPS
+        np.rint(distances, out=distances)
+        distances *= 1.0 / _COSINE_STEPS
+        return distances
 
-    def upper_ranks(self, distances: Floats) -> Floats:
+    def rounded(self, distances: Doubles) -> Floats:
+        """Exact distances as clients see them, to float32.
+
+        A similarity is rounded before it is taken from 1: what is left of it has no digits but its own.
+        """
+        if self.metric != "cosine":
+            return distances.astype(np.float32)
+        return np.float32(1.0) - (1.0 - distances).astype(np.float32)
+
+    def upper_ranks(self, distances: Doubles) -> Floats:
         """No less than the ranks of rows at exact distances (n, m) of each query."""
-        wide = distances.astype(np.float64)
         if self.metric == "cosine":
-            return (wide - (1.0 - _SLACK)).astype(np.float32)
+            return (distances - (1.0 - _SLACK)).astype(np.float32)
         if self.metric == "dot":
-            wide += _SLACK * np.abs(wide) + _LEAST
-            return (wide / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]).astype(np.float32)
+            ranks = distances / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]
+            return (ranks + (_SLACK * np.abs(ranks) + _LEAST)).astype(np.float32)
         squares = (self.norms**2)[:, None]
-        wide *= wide
+        wide = distances * distances
         return (wide - squares + _SLACK * (wide + squares)).astype(np.float32)
 
 
@@ -198,7 +210,8 @@ def _gamma(dimension: int) -> float:
 
 def format_distances(distances: Floats) -> list[bytes]:
     """Decimal texts, the shortest that read back as the same float32, without exponent: `0`, `2.5`, `-6`."""
-    texts: list[bytes] = distances.astype("S32").tolist()
+    # Adding 0 turns -0 into 0.
+    texts: list[bytes] = (distances + np.float32(0.0)).astype("S32").tolist()
     texts = [text[:-2] if text[-2:] == b".0" else text for text in texts]
     if b"e" in b"".join(texts):
         for position, text in enumerate(texts):

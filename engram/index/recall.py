@@ -95,7 +95,7 @@ class Sample:
         # The nearest by dot are the longest rows, which are the same for many queries.
         alike = queries if metric != "dot" else Queries.of("cosine", queries.vectors)
         candidates = _nearest(alike, rows, norms, _CANDIDATES)
-        distances = alike.distances_at(rows, norms, candidates)
+        distances = alike.rounded(alike.distances_at(rows, norms, candidates))
         hidden = distances < (_COPY if metric == "l2" else _COPY**2) * distances[:, -1:]
         hidden[:, : 1 + len(rows) // _ROWS_PER_HELD] = True
         hidden[:, _MOST_HELD:] = False
@@ -104,7 +104,7 @@ class Sample:
         inside[chosen] = False
         if metric == "dot":
             candidates = _nearest(queries, rows, norms, _CANDIDATES)
-            distances = queries.distances_at(rows, norms, candidates)
+            distances = queries.rounded(queries.distances_at(rows, norms, candidates))
         distances[~inside[candidates]] = np.inf
         farthest = np.partition(distances, NEIGHBORS - 1, axis=1)[:, NEIGHBORS - 1]
         farthest += np.float32(_ROUNDING) * np.abs(farthest)
@@ -136,7 +136,7 @@ class Sample:
     def _recalls(self, graph: Graph, rows: Floats, norms: Doubles, expansion: int) -> Doubles:
         queries = self.queries
         found = graph.search(queries.vectors, queries.norms, OVERSAMPLING * NEIGHBORS, expansion)
-        distances = queries.distances_at(rows, norms, found)
+        distances = queries.rounded(queries.distances_at(rows, norms, found))
         right = (found >= 0) & (distances <= self.farthest[:, None])
         recalls: Doubles = np.minimum(np.count_nonzero(right, axis=1), NEIGHBORS) / NEIGHBORS
         return recalls

@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 
 from engram.index.codes import RowCodes
-from engram.index.distances import Floats, Queries, format_distances
+from engram.index.distances import Doubles, Floats, Queries, format_distances
 from engram.index.filters import Filter, Mask
 from engram.index.head import ALIVE, Chunk, Lsns
 from engram.index.matching import chunk_mask, segment_mask
@@ -50,7 +50,7 @@ class SearchOptions:
         ef: how wide graphs are walked; None for what reaches `recall`.
         recall: the part of the true k nearest that should be found, in (0, 1]; None for the index's target.
         filter: only rows it is true of.
-        radius: only rows at this distance or nearer.
+        radius: only rows at this distance or nearer, as results say it: to float32.
         exact: without graphs: none of the nearest is missed.
         attributes, vectors: whether results hold them.
     """
@@ -69,6 +69,7 @@ class SearchOptions:
 class SearchResult:
     """Keys and the texts of their distances, closest first; of equal distances the older row first.
 
+    Distances are compared as float64 and given as float32.
     `attributes` (JSON texts, empty for rows without) and `vectors` (float32 bytes) are empty lists unless
     they were asked for.
     """
@@ -84,28 +85,29 @@ class _Candidates:
 
     def __init__(self) -> None:
         self._sources: list[Source] = []
-        self._parts: list[tuple[Numbers, Numbers, Numbers, Floats]] = []
+        self._parts: list[tuple[Numbers, Numbers, Numbers, Doubles]] = []
 
-    def add(self, source: Source, which: Numbers, positions: Numbers, distances: Floats) -> None:
+    def add(self, source: Source, which: Numbers, positions: Numbers, distances: Doubles) -> None:
         """Takes rows at `positions` of a source, each for one of the queries `which`; all (n,)."""
         if len(which):
             self._sources.append(source)
             self._parts.append((which, source.row_ids[positions], positions, distances))
 
-    def best(self, count: int, options: SearchOptions, k: int) -> list[SearchResult]:
-        """The k nearest for each of `count` queries."""
+    def best(self, queries: Queries, options: SearchOptions, k: int) -> list[SearchResult]:
+        """The k nearest for each query."""
+        count = len(queries.vectors)
         if not self._parts:
             return [SearchResult([], []) for _ in range(count)]
         which, row_ids, positions, distances = map(np.concatenate, zip(*self._parts, strict=True))
         order = np.lexsort((row_ids, distances, which))
         if options.radius is not None:
-            order = order[distances[order] <= options.radius]
+            order = order[queries.rounded(distances[order]) <= options.radius]
         sorted_which = which[order]
         edges = np.searchsorted(sorted_which, np.arange(count + 1))
         order = order[np.arange(len(order)) - edges[sorted_which] < k]
         lengths = np.minimum(edges[1:] - edges[:-1], k).tolist()
 
-        texts = format_distances(distances[order])
+        texts = format_distances(queries.rounded(distances[order]))
         keys = [b""] * len(order)
         attributes = [b""] * len(order) if options.attributes else []
         vectors = [b""] * len(order) if options.vectors else []
@@ -176,7 +178,7 @@ class _Near:
 
     which: Numbers
     positions: Numbers
-    distances: Floats
+    distances: Doubles
     upper_ranks: Floats
     shown: Mask | None
 
@@ -227,7 +229,7 @@ class _Pass:
             source, rows = found.source, found.positions
             distances = self._queries.distances(found.which, source.vectors[rows], source.norms_at(rows))
             self._candidates.add(source, found.which, rows, distances)
-        return self._candidates.best(len(self._views), self._options, self._k)
+        return self._candidates.best(self._queries, self._options, self._k)
 
     def _walk_all(
         self, planned: Sequence[tuple[InstalledSegment, Mask | None, Walk]], worker: int, share: Share

@@ -45,21 +45,28 @@ def clustered() -> Clustered:
 
 @pytest.fixture(scope="session")
 def nearest() -> Nearest:
-    """Brute force in float64: row and float32 distance of the k nearest, of equal ones the older first."""
+    """Brute force in float64: row and float32 distance of the k nearest, of equal ones the older first.
+
+    It sums in another order: rows that differ by less than float64 tells may change places. `exact.py` has an
+    oracle for such.
+    """
 
     def search(metric: str, rows: Floats, query: Floats, k: int) -> list[tuple[int, float]]:
         wide, asked = rows.astype(np.float64), query.astype(np.float64)
         if metric == "l2":
-            distances = np.sqrt(((wide - asked) ** 2).sum(axis=1)).astype(np.float32)
+            distances = np.sqrt(((wide - asked) ** 2).sum(axis=1))
+            shown = distances.astype(np.float32)
         else:
             products = (wide * asked).sum(axis=1)
-            distances = (-products).astype(np.float32)
+            distances = -products
+            shown = distances.astype(np.float32)
             if metric == "cosine":
                 lengths = np.sqrt((wide**2).sum(axis=1)) * np.sqrt((asked**2).sum())
                 cosines = np.divide(products, lengths, out=np.zeros(len(rows)), where=lengths > 0)
-                distances = np.float32(1.0) - cosines.astype(np.float32)
+                distances = np.rint((1.0 - cosines) * 2.0**50)
+                shown = np.float32(1.0) - cosines.astype(np.float32)
         order = np.lexsort((np.arange(len(rows)), distances))[:k]
-        return [(int(row), float(distances[row])) for row in order]
+        return [(int(row), float(shown[row])) for row in order]
 
     return search
 

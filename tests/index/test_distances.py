@@ -72,8 +72,9 @@ def test_distances_are_exact_to_float32(metric: str, rows: Floats, asked: Floats
 def test_the_same_direction_is_at_cosine_distance_zero(factor: float) -> None:
     row = np.random.default_rng(5).normal(size=(1, 384)).astype(np.float32)
     query = (row * np.float32(factor)).astype(np.float32)
-    found = Queries.of("cosine", query).distances(np.zeros(1, np.intp), row, row_norms(row))
-    assert format_distances(found) == [b"0"]
+    queries = Queries.of("cosine", query)
+    found = queries.distances(np.zeros(1, np.intp), row, row_norms(row))
+    assert format_distances(queries.rounded(found)) == [b"0"]
 
 
 def test_a_zero_vector_is_at_cosine_distance_one_from_everything() -> None:
@@ -105,8 +106,10 @@ def test_minus_zero_is_zero() -> None:
     query = np.array([[0.0, 1.0]], np.float32)
     for metric in ("dot", "l2"):
         asked = row if metric == "l2" else query
-        found = Queries.of(metric, asked).distances(np.zeros(1, np.intp), row, row_norms(row))
-        assert format_distances(found) == [b"0"]
+        queries = Queries.of(metric, asked)
+        found = queries.distances(np.zeros(1, np.intp), row, row_norms(row))
+        assert format_distances(queries.rounded(found)) == [b"0"]
+    assert format_distances(np.array([-0.0, 0.0], np.float32)) == [b"0", b"0"]
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20))

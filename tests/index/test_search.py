@@ -19,11 +19,58 @@ from engram.index.matching import count_matching
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, SearchResult, search_batch
 from engram.index.vector_index import VectorIndex, View
+from tests.index.exact import check_nearest
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Nearest = Callable[[str, Floats, Floats, int], list[tuple[int, float]]]
 Clustered = Callable[..., Floats]
 Build = Callable[[VectorIndex], Any]
+
+
+def _offset(random: np.random.Generator, count: int, dimension: int) -> Doubles:
+    offset = 10.0 ** random.uniform(2, 16) * np.sign(random.normal(size=dimension))
+    rows: Doubles = offset * (1.0 + 1e-6 * random.normal(size=(count, dimension)))
+    return rows
+
+
+def _parallel(random: np.random.Generator, count: int, dimension: int) -> Doubles:
+    noise = 10.0 ** random.uniform(-7, -3) * random.normal(size=(count, dimension))
+    rows: Doubles = (random.normal(size=dimension) + noise) * 10.0 ** random.uniform(-3, 3, (count, 1))
+    return rows
+
+
+def _sparse(random: np.random.Generator, count: int, dimension: int) -> Doubles:
+    rows = np.zeros((count, dimension))
+    rows[np.arange(count), random.integers(0, dimension, count)] = random.integers(-3, 4, count)
+    return rows
+
+
+# Rows that are hard to tell apart, or near to where numbers of float32 end.
+KINDS: dict[str, Callable[[np.random.Generator, int, int], npt.NDArray[Any]]] = {
+    "offset": _offset,
+    "parallel": _parallel,
+    "sparse": _sparse,
+    "tiny": lambda random, count, dimension: 1e-30 * random.normal(size=(count, dimension)),
+    "huge": lambda random, count, dimension: 1e17 * random.normal(size=(count, dimension)),
+    "denormal": lambda random, count, dimension: 1.5e-45 * random.integers(-9, 10, (count, dimension)),
+    "scales of rows": lambda random, count, dimension: (
+        10.0 ** random.uniform(-44, 17, (count, 1)) * random.normal(size=(count, dimension))
+    ),
+    "scales of numbers": lambda random, count, dimension: (
+        10.0 ** random.uniform(-44, 17, (count, dimension)) * random.choice([-1.0, 1.0], (count, dimension))
+    ),
+    "few values": lambda random, count, dimension: random.integers(-2, 3, (count, dimension)).astype(float),
+}
+
+
+def make_rows(kind: str, random: np.random.Generator, count: int, dimension: int) -> Floats:
+    """Rows of a kind, with norms that may be stored; some are the same as others."""
+    rows = KINDS[kind](random, count, dimension)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    made: Floats = (rows * np.minimum(1.0, 9e17 / np.maximum(norms, 1.0))).astype(np.float32)
+    made[count // 2 :: 7] = made[0]
+    return made
 
 
 def filled(metric: str, rows: Floats, **settings: int) -> VectorIndex:
@@ -69,9 +116,7 @@ class TestHead:
     @pytest.mark.parametrize("metric", METRICS)
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
-    def test_ties_huge_and_tiny_numbers_cost_nothing(
-        self, metric: str, nearest: Nearest, data: st.DataObject
-    ) -> None:
+    def test_ties_huge_and_tiny_numbers_cost_nothing(self, metric: str, data: st.DataObject) -> None:
         size = st.sampled_from([0.0, 1e-44, 1e-30, 1e-18, 1e-3, 1.0, 1.0000001, 2.0, -1.0, 1e5, 4e17, -4e17])
         vector = st.lists(size, min_size=3, max_size=3)
         rows = np.array(data.draw(st.lists(vector, min_size=1, max_size=60)), np.float32)
@@ -80,7 +125,41 @@ class TestHead:
         view = filled(metric, rows).view(2)
         results = search_batch([view] * len(queries), queries, SearchOptions(k), 0)
         for query, result in zip(queries, results, strict=True):
-            assert pairs(result) == nearest(metric, rows, query, k)
+            check_nearest(metric, rows, query, k, result)
+
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("kind", KINDS)
+    @settings(max_examples=15, deadline=None)
+    @given(data=st.data())
+    def test_order_is_that_of_whole_numbers(self, kind: str, metric: str, data: st.DataObject) -> None:
+        random = np.random.default_rng(data.draw(st.integers(0, 1 << 20)))
+        # With codes for all rows, for all but some, and without.
+        count = data.draw(st.sampled_from([128, 200, 100]))
+        dimension = data.draw(st.sampled_from([1, 2, 3, 8, 17, 40]))
+        rows = make_rows(kind, random, count, dimension)
+        others = make_rows(data.draw(st.sampled_from(list(KINDS))), random, 2, dimension)
+        queries = np.concatenate([rows[:1], rows[1:2] * np.float32(0.5), others])
+        k = data.draw(st.sampled_from([1, 10, 300]))
+        view = filled(metric, rows).view(2)
+        results = search_batch([view] * len(queries), queries, SearchOptions(k), 0)
+        for query, result in zip(queries, results, strict=True):
+            check_nearest(metric, rows, query, k, result)
+
+    def test_inner_products_with_a_common_offset_are_told_apart(self) -> None:
+        # Float32 tells none of them apart.
+        rows = np.full((3000, 32), 1e4, np.float32)
+        rows[:, 0] += np.random.default_rng(1).permutation(3000).astype(np.float32) / 1024
+        (result,) = search_batch([filled("dot", rows).view(2)], rows[:1] / 1e4, SearchOptions(3000), 0)
+        assert result.keys == [b"%d" % row for row in np.argsort(-rows[:, 0])]
+        assert len(set(result.distances)) < 200
+
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_tiny_products_are_not_less_than_nothing(self, sign: float) -> None:
+        rows = np.array([[1e-30], [2e-30], [0.0]], np.float32)
+        query = np.array([[sign * 1e-30]], np.float32)
+        (result,) = search_batch([filled("dot", rows).view(2)], query, SearchOptions(3), 0)
+        assert result.keys == ([b"1", b"0", b"2"] if sign > 0 else [b"2", b"0", b"1"])
+        assert result.distances == [b"0", b"0", b"0"]
 
     def test_near_duplicates_are_told_apart(self, nearest: Nearest) -> None:
         # Closer to each other than float32 sums can tell.
@@ -198,6 +277,33 @@ class TestViewsBehind:
         for count, found, matching in itertools.chain(*parts):
             assert found == nearest("l2", rows[:count], rows[count - 1], 5)
             assert matching == count // 2
+
+
+class TestPlans:
+    """However a row is found, it is at the same distance."""
+
+    @pytest.mark.parametrize("metric", METRICS)
+    @pytest.mark.parametrize("kind", ["offset", "parallel", "few values", "tiny"])
+    def test_walks_and_scans_and_heads_say_the_same(
+        self, kind: str, metric: str, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(planner, "SCAN_ROWS_PER_EXPANSION", 0)
+        rows = make_rows(kind, np.random.default_rng(6), 400, 24)
+        head, index = filled(metric, rows), filled(metric, rows, seal_rows=256)
+        build(index).install(3, index)
+        assert len(index.segments) == 1
+        for query in rows[:6]:
+            exact = SearchOptions(20, exact=True)
+            (scanned,) = search_batch([index.view(3)], query[None], exact, 0)
+            check_nearest(metric, rows, query, 20, scanned)
+            assert scanned == search_batch([head.view(2)], query[None], exact, 0)[0]
+            distances = dict(zip(scanned.keys, scanned.distances, strict=True))
+            (walked,) = search_batch([index.view(3)], query[None], SearchOptions(20, ef=300), 0)
+            places = [scanned.keys.index(key) for key in walked.keys if key in distances]
+            assert places == sorted(places)
+            assert places
+            for key, distance in zip(walked.keys, walked.distances, strict=True):
+                assert distances.get(key, distance) == distance
 
 
 class TestSegments:
