@@ -26,7 +26,7 @@ _PERCENTILE = 99.95
 _LONGEST = 16.0
 _SAMPLE_ROWS = 4096
 _SAMPLE_NUMBERS = 1 << 22
-_ADD_ROWS = 1024
+_ADD_NUMBERS = 1 << 20
 
 _SCALARS = {"int8": ScalarKind.I8, "bf16": ScalarKind.BF16, "f32": ScalarKind.F32}
 
@@ -168,8 +168,9 @@ class GraphBuilder:
 
     def add(self, positions: Positions, rows: Floats, norms: Doubles) -> None:
         """Adds the rows at `positions` of `rows` (n, dimension) with their norms (n,)."""
-        for start in range(0, len(positions), _ADD_ROWS):
-            part = positions[start : start + _ADD_ROWS]
+        step = max(1, _ADD_NUMBERS // rows.shape[1])
+        for start in range(0, len(positions), step):
+            part = positions[start : start + step]
             encoded = self._quantizer.encode(rows[part], norms[part])
             # Adding with several threads can leave nodes that no search reaches.
             self._index.add(part.astype(np.uint64), encoded, threads=1)

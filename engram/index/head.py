@@ -9,7 +9,7 @@ from engram.index.attributes import AttributeColumns, GrowingAttributes
 from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes, coded_row_bytes
 from engram.index.distances import Doubles, Floats, Queries, row_norms
 from engram.index.masks import MaskCache
-from engram.index.texts import Positions, Texts
+from engram.index.texts import Positions, Selection, Texts
 from engram.sizes import BYTES_OBJECT
 
 # The death of a row that lives.
@@ -188,13 +188,13 @@ class Chunk:
             growing = self._attribute_columns = GrowingAttributes(self.capacity)
         return growing.columns(count, self.attributes_at)
 
-    def keys_of(self, positions: Positions) -> Texts:
+    def keys_of(self, positions: Positions) -> Selection:
         """The keys of the rows at these positions, as arrays."""
-        return Texts.of(self.keys_at(positions))
+        return Selection(Texts.of(self.keys_at(positions)), np.arange(len(positions)))
 
-    def attributes_of(self, positions: Positions) -> Texts:
+    def attributes_of(self, positions: Positions) -> Selection:
         """The JSON texts of the rows at these positions, as arrays."""
-        return Texts.of(self.attributes_at(positions))
+        return Selection(Texts.of(self.attributes_at(positions)), np.arange(len(positions)))
 
     def position(self, row_id: int) -> int:
         """Where a row is that is known to be here."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -42,7 +42,7 @@ from engram.index.graph import Graph, Quantizer
 from engram.index.masks import MaskCache
 from engram.index.parameters import Parameters
 from engram.index.recall import Curve, expansion_for
-from engram.index.texts import Positions, Texts
+from engram.index.texts import Positions, Selection, Texts
 from engram.progress import Progress
 
 GRAPH = "graph.usearch"
@@ -58,7 +58,7 @@ ROW_FILES = (
     VECTORS,
 )
 
-_COPIED_ROWS = 2048
+_COPIED_BYTES = 1 << 20
 
 
 class RowSource(Protocol):
@@ -70,9 +70,9 @@ class RowSource(Protocol):
     @property
     def vectors(self) -> Floats: ...
 
-    def keys_of(self, positions: Positions) -> Texts: ...
+    def keys_of(self, positions: Positions) -> Selection: ...
 
-    def attributes_of(self, positions: Positions) -> Texts: ...
+    def attributes_of(self, positions: Positions) -> Selection: ...
 
 
 @attrs.frozen(eq=False)
@@ -133,23 +133,28 @@ class Segment:
         """The JSON texts of the rows at these positions, empty for those without."""
         return self.attributes.at(positions)
 
-    def keys_of(self, positions: Positions) -> Texts:
+    def keys_of(self, positions: Positions) -> Selection:
         """The keys of the rows at these positions, as arrays."""
-        return self.keys.select(positions)
+        return Selection(self.keys, positions)
 
-    def attributes_of(self, positions: Positions) -> Texts:
+    def attributes_of(self, positions: Positions) -> Selection:
         """The JSON texts of the rows at these positions, as arrays."""
-        return self.attributes.select(positions)
+        return Selection(self.attributes, positions)
 
 
 def _bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _vector_bytes(parts: Sequence[tuple[RowSource, Positions]]) -> Iterator[memoryview]:
+Parts = Sequence[tuple[RowSource, Positions]]
+"""Rows at positions of sources."""
+
+
+def _vector_bytes(parts: Parts) -> Iterator[memoryview]:
     for source, positions in parts:
-        for start in range(0, len(positions), _COPIED_ROWS):
-            yield _bytes(source.vectors[positions[start : start + _COPIED_ROWS]])
+        step = max(1, _COPIED_BYTES // (4 * source.vectors.shape[1]))
+        for start in range(0, len(positions), step):
+            yield _bytes(source.vectors[positions[start : start + step]])
 
 
 class SegmentStore:
@@ -271,10 +276,11 @@ class SegmentStore:
         if taken + self._views > self._limits.segments or in_use() + self._views > self._limits.numbers:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def write_rows(self, segment_id: str, parts: Sequence[tuple[RowSource, Positions]]) -> int:
+    def write_rows(self, segment_id: str, parts: Parts) -> int:
         """Writes `ROW_FILES` of a segment to be built, from the rows at these positions (blocking).
 
-        Returns how many rows there are; when there is none, nothing is written. Raises OSError.
+        Returns how many rows there are; when there is none, nothing is written. Vectors and texts are copied
+        block by block: they may be many times what memory has room for. Raises OSError.
         """
         rows = sum(len(positions) for _, positions in parts)
         if not rows:
@@ -282,19 +288,25 @@ class SegmentStore:
         path = self.building(segment_id)
         self.files.make_folder(path)
         dimension = parts[0][0].vectors.shape[1]
-        keys = Texts.concatenate([source.keys_of(positions) for source, positions in parts])
-        attributes = Texts.concatenate([source.attributes_of(positions) for source, positions in parts])
-        columns = {
-            "row-ids": np.concatenate([source.row_ids[positions] for source, positions in parts]),
-            "keys-bytes": keys.joined,
-            "keys-ends": keys.ends,
-            "attributes-bytes": attributes.joined,
-            "attributes-ends": attributes.ends,
-        }
-        for name, column in columns.items():
-            self._write_array(path / f"{name}.npy", column.dtype, column.shape, [_bytes(column)])
+        self._write_column(
+            path, "row-ids", np.concatenate([source.row_ids[wanted] for source, wanted in parts])
+        )
+        self._write_texts(path, "keys", lambda: (source.keys_of(wanted) for source, wanted in parts))
+        self._write_texts(
+            path, "attributes", lambda: (source.attributes_of(wanted) for source, wanted in parts)
+        )
         self._write_array(path / VECTORS, np.dtype(np.float32), (rows, dimension), _vector_bytes(parts))
         return rows
+
+    def _write_texts(self, path: Path, name: str, parts: Callable[[], Iterable[Selection]]) -> None:
+        """Writes the two columns of strings; `parts` gives them, twice, so that none is held for long."""
+        ends = np.cumsum(np.concatenate([part.lengths for part in parts()]), dtype=np.int64)
+        data = (_bytes(block) for part in parts() for block in part.blocks())
+        self._write_array(path / f"{name}-bytes.npy", np.dtype(np.uint8), (int(ends[-1]),), data)
+        self._write_column(path, f"{name}-ends", ends)
+
+    def _write_column(self, path: Path, name: str, column: Array) -> None:
+        self._write_array(path / f"{name}.npy", column.dtype, column.shape, [_bytes(column)])
 
     def _write_array(
         self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], data: Iterable[memoryview]

@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from engram.errors import DamagedDataError
 from engram.files import DiskFiles
+from engram.index.builder import live_rows
 from engram.index.graph import Graph
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import Segment, SegmentStore
+from engram.index.texts import Positions, Selection, Texts
 from engram.index.vector_index import VectorIndex
 from engram.progress import InterruptedWorkError, Progress
+from tests.index.conftest import Build
 
 Floats = npt.NDArray[np.float32]
 
@@ -234,3 +239,61 @@ def test_the_size_of_a_segment_is_that_of_its_files(segment: Segment, store: Seg
 def test_no_rows_leave_no_folder(store: SegmentStore, tmp_path: Path) -> None:
     assert store.write_rows("0123", []) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_writing_rows_takes_little_memory_however_much_they_are(
+    store: SegmentStore, build: Build, sealed: bool
+) -> None:
+    rows, dimension, text = 800, 4096, b"x" * 12_000
+    index = VectorIndex(1, attrs.evolve(default_parameters(dimension, "l2"), quantization="f32"))
+    texts = [b'{"%d":"%s"}' % (row, text) for row in range(rows)]
+    vectors = np.arange(rows * dimension, dtype=np.float32).reshape(rows, dimension)
+    index.add(2, [b"%d" % row for row in range(rows)], vectors, texts)
+    plan = index.plan_optimization()
+    assert plan is not None
+    parts = live_rows(plan)
+    if sealed:
+        assert store.write_rows("first", parts) == rows
+        folder = store.building("first")
+        source = Rows(
+            np.load(folder / "row-ids.npy"),
+            np.load(folder / "vectors.npy", mmap_mode="r").view(np.ndarray),
+            read_texts(folder, "keys"),
+            read_texts(folder, "attributes"),
+        )
+        # Nothing follows what was next to it.
+        parts = [(source, np.flatnonzero(np.arange(rows) % 7 < 6))]
+    tracemalloc.start()
+    try:
+        store.write_rows("second", parts)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    written = read_texts(store.building("second"), "attributes")
+    kept = [row for row in range(rows) if not sealed or row % 7 < 6]
+    assert written.all() == [texts[row] for row in kept]
+    assert np.array_equal(np.load(store.building("second") / "vectors.npy"), vectors[kept])
+    # What a chunk holds as objects is joined chunk by chunk.
+    chunk = 0 if sealed else max(chunk.attribute_bytes for chunk, _ in plan.chunks)
+    assert peak < 8 << 20 if sealed else peak < 2 * chunk + (8 << 20)
+
+
+@attrs.frozen
+class Rows:
+    """Rows as a segment has them."""
+
+    row_ids: npt.NDArray[np.int64]
+    vectors: Floats
+    keys: Texts
+    attributes: Texts
+
+    def keys_of(self, positions: Positions) -> Selection:
+        return Selection(self.keys, positions)
+
+    def attributes_of(self, positions: Positions) -> Selection:
+        return Selection(self.attributes, positions)
+
+
+def read_texts(folder: Path, name: str) -> Texts:
+    return Texts(np.load(folder / f"{name}-bytes.npy"), np.load(folder / f"{name}-ends.npy"))
