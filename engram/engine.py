@@ -12,7 +12,7 @@ import numpy as np
 
 from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
 from engram.index.parameters import Parameters
-from engram.index.segment import SegmentStore
+from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import IndexState, VectorIndex
 from engram.keyspace import Keyspace
 from engram.operations import (
@@ -203,6 +203,11 @@ class Engine:
             self._uncounted.add(value.id)
             self.released_segments += (segment.id for segment in value.segments)
             self.dropped.append(value.live)
+
+    def uses(self, segment: Segment) -> bool:
+        """Whether an index has this segment now."""
+        index = self.indices.get(segment.index_id)
+        return index is not None and any(installed.segment is segment for installed in index.segments)
 
     def totals(self) -> Totals:
         """Counts over all indices; takes time in proportion to those changed since the last call."""

@@ -50,3 +50,15 @@ class DamagedDataError(OperatorError):
 
 class LogFailureError(OperatorError):
     """A write or sync of the log failed."""
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line: of a group the first error, of a long text the last line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    if isinstance(error, EngramError | OSError):
+        return lines[-1]
+    return f"{type(error).__name__}: {lines[-1]}"

@@ -18,6 +18,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import attrs
 import trio
@@ -29,6 +30,7 @@ from engram.config import Config
 from engram.connection import Connection
 from engram.errors import ConfigError, OperatorError
 from engram.protocol import replies
+from engram.supervision import keep_running, run_contained
 from engram.transport import SocketTransport, TlsTransport, Transport, shake_hands
 
 logger = logging.getLogger("engram")
@@ -208,8 +210,11 @@ class Reception:
         async with trio.open_nursery() as client_nursery:
             async with trio.open_nursery() as front_nursery:
                 for listener in self._listeners:
-                    front_nursery.start_soon(self._accept, listener, front_nursery, client_nursery)
-                front_nursery.start_soon(self._look_after_clients)
+                    accept = partial(self._accept, listener, front_nursery, client_nursery)
+                    front_nursery.start_soon(
+                        partial(keep_running, "accepting clients", accept, pause=_ACCEPT_PAUSE)
+                    )
+                front_nursery.start_soon(keep_running, "looking after clients", self._look_after_clients)
                 ready()
                 await shutdown.wait()
                 front_nursery.cancel_scope.cancel()
@@ -219,50 +224,60 @@ class Reception:
     async def _accept(
         self, listener: Listener, front_nursery: trio.Nursery, client_nursery: trio.Nursery
     ) -> None:
-        server, connections = self._server, self._connections
         while True:
             await trio.lowlevel.wait_readable(listener.socket)
             try:
                 client, peer = listener.socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
+                # Otherwise it is out of descriptors or memory, or, as accept(2) has it, an error of the new
+                # connection.
                 continue
-            except OSError as error:
-                # Out of descriptors or memory, or, as accept(2) has it, an error of the new connection.
-                if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
-                    raise
-                logger.warning("cannot accept a connection: %s", error.strerror)
-                await trio.sleep(_ACCEPT_PAUSE)
-                continue
-            refusal: bytes | None = None
-            if len(connections) >= (limit := self._limit(client.fileno())):
-                refusal = MAXCLIENTS_REACHED
-            elif not listener.path and server.access.refuses_peer(
-                peer[0], protected=server.config.protected_mode == "yes"
-            ):
-                refusal = PROTECTED
-            if refusal is not None:
-                server.statistics.connections_rejected += 1
-            elif self._handshakes:
-                self._limit_handshakes(limit)
-            if listener.path:
-                address = local_address = f"{listener.path}:0"
+            try:
+                self._receive(listener, client, peer, front_nursery, client_nursery)
+            except BaseException:
+                client.close()
+                raise
+
+    def _receive(
+        self,
+        listener: Listener,
+        client: socket.socket,
+        peer: tuple[str, int],
+        front_nursery: trio.Nursery,
+        client_nursery: trio.Nursery,
+    ) -> None:
+        """Admits or refuses a client; who calls this closes its socket when it raises."""
+        server, connections = self._server, self._connections
+        refusal: bytes | None = None
+        if len(connections) >= (limit := self._limit(client.fileno())):
+            refusal = MAXCLIENTS_REACHED
+        elif not listener.path and server.access.refuses_peer(
+            peer[0], protected=server.config.protected_mode == "yes"
+        ):
+            refusal = PROTECTED
+        if refusal is not None:
+            server.statistics.connections_rejected += 1
+        elif self._handshakes:
+            self._limit_handshakes(limit)
+        if listener.path:
+            address = local_address = f"{listener.path}:0"
+        else:
+            address, local_address = _address(peer), _address(client.getsockname())
+            _tune(client, server.config.tcp_keepalive)
+        if listener.encrypted:
+            if refusal is None:
+                admit = partial(self._admit_encrypted, client, address, local_address, client_nursery)
+                front_nursery.start_soon(run_contained, "admitting a client", admit)
+            elif self._refusals < _MOST_REFUSED_AT_ONCE:
+                refuse = partial(self._refuse_encrypted, client, address, refusal)
+                front_nursery.start_soon(run_contained, "refusing a client", refuse)
             else:
-                address, local_address = _address(peer), _address(client.getsockname())
-                _tune(client, server.config.tcp_keepalive)
-            if listener.encrypted:
-                if refusal is None:
-                    front_nursery.start_soon(
-                        self._admit_encrypted, client, address, local_address, client_nursery
-                    )
-                elif self._refusals < _MOST_REFUSED_AT_ONCE:
-                    front_nursery.start_soon(self._refuse_encrypted, client, address, refusal)
-                else:
-                    client.close()
-            elif refusal is not None:
-                _send_and_close(client, refusal)
-            else:
-                transport = SocketTransport(client, server.rounds)
-                self._admit(transport, client, address, local_address, client_nursery)
+                client.close()
+        elif refusal is not None:
+            _send_and_close(client, refusal)
+        else:
+            transport = SocketTransport(client, server.rounds)
+            self._admit(transport, client, address, local_address, client_nursery)
 
     def _limit(self, descriptor: int) -> int:
         """How many clients are served at once, when the next has this descriptor."""

@@ -24,6 +24,7 @@ from engram.commands.information import resident_memory
 from engram.commands.session import Server
 from engram.errors import OperatorError
 from engram.statistics import Usage
+from engram.supervision import keep_running, run_contained
 
 logger = logging.getLogger(__name__)
 
@@ -185,15 +186,24 @@ async def serve(server: Server, *, task_status: trio.TaskStatus[int] = trio.TASK
         OperatorError: the address cannot be used.
     """
     config = server.config
+    listen = partial(trio.open_tcp_listeners, config.metrics_port, host=config.metrics_bind)
     try:
-        listeners = await trio.open_tcp_listeners(config.metrics_port, host=config.metrics_bind)
+        listeners = await listen()
     except OSError as error:
         where = f"{config.metrics_bind} port {config.metrics_port}"
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise OperatorError(f"cannot listen on {where} for metrics: {reason}") from error
-    limiter = trio.CapacityLimiter(_MOST_CLIENTS)
+    admit = partial(_admit, limiter=trio.CapacityLimiter(_MOST_CLIENTS), scrape=partial(_scrape, server))
     task_status.started(listeners[0].socket.getsockname()[1])
-    await trio.serve_listeners(partial(_admit, limiter=limiter, scrape=partial(_scrape, server)), listeners)
+
+    async def serve_clients() -> None:
+        nonlocal listeners
+        # Those of before are closed when accepting from them has failed.
+        listeners = listeners or await listen()
+        served, listeners = listeners, []
+        await trio.serve_listeners(admit, served)
+
+    await keep_running("the metrics endpoint", serve_clients)
 
 
 async def _scrape(server: Server) -> bytes:
@@ -201,15 +211,14 @@ async def _scrape(server: Server) -> bytes:
 
 
 async def _admit(stream: trio.SocketStream, limiter: trio.CapacityLimiter, scrape: Scrape) -> None:
-    async with stream:
-        if limiter.available_tokens < 1:
-            return
-        async with limiter:
-            try:
-                await answer(stream, scrape)
-            except Exception:
-                # An observer must not end what it observes.
-                logger.exception("a request for metrics ended by an error")
+    async def attend() -> None:
+        async with stream:
+            if limiter.available_tokens:
+                async with limiter:
+                    await answer(stream, scrape)
+
+    # An observer must not end what it observes.
+    await run_contained("a request for metrics", attend)
 
 
 async def answer(stream: trio.abc.Stream, scrape: Scrape) -> None:

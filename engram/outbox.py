@@ -137,7 +137,12 @@ class Outbox:
         """Sends what `send_soon` put off."""
         departing, self._departing = self._departing, []
         if departing:
-            self._send(departing[0] if len(departing) == 1 else b"".join(departing))
+            try:
+                self._send(departing[0] if len(departing) == 1 else b"".join(departing))
+            except MemoryError:
+                # Nothing can follow what was not sent.
+                self.discard()
+                self._abort()
 
     def expect(self, slot: Slot, lsn: int) -> None:
         """Keeps the place of a reply that will show the state at `lsn`, or at the slot's own."""

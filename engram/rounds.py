@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import select
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import trio
+
+logger = logging.getLogger(__name__)
 
 # Everything else on the loop waits for a part of a round no longer than this and the last client in it.
 _TURN_NANOSECONDS = 5_000_000
@@ -37,15 +41,18 @@ class Rounds:
     def watch(self, descriptor: int, serve: Callable[[], None]) -> None:
         """Has `serve` called when there is something to read, until `unwatch`.
 
-        It must not raise or block. It may be called when there is nothing to read after all.
+        It must not raise or block: if it does raise, it is not called again. It may be called when there is
+        nothing to read after all. Raises OSError for a descriptor that cannot be watched.
         """
-        self._serve[descriptor] = serve
         self._epoll.register(descriptor, select.EPOLLIN)
+        self._serve[descriptor] = serve
 
     def unwatch(self, descriptor: int) -> None:
         """Serves a descriptor no more, if it was served; to be called before it is closed."""
         if self._serve.pop(descriptor, None) is not None:
-            self._epoll.unregister(descriptor)
+            # One that is closed already is no longer there.
+            with suppress(OSError):
+                self._epoll.unregister(descriptor)
 
     def at_end(self, depart: Callable[[], None]) -> None:
         """Has `depart` called once, when the clients of this part of the round have been served."""
@@ -67,7 +74,11 @@ class Rounds:
             # During a turn of others one may have gone, and another come in its place.
             serve = self._serve.get(descriptor)
             if serve is not None:
-                serve()
+                try:
+                    serve()
+                except Exception:
+                    logger.exception("serving a client failed")
+                    self.unwatch(descriptor)
                 if clock() > turn_ends:
                     self._end_part()
                     await trio.lowlevel.checkpoint()
@@ -79,4 +90,7 @@ class Rounds:
         self.under_way = False
         departing, self._departing = self._departing, []
         for depart in departing:
-            depart()
+            try:
+                depart()
+            except Exception:
+                logger.exception("sending replies failed")

@@ -43,6 +43,7 @@ from engram.operations import InstallSegment
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
 from engram.progress import Progress
 from engram.statistics import SAMPLE_INTERVAL
+from engram.supervision import Job, keep_running, run_contained
 
 logger = logging.getLogger("engram")
 
@@ -53,6 +54,8 @@ SWITCH_INTERVAL = 0.0005
 # There are no threads that only help where there are as many that search as this.
 _MOST_HELPED = 4
 _IDLE_EXPIRY_INTERVAL = 0.1
+# How long clients wait when serving them has failed as a whole.
+_ROUNDS_PAUSE = 0.01
 _PROGRESS_INTERVAL = 1.0
 _TEMPORARY_PREFIX = "engram-"
 # A file in a folder that no server needs once it has ended.
@@ -202,7 +205,9 @@ async def _serve(
         persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
     database = Database(engine, persistence)
     verification = Verification(
-        store, [installed.segment for index in engine.indices.values() for installed in index.segments]
+        store,
+        [installed.segment for index in engine.indices.values() for installed in index.segments],
+        engine.uses,
     )
 
     async def install(index: VectorIndex, operation: InstallSegment) -> None:
@@ -238,9 +243,6 @@ async def _serve(
             await work_nursery.start(builder.run)
             for index in engine.indices.values():
                 builder.consider(index)
-            work_nursery.start_soon(verification.run)
-            work_nursery.start_soon(_expire, database)
-            work_nursery.start_soon(_free, engine, store, persistence)
             server = Server(
                 config=config,
                 database=database,
@@ -251,7 +253,7 @@ async def _serve(
                 run_id=secrets.token_hex(20),
                 started=time.time(),
                 port=tcp_port(listeners),
-                start_soon=work_nursery.start_soon,
+                start_soon=lambda job: work_nursery.start_soon(run_contained, "what a command began", job),
                 shut_down=shutdown.set,
                 reconfigure=reconfigure,
                 access=access,
@@ -270,9 +272,18 @@ async def _serve(
                 tls_addresses=tuple(each.address for each in listeners if each.encrypted),
                 unixsocket=config.unixsocket,
             )
-            work_nursery.start_soon(server.rounds.run)
-            work_nursery.start_soon(heap.run)
-            work_nursery.start_soon(_sample, server)
+            work_nursery.start_soon(
+                partial(keep_running, "serving clients", server.rounds.run, pause=_ROUNDS_PAUSE)
+            )
+            jobs: dict[str, Job] = {
+                "verifying segments": verification.run,
+                "deleting keys that lapsed": partial(_expire, database),
+                "freeing what was dropped": partial(_free, engine, store, persistence),
+                "trimming the heap": heap.run,
+                "sampling statistics": partial(_sample, server),
+            }
+            for what, job in jobs.items():
+                work_nursery.start_soon(keep_running, what, job)
             builder.on_built = lambda seconds: server.statistics.builds.record(1, int(seconds * 1e9))
             if persistence is not None:
                 persistence.on_sync = lambda seconds: server.statistics.syncs.record(1, int(seconds * 1e9))
@@ -400,12 +411,16 @@ async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | 
                 engine.dropped.pop()
             await trio.lowlevel.checkpoint()
         released, engine.released_segments = engine.released_segments, []
-        if persistence is not None and released:
-            size = await trio.to_thread.run_sync(_sizes, store, released)
-            persistence.release(size, sum(index.segment_bytes for index in engine.indices.values()))
-        elif persistence is None:
-            for segment_id in released:
-                await _remove_released(engine, store, segment_id)
+        try:
+            if persistence is not None and released:
+                size = await trio.to_thread.run_sync(_sizes, store, released)
+                persistence.release(size, sum(index.segment_bytes for index in engine.indices.values()))
+                released = []
+            while released:
+                await _remove_released(engine, store, released.pop())
+        finally:
+            # What has not been done is for the next time.
+            engine.released_segments += released
 
 
 def _sizes(store: SegmentStore, segment_ids: Sequence[str]) -> int:
@@ -419,6 +434,6 @@ async def _remove_released(engine: Engine, store: SegmentStore, segment_id: str)
         return
     try:
         await trio.to_thread.run_sync(store.remove, segment_id)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         logger.warning("cannot remove segment %s, will try again: %s", segment_id, error)
         engine.released_segments.append(segment_id)

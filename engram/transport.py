@@ -102,12 +102,12 @@ class SocketTransport(_Socket):
         def serve() -> None:
             nonlocal failure
             try:
-                data = receive(CHUNK)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            try:
+                try:
+                    data = receive(CHUNK)
+                except BlockingIOError:
+                    return
+                except OSError:
+                    data = b""
                 if take(data):
                     return
             except Exception as error:

@@ -11,7 +11,9 @@ import pytest
 
 ENGRAM = Path(__file__).parents[1] / "engram"
 
-GROUND = frozenset({"operations", "errors", "descriptors", "files", "columns", "progress", "sizes"})
+GROUND = frozenset(
+    {"operations", "errors", "descriptors", "files", "columns", "progress", "sizes", "supervision"}
+)
 STATE = GROUND | {"keyspace", "index"}
 
 # A room is a module or a package directly under `engram`, and may import itself, the names defined in
@@ -24,6 +26,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "operations": frozenset(),
     "columns": frozenset({"errors", "files"}),
     "progress": frozenset({"errors"}),
+    "supervision": frozenset({"errors"}),
     "config": frozenset({"errors", "protocol"}),
     "permissions": frozenset({"config", "protocol"}),
     "access": frozenset({"config", "errors", "files", "permissions", "protocol"}),
@@ -65,7 +68,17 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "connection": frozenset({"commands", "database", "errors", "outbox", "protocol", "transport"}),
     "certificates": frozenset({"config", "errors"}),
     "listeners": frozenset(
-        {"access", "certificates", "commands", "config", "connection", "errors", "protocol", "transport"}
+        {
+            "access",
+            "certificates",
+            "commands",
+            "config",
+            "connection",
+            "errors",
+            "protocol",
+            "supervision",
+            "transport",
+        }
     ),
     "snapshotter": STATE | {"engine", "persistence"},
     "server": STATE
@@ -81,7 +94,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "persistence",
         "statistics",
     },
-    "metrics": frozenset({"commands", "errors", "statistics"}),
+    "metrics": frozenset({"commands", "errors", "statistics", "supervision"}),
     "dump": STATE | {"engine", "persistence"},
     "load": frozenset({"dump", "errors"}),
     "subcommands": frozenset({"dump", "errors", "files", "load", "persistence"}),

@@ -193,7 +193,7 @@ async def test_an_error_in_an_answer_ends_nothing_else(
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
-    assert "a request for metrics ended by an error" in caplog.text
+    assert "a request for metrics failed" in caplog.text
 
 
 async def test_an_address_in_use(open_house: OpenHouse) -> None:

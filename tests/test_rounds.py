@@ -165,3 +165,52 @@ async def test_who_comes_in_place_of_one_who_left_is_not_taken_for_it(
 def batched(text: str, size: int) -> Iterator[str]:
     for start in range(0, len(text), size):
         yield text[start : start + size]
+
+
+async def test_who_cannot_be_served_ends_nobody_else(
+    readers: list[Reader], rounds: Rounds, log: list[str], nursery: trio.Nursery
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    readers[0].served = fail
+    nursery.start_soon(rounds.run)
+    for reader in readers[:2]:
+        reader.far.send(b"x")
+    await wait_all_tasks_blocked()
+    assert sorted(log) == ["A", "B", "a", "b"]
+    for reader in readers[:2]:
+        reader.far.send(b"x")
+    await wait_all_tasks_blocked()
+    # The one that failed is not served again.
+    assert sorted(log) == ["A", "B", "B", "a", "b", "b"]
+
+
+async def test_a_reply_that_cannot_be_sent_keeps_no_other_back(
+    readers: list[Reader], rounds: Rounds, log: list[str], nursery: trio.Nursery
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    readers[0].served = lambda: rounds.at_end(fail)
+    nursery.start_soon(rounds.run)
+    for reader in readers:
+        reader.far.send(b"x")
+    await wait_all_tasks_blocked()
+    assert sorted(log) == ["A", "B", "C", "D", "a", "b", "c", "d"]
+
+
+def test_a_socket_that_has_just_gone_is_let_go_of(rounds: Rounds) -> None:
+    near, far = socket.socketpair()
+    descriptor = near.fileno()
+    rounds.watch(descriptor, near.close)
+    near.close()
+    rounds.unwatch(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        rounds.watch(descriptor, near.close)
+    # Whoever has that number next is not taken for the one before.
+    with socket.socket() as other:
+        assert other.fileno() == descriptor
+        rounds.watch(descriptor, other.close)
+        rounds.unwatch(descriptor)
+    far.close()

@@ -357,9 +357,13 @@ class SegmentStore:
         return segment_id in self._opened
 
     def size(self, segment_id: str) -> int:
-        """Bytes of a finished segment's files (blocking); 0 without any."""
-        path = self.folder / segment_id
-        return sum(file.stat().st_size for file in path.iterdir()) if path.exists() else 0
+        """Bytes of a finished segment's files (blocking); those that are removed meanwhile may not count."""
+        total = 0
+        with suppress(FileNotFoundError), os.scandir(self.folder / segment_id) as files:
+            for file in files:
+                with suppress(FileNotFoundError):
+                    total += file.stat().st_size
+        return total
 
     def remove(self, segment_id: str) -> None:
         """Deletes the files of a segment, finished or not (blocking); without any it does nothing."""

@@ -19,6 +19,7 @@ from engram.errors import CommandError
 from engram.index.distances import Floats
 from engram.index.search import SearchOptions, SearchResult, Share, call_in_turn, search_batch
 from engram.index.vector_index import View
+from engram.supervision import keep_running
 
 Done = Callable[[list[SearchResult] | Exception], None]
 
@@ -288,10 +289,9 @@ class SearchService:
         token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             for worker in range(self._workers):
-                nursery.start_soon(
-                    partial(trio.to_thread.run_sync, self._serve, worker, token, limiter=limiter)
-                )
-            nursery.start_soon(self._refuse_what_is_late)
+                serve = partial(trio.to_thread.run_sync, self._serve, worker, token, limiter=limiter)
+                nursery.start_soon(keep_running, "a search thread", serve)
+            nursery.start_soon(keep_running, "refusing late searches", self._refuse_what_is_late)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -340,20 +340,29 @@ class SearchService:
                 job: _Job = self._shared.popleft()
             elif self._queues and self._busy < self._threads:
                 self._busy += 1
-                job = self._take()
+                try:
+                    job = self._take()
+                except BaseException:
+                    self._busy -= 1
+                    raise
             else:
                 self._idle += 1
                 return False
         if isinstance(job, _Shared):
             job.help(worker)
             return True
-        if isinstance(job, _Work):
-            if job.wanted():
-                token.run_sync_soon(job.done, _attempt(job.function))
-        elif job:
-            token.run_sync_soon(self._finish, job, _run_batch(job, worker, self._share))
-        with self._lock:
-            self._busy -= 1
+        try:
+            if isinstance(job, _Work):
+                if job.wanted():
+                    token.run_sync_soon(job.done, _attempt(job.function))
+            elif job:
+                outcomes = _attempt(partial(_run_batch, job, worker, self._share))
+                if isinstance(outcomes, Exception):
+                    outcomes = [outcomes] * len(job)
+                token.run_sync_soon(self._finish, job, outcomes)
+        finally:
+            with self._lock:
+                self._busy -= 1
         return True
 
     def _share(self, call: Callable[[int, int], None], count: int, worker: int) -> None:

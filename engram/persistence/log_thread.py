@@ -9,6 +9,7 @@ from queue import SimpleQueue
 import attrs
 import trio
 
+from engram.errors import LogFailureError
 from engram.persistence.log_writer import Commit, LogWriter, Run
 
 
@@ -28,10 +29,17 @@ class LogThread:
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
 
     async def run(self) -> None:
-        """Serves until `stop`, whatever is cancelled: what has been called is carried out."""
+        """Serves until `stop`, whatever is cancelled: what has been called is carried out.
+
+        Raises:
+            LogFailureError: there is no thread.
+        """
         serve = partial(self._serve, trio.lowlevel.current_trio_token())
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(serve, limiter=trio.CapacityLimiter(1))
+            try:
+                await trio.to_thread.run_sync(serve, limiter=trio.CapacityLimiter(1))
+            except RuntimeError as error:
+                raise LogFailureError(f"the thread of the log cannot be started: {error}") from error
 
     def stop(self) -> None:
         """Lets `run` end; nothing is to be called any more."""

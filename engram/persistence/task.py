@@ -19,7 +19,7 @@ from typing import Literal
 import attrs
 import trio
 
-from engram.errors import CommandError, DamagedDataError, LogFailureError
+from engram.errors import CommandError, DamagedDataError, LogFailureError, one_line
 from engram.files import Files
 from engram.operations import InstallSegment, Operation, encode
 from engram.persistence import log_format
@@ -45,6 +45,8 @@ _SNAPSHOT_RETRY = 60.0
 # Segments that a snapshot would allow to be deleted start one when they have more bytes than this, and
 # than half of those in use.
 _RELEASED_BYTES = 64 << 20
+# What the system may refuse, and grant when it is asked again: RuntimeError is for a thread.
+_PASSING = (OSError, RuntimeError, MemoryError)
 
 
 @attrs.define(kw_only=True)
@@ -66,6 +68,10 @@ class PersistenceSettings:
     queue_bytes: int = 64 << 20
     snapshot_log_size: int = 256 << 20
     snapshot_log_percentage: int = 100
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
 def _file_size_for(size: int) -> int:
@@ -394,7 +400,7 @@ class Persistence:
                 self._nursery = None
                 self._thread.stop()
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._close_files, limiter=self._housekeeping_limiter)
+                    await self._in_thread_or_here(self._close_files)
         if self._failure is not None:
             raise self._failure
 
@@ -508,8 +514,8 @@ class Persistence:
                     descriptor = await trio.to_thread.run_sync(
                         self._files.create, path, size, limiter=self._housekeeping_limiter
                     )
-                except OSError as error:
-                    self._allocation_failure = (size, error.strerror or str(error))
+                except _PASSING as error:
+                    self._allocation_failure = (size, _reason(error))
                     deadline = trio.current_time() + _ALLOCATION_RETRY
                 else:
                     self._allocation_failure = None
@@ -573,13 +579,12 @@ class Persistence:
                 await self._replace_snapshot()
             self._last_save_time = int(time.time())
             run.error = ""
-        except (SnapshotError, DamagedDataError) as error:
-            run.error = str(error)
-        except OSError as error:
-            run.error = error.strerror or str(error)
         except LogFailureError as error:
             run.error = str(error)
             self._fail(error)
+        except Exception as error:
+            # The state on disk is as before; whatever it was, serving goes on.
+            run.error = _reason(error)
         finally:
             self._snapshot_run = None
             self._last_save_ok = not run.error
@@ -598,8 +603,11 @@ class Persistence:
             manifest = await in_thread(
                 install_snapshot, self._layout, self._files, result, lsn, closed_file + 1
             )
-        except (SnapshotError, DamagedDataError, OSError) as error:
-            await in_thread(self._undo_snapshot, path, error)
+        except LogFailureError:
+            raise
+        except Exception as error:
+            # Nothing may go on before it is known what is current on disk.
+            await self._in_thread_or_here(partial(self._undo_snapshot, path, error))
             raise
         self._manifest = manifest
         self._log_bytes -= log_bytes
@@ -612,11 +620,18 @@ class Persistence:
             for segment in outdated:
                 await in_thread(self._files.remove_tree, self._layout.segments / segment)
                 self._known_segments.discard(segment)
-        except OSError as error:
+        except _PASSING as error:
             # The snapshot stands; the next one, or recovery, tries again.
-            self._cleanup_error = error.strerror or str(error)
+            self._cleanup_error = _reason(error)
         else:
             self._cleanup_error = ""
+
+    async def _in_thread_or_here(self, function: Callable[[], None]) -> None:
+        """Carries out what must not be left out; where no thread can be started it holds everybody up."""
+        try:
+            await trio.to_thread.run_sync(function, limiter=self._housekeeping_limiter)
+        except RuntimeError:
+            function()
 
     def _undo_snapshot(self, path: Path, error: Exception) -> None:
         try:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from engram.index.builder import live_rows
 from engram.index.graph import Graph
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, search_batch
-from engram.index.segment import Segment, SegmentStore
+from engram.index.segment import GRAPH, Segment, SegmentStore
 from engram.index.texts import Positions, Selection, Texts
 from engram.index.vector_index import VectorIndex
 from engram.progress import InterruptedWorkError, Progress
@@ -297,3 +299,23 @@ class Rows:
 
 def read_texts(folder: Path, name: str) -> Texts:
     return Texts(np.load(folder / f"{name}-bytes.npy"), np.load(folder / f"{name}-ends.npy"))
+
+
+def test_the_size_of_what_is_being_removed(
+    segment: Segment, store: SegmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.size(segment.id) == segment.size
+    scan = os.scandir
+
+    def vanish(path: Path) -> Iterator[Any]:
+        entries = list(scan(path))
+        for name in (GRAPH, "vectors.npy"):
+            (segment.path / name).unlink()
+        return nullcontext(entries)  # type: ignore[return-value]
+
+    gone = sum((segment.path / name).stat().st_size for name in (GRAPH, "vectors.npy"))
+    monkeypatch.setattr(os, "scandir", vanish)
+    assert store.size(segment.id) == segment.size - gone
+    monkeypatch.undo()
+    store.remove(segment.id)
+    assert store.size(segment.id) == 0
