@@ -1,6 +1,6 @@
 """A folder of columns: numpy arrays, one .npy file each, and a table that vouches for them.
 
-    columns.json       version, metadata, and for each file its size and CRC-32C
+    columns.json       version (the format level), metadata, and for each file its size and CRC-32C
     <name>.npy         one array, in numpy's own format; large ones are opened through mmap
     <other file>       listed in the table like the columns (the graph of a segment)
 
@@ -25,9 +25,9 @@ from crc32c import crc32c
 
 from engram.errors import DamagedDataError
 from engram.files import Files
+from engram.format_level import LEVEL, check_level, level_of
 
 TABLE = "columns.json"
-VERSION = 1
 _READ_SIZE = 1 << 22
 # A map keeps a descriptor of its file for as long as it lives: columns up to this size are read instead.
 _SMALL_COLUMN = 256 << 10
@@ -111,7 +111,7 @@ def write_columns(
     for file_name in others:
         files.sync_file(path / file_name)
         table[file_name] = list(_size_and_checksum(path / file_name))
-    text = json.dumps({"version": VERSION, "metadata": dict(metadata), "files": table}).encode()
+    text = json.dumps({"version": LEVEL, "metadata": dict(metadata), "files": table}).encode()
     files.write_file(path / TABLE, [text])
     files.sync_folder(path)
     return crc32c(text)
@@ -125,6 +125,7 @@ def open_columns(path: Path, checksum: int, *, deferred: Container[str] = ()) ->
 
     Raises:
         DamagedDataError: a file is missing or is not what was written.
+        NewerFormatError: a newer engram wrote it.
     """
     table = read_table(path, checksum)
     columns: dict[str, Array] = {}
@@ -150,6 +151,7 @@ def read_table(path: Path, checksum: int) -> Table:
 
     Raises:
         DamagedDataError: it is not the table that was written, or a file is missing or has another size.
+        NewerFormatError: a newer engram wrote it.
     """
     table_path = path / TABLE
     try:
@@ -157,8 +159,7 @@ def read_table(path: Path, checksum: int) -> Table:
         if crc32c(text) != checksum:
             raise DamagedDataError(table_path, "checksum mismatch")
         table = json.loads(text)
-        if table["version"] != VERSION:
-            raise DamagedDataError(table_path, f"format version {table['version']} is not known")
+        check_level(table_path, level_of(table["version"]))
         total = len(text)
         checksums = {}
         for file_name, (size, expected) in table["files"].items():

@@ -6,6 +6,7 @@ EngramError
     ├── ConfigError         a setting is unknown or malformed
     ├── DirectoryInUseError another server holds the data directory
     ├── DamagedDataError    what was durable cannot be trusted; names the file and the place
+    ├── NewerFormatError    what is intact, but written by a newer engram
     └── LogFailureError     a write or sync of the log failed; nothing more may be acknowledged
 """
 
@@ -46,6 +47,17 @@ class DamagedDataError(OperatorError):
         self.offset = offset
         where = f"{path}" if offset is None else f"{path} at offset {offset}"
         super().__init__(f"{where}: {reason}")
+
+
+class NewerFormatError(OperatorError):
+    """A file is intact, and holds what only a newer engram can read: `what`, a phrase, is not known."""
+
+    def __init__(self, path: Path, what: str, offset: int | None = None) -> None:
+        where = f"{path}" if offset is None else f"{path} at offset {offset}"
+        super().__init__(
+            f"{where}: written by a newer engram ({what}): use that version; to go back to this one, dump the"
+            " directory there and load the dump here, see docs/how-to/upgrade.md"
+        )
 
 
 class LogFailureError(OperatorError):

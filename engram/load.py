@@ -85,7 +85,7 @@ class _Requests:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise LoadError(f"line 1: not the first line of a dump: {error}") from error
         if header.format != FORMAT:
-            raise LoadError(f"line 1: format {header.format} is not known")
+            raise LoadError(f"line 1: format {header.format} is not known: a newer engram wrote the dump")
         return header
 
     def next_block(self) -> list[_Request]:

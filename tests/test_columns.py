@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from engram import columns as module
 from engram.columns import TABLE, Array, open_columns, pack_bytes, unpack_bytes, write_columns
-from engram.errors import DamagedDataError
+from engram.errors import DamagedDataError, NewerFormatError
 from engram.files import DiskFiles
+from engram.format_level import LEVEL
 
 
 class Everything:
@@ -155,12 +155,19 @@ def test_a_column_that_is_none_is_damage_not_a_crash(folder: Path, checksum: int
         open_columns(folder, checksum, deferred=EVERYTHING)
 
 
-def test_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "VERSION", 2)
-        checksum = write_columns(DiskFiles(), folder, {}, {})
-    with pytest.raises(DamagedDataError, match="version 2 is not known"):
-        open_columns(folder, checksum)
+def test_a_newer_level_is_refused(folder: Path, checksum: int) -> None:
+    table = json.loads((folder / TABLE).read_bytes())
+    text = json.dumps({**table, "version": LEVEL + 1, "files": "others"}).encode()
+    (folder / TABLE).write_bytes(text)
+    with pytest.raises(NewerFormatError, match=rf"written by a newer engram \(level {LEVEL + 1}\)"):
+        open_columns(folder, crc32c(text))
+
+
+def test_the_version_of_before_there_were_levels(folder: Path, checksum: int) -> None:
+    before = open_columns(folder, checksum).checksums
+    text = json.dumps({**json.loads((folder / TABLE).read_bytes()), "version": 1}).encode()
+    (folder / TABLE).write_bytes(text)
+    assert open_columns(folder, crc32c(text)).checksums == before
 
 
 def test_the_table_lists_each_file_with_size_and_checksum(folder: Path, checksum: int) -> None:

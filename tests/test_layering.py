@@ -12,7 +12,17 @@ import pytest
 ENGRAM = Path(__file__).parents[1] / "engram"
 
 GROUND = frozenset(
-    {"operations", "errors", "descriptors", "files", "columns", "progress", "sizes", "supervision"}
+    {
+        "operations",
+        "errors",
+        "descriptors",
+        "files",
+        "columns",
+        "format_level",
+        "progress",
+        "sizes",
+        "supervision",
+    }
 )
 STATE = GROUND | {"keyspace", "index"}
 
@@ -24,7 +34,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "sizes": frozenset(),
     "files": frozenset(),
     "operations": frozenset(),
-    "columns": frozenset({"errors", "files"}),
+    "columns": frozenset({"errors", "files", "format_level"}),
+    "format_level": frozenset({"errors"}),
     "progress": frozenset({"errors"}),
     "supervision": frozenset({"errors"}),
     "config": frozenset({"errors", "protocol"}),

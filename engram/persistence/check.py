@@ -2,6 +2,7 @@
 
 An examination reads every byte that a start relies on, and changes nothing. It judges the log as recovery
 does (recovery.py), but goes on behind what is wrong; it opens no graph, whose checksum alone is compared.
+What a newer engram wrote ends it, and nothing can be cut: not a word about the rest would be reliable.
 
 A cut lets a start succeed where the log is damaged: everything before the first bad record stays, and what
 comes behind it is kept under other names. The order, each step durable before the next:
@@ -29,22 +30,21 @@ from pathlib import Path
 from typing import Literal
 
 import attrs
-import msgspec
 from crc32c import crc32c
 
 from engram.columns import TABLE, ColumnFolder, open_columns
 from engram.errors import DamagedDataError, DirectoryInUseError, OperatorError
 from engram.files import Files
-from engram.operations import InstallSegment, decode_array
+from engram.operations import InstallSegment
 from engram.persistence import log_format
-from engram.persistence.layout import FOREIGN_NAMES, Layout, free_name
+from engram.persistence.layout import FOREIGN_NAMES, Layout, check_levels, free_name
 from engram.persistence.manifest import Manifest, read_manifest
+from engram.persistence.recovery import read_operations
 
 State = Literal["ok", "torn", "damaged", "unused", "kept", "other"]
 
 _OWN_NAMES = re.compile(r"LOCK|MANIFEST|segments|wal-\d{10}\.log|snapshot-\d+")
 _KEPT_NAME = re.compile(r".*\.broken-\d+")
-_PREPARED_NAME = re.compile(r"prepared-\d+\.log")
 _BUILDING_SUFFIX = ".building"
 
 
@@ -191,7 +191,12 @@ class Examination:
         self._irreparable = False
 
     def reports(self) -> Iterator[FileReport]:
-        """A report for each file, as soon as it is read. Raises OSError for a folder that cannot be."""
+        """A report for each file, as soon as it is read.
+
+        Raises:
+            NewerFormatError: a newer engram wrote something of it, so that nothing of it can be judged.
+            OSError: a folder cannot be read.
+        """
         for report in self._examine():
             if report.damage is not None:
                 self.damages.append(report.damage)
@@ -224,6 +229,7 @@ class Examination:
         )
 
     def _examine(self) -> Iterator[FileReport]:
+        check_levels(self._layout)
         if is_unused(self._layout.directory):
             yield FileReport("MANIFEST", "ok", "not written yet: nothing has been stored here")
             if self._layout.log(1).exists():
@@ -356,6 +362,7 @@ class Examination:
             current.add(self._manifest.snapshot)
         snapshots = {path.name for path in layout.snapshots()}
         logs = {layout.log(number).name for number in layout.log_numbers()}
+        prepared = set(layout.prepared_files())
         for path in sorted(layout.directory.iterdir()):
             name = path.name
             if name in current or name in logs:
@@ -367,7 +374,7 @@ class Examination:
                 yield self._beyond_repair(name, DamagedDataError(path, reason))
             elif _KEPT_NAME.fullmatch(name):
                 yield FileReport(name, "kept", f"put aside by a start or a repair, {_size(path)} bytes")
-            elif _PREPARED_NAME.fullmatch(name):
+            elif path in prepared:
                 yield FileReport(name, "unused", "space for the log; removed at the next start")
             elif name in unfinished:
                 yield FileReport(name, "unused", f"{unfinished[name]} that was not finished")
@@ -421,7 +428,10 @@ def _read_log_file(path: Path, number: int) -> _LogFile:
 
 
 def _take_record(file: _LogFile, record: log_format.Record) -> str:
-    """Counts a record whose checksums are right; returns what is wrong with it all the same, or ""."""
+    """Counts a record whose checksums are right; returns what is wrong with it all the same, or "".
+
+    Raises NewerFormatError for an operation that is not known.
+    """
     holds_operations = record.kind == log_format.OPERATIONS
     if not holds_operations and record.kind != log_format.MARK:
         return f"record type {record.kind} is not known"
@@ -430,9 +440,9 @@ def _take_record(file: _LogFile, record: log_format.Record) -> str:
         return f"LSN {record.lsn} instead of {expected}"
     if holds_operations:
         try:
-            operations = decode_array(record.payload)
-        except msgspec.DecodeError as error:
-            return f"operation not known: {error}"
+            operations = read_operations(file.path, record)
+        except DamagedDataError as error:
+            return error.reason
         file.segments += (
             (lsn, operation)
             for lsn, operation in enumerate(operations, record.lsn)
@@ -466,7 +476,10 @@ def _judge_last(file: _LogFile) -> None:
 
 
 def _open(path: Path, checksum: int | None) -> ColumnFolder:
-    """Opens a folder of columns; without a checksum its own table vouches for it. Raises DamagedDataError."""
+    """Opens a folder of columns; without a checksum its own table vouches for it.
+
+    Raises DamagedDataError and NewerFormatError.
+    """
     try:
         if checksum is not None:
             return open_columns(path, checksum)

@@ -16,15 +16,19 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
 
-from engram.errors import DirectoryInUseError, OperatorError
+from engram.errors import DamagedDataError, DirectoryInUseError, OperatorError
 from engram.files import DiskFiles
-from engram.persistence.log_format import FILE_HEADER_SIZE
+from engram.format_level import check_level
+from engram.persistence.log_format import FILE_HEADER_SIZE, FormatError, level_of_file
+from engram.persistence.manifest import read_manifest
 
 _LOG_NAME = re.compile(r"wal-(\d{10})\.log")
+_PREPARED_NAME = re.compile(r"prepared-\d+\.log")
 _SNAPSHOT_NAME = re.compile(r"snapshot-\d+")
 FOREIGN_NAMES = ("engram.snap", "engram.wal")
 
@@ -65,6 +69,10 @@ class Layout:
         matches = (_LOG_NAME.fullmatch(path.name) for path in self.directory.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
+    def prepared_files(self) -> list[Path]:
+        """The files that hold space for the log."""
+        return [path for path in self.directory.iterdir() if _PREPARED_NAME.fullmatch(path.name)]
+
     def snapshots(self) -> list[Path]:
         """The folders of snapshots that are there, finished or not."""
         return [path for path in self.directory.iterdir() if _SNAPSHOT_NAME.fullmatch(path.name)]
@@ -80,6 +88,22 @@ class Layout:
     def segment_folders(self) -> list[Path]:
         """The folders of segments that are there, finished or not."""
         return [path for path in self.segments.iterdir() if path.is_dir()]
+
+
+def check_levels(layout: Layout) -> None:
+    """Looks whether a newer engram has used a data directory, before it is judged otherwise (blocking).
+
+    What cannot be read or is damaged is left to whoever needs it.
+
+    Raises:
+        NewerFormatError: one has.
+    """
+    with suppress(DamagedDataError, OSError):
+        read_manifest(layout.manifest)
+    for number in layout.log_numbers():
+        path = layout.log(number)
+        with suppress(FormatError, OSError), path.open("rb") as file:
+            check_level(path, level_of_file(file.read(FILE_HEADER_SIZE)))
 
 
 def free_name(path: Path, second: int) -> Path:
@@ -105,6 +129,7 @@ def lock_directory(path: Path) -> int:
 
     Raises:
         DirectoryInUseError: another process holds it.
+        NewerFormatError: a newer engram has used it.
         OperatorError: it holds files of another program's format, or cannot be made or written.
     """
     layout = Layout(path)
@@ -119,6 +144,7 @@ def lock_directory(path: Path) -> int:
         descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            check_levels(layout)
             layout.segments.mkdir(mode=0o700, exist_ok=True)
         except BlockingIOError as error:
             os.close(descriptor)

@@ -6,7 +6,7 @@ ahead). Integers are little-endian and unsigned.
     file header, 64 bytes
     offset  size  field
          0     8  magic "ENGRAMWL"
-         8     4  version, 2
+         8     4  format level, 2
         12     4  link: the chain value at the end of the previous file, 0 in file 1
         16     8  number of the file; files are numbered from 1 without gaps
         24     8  LSN of the first operation this file can hold; all before it are durable
@@ -30,6 +30,9 @@ What is written together is one record: after a crash it is there whole, or it w
 LSNs of operations follow each other. A mark repeats the LSN before it and only carries the durable one: an
 idle log gets a mark, so that what was acknowledged last is known to be durable, too.
 
+Magic, level and checksum of the header have their places for ever, and its size is fixed: an engram of any
+level can tell what is of a newer one.
+
 The chain makes any record vouch for all before it, across files through the link. The tag makes records
 behind a damaged place findable (no client can know it, so none can plant one): what they say was durable
 tells damage from a torn tail.
@@ -45,8 +48,10 @@ from typing import NamedTuple
 import attrs
 from crc32c import crc32c
 
+from engram.format_level import LEVEL
+
 MAGIC = b"ENGRAMWL"
-VERSION = 2
+OLDEST_LEVEL = 2
 FILE_HEADER_SIZE = 64
 RECORD_HEADER_SIZE = 32
 # Of the array of operations.
@@ -55,6 +60,7 @@ OPERATIONS = 1
 MARK = 2
 
 _FILE_HEADER = struct.Struct("<8sIIQQQ20x")
+_FILE_START = struct.Struct("<8sI")
 _RECORD_BODY = struct.Struct("<IIIQQ")
 _RECORD_HEADER = struct.Struct("<IIIIQQ")
 _CHECKSUM = struct.Struct("<I")
@@ -72,9 +78,10 @@ class FileHeader:
     first_lsn: int
     link: int
     salt: int
+    level: int = LEVEL
 
     def encode(self) -> bytes:
-        fields = _FILE_HEADER.pack(MAGIC, VERSION, self.link, self.number, self.first_lsn, self.salt)
+        fields = _FILE_HEADER.pack(MAGIC, self.level, self.link, self.number, self.first_lsn, self.salt)
         return fields + _CHECKSUM.pack(crc32c(fields))
 
     @property
@@ -91,21 +98,34 @@ def new_file_header(number: int, first_lsn: int, link: int) -> FileHeader:
     return FileHeader(number, first_lsn, link, secrets.randbits(64))
 
 
+def level_of_file(data: bytes) -> int:
+    """The format level of the file that begins with `data`.
+
+    Raises:
+        FormatError: there is no file header, or it is damaged.
+    """
+    if len(data) < FILE_HEADER_SIZE:
+        raise FormatError("too short to hold a file header")
+    if _CHECKSUM.unpack_from(data, _FILE_HEADER.size)[0] != crc32c(data[: _FILE_HEADER.size]):
+        raise FormatError("file header checksum mismatch")
+    magic, level = _FILE_START.unpack_from(data)
+    if magic != MAGIC:
+        raise FormatError(f"format {magic!r} is not known")
+    found: int = level
+    return found
+
+
 def decode_file_header(data: bytes) -> FileHeader:
     """The header at the start of `data`.
 
     Raises:
-        FormatError: there is none, or it is damaged, or of a version not known.
+        FormatError: there is none, or it is damaged, or of a level not known.
     """
-    fields = data[: _FILE_HEADER.size]
-    if len(data) < FILE_HEADER_SIZE:
-        raise FormatError("too short to hold a file header")
-    if _CHECKSUM.unpack_from(data, _FILE_HEADER.size)[0] != crc32c(fields):
-        raise FormatError("file header checksum mismatch")
-    magic, version, link, number, first_lsn, salt = _FILE_HEADER.unpack(fields)
-    if magic != MAGIC or version != VERSION:
-        raise FormatError(f"format {magic!r} version {version} is not known")
-    return FileHeader(number, first_lsn, link, salt)
+    level = level_of_file(data)
+    if not OLDEST_LEVEL <= level <= LEVEL:
+        raise FormatError(f"format level {level} is not known")
+    _, _, link, number, first_lsn, salt = _FILE_HEADER.unpack_from(data)
+    return FileHeader(number, first_lsn, link, salt, level)
 
 
 def encode_record(

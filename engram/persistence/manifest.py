@@ -1,8 +1,8 @@
 """MANIFEST: what of a data directory is current.
 
-Two lines: a JSON object with the fields of `Manifest` and a version, and the CRC-32C of that line (without
-its newline) as eight hexadecimal digits. The file is replaced atomically and changes only at a snapshot;
-it is made when the directory is, after the log's first file and before its first record.
+Two lines: a JSON object with the fields of `Manifest` and a `version`, the format level, and the CRC-32C of
+that line (without its newline) as eight hexadecimal digits. The file is replaced atomically and changes only
+at a snapshot; it is made when the directory is, after the log's first file and before its first record.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 import attrs
 from crc32c import crc32c
 
-from engram.errors import DamagedDataError
+from engram.errors import DamagedDataError, NewerFormatError
 from engram.files import Files, replace_file
-
-VERSION = 1
+from engram.format_level import LEVEL, check_level, level_of
 
 
 @attrs.frozen
@@ -44,7 +43,7 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    line = json.dumps({"version": VERSION, **attrs.asdict(manifest)}).encode()
+    line = json.dumps({"version": LEVEL, **attrs.asdict(manifest)}).encode()
     return line + b"\n%08x\n" % crc32c(line)
 
 
@@ -52,20 +51,21 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
     """The inverse of `encode_manifest`.
 
     Raises:
-        DamagedDataError: the content is not what was written, or of a version not known.
+        DamagedDataError: the content is not what was written.
+        NewerFormatError: a newer engram wrote it.
     """
     line, _, checksum = content.partition(b"\n")
     if checksum != b"%08x\n" % crc32c(line):
         raise DamagedDataError(path, "checksum mismatch")
     fields: dict[str, Any] = json.loads(line)
-    version = fields.pop("version")
-    if version != VERSION:
-        raise DamagedDataError(path, f"format version {version} is not known")
+    check_level(path, level_of(fields.pop("version")))
+    if unknown := fields.keys() - attrs.fields_dict(Manifest).keys():
+        raise NewerFormatError(path, f"the field {min(unknown)} is not known")
     return Manifest(**{**fields, "segments": tuple(fields["segments"])})
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest, or None when there is none. Raises DamagedDataError."""
+    """The manifest, or None when there is none. Raises what `decode_manifest` does."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

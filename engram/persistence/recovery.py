@@ -25,18 +25,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import attrs
 import msgspec
 
 from engram.columns import ColumnFolder, open_columns
-from engram.errors import DamagedDataError
+from engram.errors import DamagedDataError, NewerFormatError
 from engram.files import Files
 from engram.operations import InstallSegment, Operation, decode_array
 from engram.persistence import log_format
-from engram.persistence.layout import Layout, free_name
+from engram.persistence.layout import Layout, check_levels, free_name
 from engram.persistence.manifest import Manifest, read_manifest, write_manifest
 from engram.progress import Progress
+
+_TAGS = frozenset(operation.__struct_config__.tag for operation in get_args(Operation))
 
 
 @attrs.frozen(kw_only=True)
@@ -88,10 +91,12 @@ def recover(
 
     Raises:
         DamagedDataError: something that was durable is missing or is not what was written.
+        NewerFormatError: a newer engram wrote something of it. Nothing has been cut or removed.
         InterruptedWorkError: `progress` was interrupted; nothing has been cut or removed.
         OSError: a file cannot be read, cut or synced.
     """
     layout = Layout(directory)
+    check_levels(layout)
     progress = progress or Progress()
     manifest = read_manifest(layout.manifest)
     if manifest is None:
@@ -250,16 +255,39 @@ class _LogReplay:
         self._durable_lsn = max(self._durable_lsn, record.durable_lsn)
         if not holds_operations:
             return
-        try:
-            operations = decode_array(record.payload)
-        except msgspec.DecodeError as error:
-            raise DamagedDataError(path, f"operation not known: {error}", record.offset) from error
+        operations = read_operations(path, record)
         for lsn, operation in enumerate(operations, record.lsn):
             if isinstance(operation, InstallSegment) and operation.segment:
                 self._segments.append((lsn, operation.segment))
             self._apply(lsn, operation)
             self._lsn = lsn
         self._records += len(operations)
+
+
+def read_operations(path: Path, record: log_format.Record) -> list[Operation]:
+    """The operations in a record of a file of the log whose checksums are right.
+
+    Raises:
+        NewerFormatError: one of them is not known.
+        DamagedDataError: they are none.
+    """
+    try:
+        return decode_array(record.payload)
+    except msgspec.DecodeError as error:
+        if (tag := _unknown_tag(record.payload)) is not None:
+            what = f"operation {tag} is not known"
+            raise NewerFormatError(path, what, record.offset) from error
+        raise DamagedDataError(path, f"operation not known: {error}", record.offset) from error
+
+
+def _unknown_tag(payload: memoryview) -> int | None:
+    """The tag of the first array in an array that is headed by none of an operation's."""
+    try:
+        arrays = msgspec.msgpack.decode(payload, type=list[list[object]])
+    except msgspec.DecodeError:
+        return None
+    tags = (array[0] for array in arrays if array)
+    return next((tag for tag in tags if isinstance(tag, int) and tag not in _TAGS), None)
 
 
 def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple[Path, ...]:
@@ -287,7 +315,7 @@ def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple
 
 def _remove_unnamed(layout: Layout, files: Files, recovery: Recovery) -> None:
     """Removes what an interrupted preparation, snapshot, build or deletion left behind."""
-    for path in layout.directory.glob("prepared-*.log"):
+    for path in layout.prepared_files():
         files.remove(path)
     remove_outdated(layout, files, recovery.manifest)
     named = {*recovery.manifest.segments, *(segment for _, segment in recovery.segments)}

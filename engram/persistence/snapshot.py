@@ -27,7 +27,7 @@ import attrs
 import trio
 
 from engram.columns import read_table
-from engram.errors import EngramError, LogFailureError
+from engram.errors import EngramError, LogFailureError, NewerFormatError
 from engram.files import Files
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, write_manifest
@@ -118,7 +118,8 @@ def install_snapshot(
     """Makes current what the child made and verified (blocking); returns the manifest, durable by now.
 
     Raises:
-        SnapshotError: the result is not a snapshot as of `lsn`, or names a segment that is not there.
+        SnapshotError: the result is not a snapshot as of `lsn`, names a segment that is not there, or was
+            written by a newer engram.
         DamagedDataError: the folder does not hold the files that the child said it wrote.
         LogFailureError: the folder cannot be synced.
         OSError: the manifest's replacement failed.
@@ -126,7 +127,11 @@ def install_snapshot(
     path = layout.snapshot(lsn)
     if result.lsn != lsn or result.snapshot != path.name:
         raise SnapshotError(f"the snapshot process made {result.snapshot} instead of {path.name}")
-    read_table(path, result.checksum)
+    try:
+        read_table(path, result.checksum)
+    except NewerFormatError as error:
+        # Another engram has been installed meanwhile. This one goes on.
+        raise SnapshotError(str(error)) from error
     for segment in result.segments:
         if not (layout.segments / segment).is_dir():
             raise SnapshotError(f"the snapshot names segment {segment}, which is not there")

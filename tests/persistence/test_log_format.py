@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
+import attrs
 import pytest
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engram.format_level import LEVEL
 from engram.persistence import log_format
 from engram.persistence.log_format import (
     FILE_HEADER_SIZE,
@@ -73,14 +77,21 @@ def test_any_flipped_bit_of_a_file_header_is_noticed() -> None:
             log_format.decode_file_header(bytes(flipped))
 
 
-def test_a_header_cut_short_or_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_cut_short_or_of_another_level_is_refused() -> None:
     with pytest.raises(FormatError, match="too short"):
         log_format.decode_file_header(HEADER.encode()[:-1])
-    with monkeypatch.context() as patch:
-        patch.setattr(log_format, "VERSION", 3)
-        newer = HEADER.encode()
-    with pytest.raises(FormatError, match="version 3 is not known"):
-        log_format.decode_file_header(newer)
+    for level in (1, LEVEL + 1):
+        other = attrs.evolve(HEADER, level=level).encode()
+        assert log_format.level_of_file(other) == level
+        with pytest.raises(FormatError, match=f"level {level} is not known"):
+            log_format.decode_file_header(other)
+
+
+def test_the_places_that_are_fixed_for_ever() -> None:
+    encoded = attrs.evolve(HEADER, level=7).encode()
+    assert len(encoded) == 64
+    assert encoded[:12] == b"ENGRAMWL\x07\0\0\0"
+    assert encoded[60:] == struct.pack("<I", crc32c(encoded[:60]))
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20), unsigned_64, st.integers(0, 100))

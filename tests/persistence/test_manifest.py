@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.errors import DamagedDataError
-from engram.persistence import manifest as module
+from engram.errors import DamagedDataError, NewerFormatError
+from engram.format_level import LEVEL
 from engram.persistence.manifest import (
     Manifest,
     decode_manifest,
@@ -52,12 +54,23 @@ def test_any_flipped_bit_and_any_cut_is_noticed() -> None:
             decode_manifest(content[:cut], PATH)
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "VERSION", 2)
-        content = encode_manifest(SAMPLE)
-    with pytest.raises(DamagedDataError, match="version 2 is not known"):
-        decode_manifest(content, PATH)
+def altered(**fields: object) -> bytes:
+    line = json.dumps({**json.loads(encode_manifest(SAMPLE).partition(b"\n")[0]), **fields}).encode()
+    return line + b"\n%08x\n" % crc32c(line)
+
+
+def test_a_newer_level_is_refused() -> None:
+    with pytest.raises(NewerFormatError, match=rf"written by a newer engram \(level {LEVEL + 1}\)"):
+        decode_manifest(altered(version=LEVEL + 1, strange=[]), PATH)
+
+
+def test_a_field_that_is_not_known_is_of_a_newer_engram() -> None:
+    with pytest.raises(NewerFormatError, match=r"written by a newer engram \(the field strange is not known"):
+        decode_manifest(altered(strange=[]), PATH)
+
+
+def test_the_version_of_before_there_were_levels() -> None:
+    assert decode_manifest(altered(version=1), PATH) == SAMPLE
 
 
 def test_it_is_replaced_atomically(tmp_path: Path, files: HookedFiles) -> None:

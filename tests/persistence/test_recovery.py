@@ -325,7 +325,7 @@ def one_record(directory: Path, kind: int, lsn: int, payload: bytes) -> None:
     [
         (log_format.OPERATIONS, 2, join([encode(operation(2))]), "LSN 2 instead of 1"),
         (log_format.OPERATIONS, 1, b"\x91\x93\x01", "operation not known"),
-        (log_format.OPERATIONS, 1, b"\x91\x91\x7f", "operation not known"),
+        (log_format.OPERATIONS, 1, b"\x91\x91\x01", "operation not known"),
         (log_format.OPERATIONS, 1, encode(operation(1)), "operation not known"),
         (7, 1, b"", "record type 7 is not known"),
         (log_format.MARK, 5, b"", "LSN 5 instead of 0"),
