@@ -10,12 +10,16 @@ import ast
 import importlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 
 def command(constants: Mapping[str, float]) -> str:
     """The command that runs engram so."""
     words = [f"{name}={value}" for name, value in constants.items()]
-    return " ".join([sys.executable, "-m", "benchmarks.altered", *words, "--"])
+    root = Path(__file__).parents[1]
+    return " ".join(
+        ["env", f"PYTHONPATH={root}", sys.executable, "-P", "-m", "benchmarks.altered", *words, "--"]
+    )
 
 
 def alter(assignment: str) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import attrs
 import numpy as np
 
-from benchmarks.peers import describe_machine, end_servers_when_terminated, family, free_port, running
+from benchmarks.peers import ENGRAM, describe_machine, end_servers_when_terminated, family, free_port, running
 
 PASSWORD = "correct horse battery staple"
 OPEN_AT_ONCE = 200
@@ -235,7 +235,7 @@ def main() -> int:
         certificate, key = make_certificate(Path(folder), arguments.key)
         target = Target(free_port(), free_port(), certificate)
         command = (
-            f"{sys.executable} -m engram --port {target.port} --tls-port {target.tls_port}"
+            f"{ENGRAM} --port {target.port} --tls-port {target.tls_port}"
             f" --tls-cert-file {certificate} --tls-key-file {key} --tls-auth-clients no"
             f" --requirepass '{PASSWORD}' --client-write-timeout 2"
         )

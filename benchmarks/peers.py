@@ -18,7 +18,7 @@ from pathlib import Path
 
 import attrs
 
-ENGRAM = f"{sys.executable} -m engram"
+ENGRAM = f"{sys.executable} -P -m engram"
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0

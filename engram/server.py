@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from engram.access import open_access
+from engram.child_process import module_command
 from engram.commands.client import describe
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Server
@@ -367,7 +368,7 @@ def _configure_log(settings: PersistenceSettings, config: Config) -> None:
 
 def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:
     def command(last_file: int) -> list[str]:
-        return [sys.executable, "-m", "engram.snapshotter", str(folder), str(last_file)]
+        return module_command("engram.snapshotter", str(folder), str(last_file))
 
     return command
 

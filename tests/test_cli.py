@@ -19,6 +19,7 @@ from pathlib import Path
 import attrs
 import pytest
 
+import engram
 from engram import __version__
 from engram.cli import command_line, report, usage
 from engram.config import SETTINGS
@@ -31,7 +32,7 @@ SCRIPTS = Path(sys.executable).parent
 ENTRIES = {
     "engram": [str(SCRIPTS / "engram")],
     "trio-run": [str(SCRIPTS / "trio-run"), "engram"],
-    "python -m": [sys.executable, "-m", "engram"],
+    "python -m": [sys.executable, "-P", "-m", "engram"],
 }
 MODULE = ENTRIES["python -m"]
 
@@ -67,7 +68,10 @@ class Process:
 
 @contextmanager
 def server(
-    *arguments: str, entry: Sequence[str] = MODULE, environment: dict[str, str] | None = None
+    *arguments: str,
+    entry: Sequence[str] = MODULE,
+    environment: dict[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Process]:
     process = subprocess.Popen(
         [*entry, *arguments],
@@ -75,6 +79,7 @@ def server(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {})},
+        cwd=folder,
     )
     assert process.stdout is not None
     try:
@@ -133,6 +138,70 @@ def test_a_directory_from_start_to_start(tmp_path: Path) -> None:
         assert "recovered 2 keys and 1 vectors in " in running.greeting
         assert running.call("SHUTDOWN") == b""
         assert running.end() == (0, "")
+
+
+# Modules that the server or one of its children imports; none may be taken from the working directory.
+SHADOWS = (
+    *(
+        "queue",
+        "json",
+        "struct",
+        "typing",
+        "threading",
+        "re",
+        "subprocess",
+        "encodings",
+        "linecache",
+        "random",
+    ),
+    *("numpy", "usearch", "numkong", "trio", "attrs", "attr", "msgspec", "crc32c", "threadpoolctl", "tqdm"),
+    *("engram", "sitecustomize", "usercustomize"),
+)
+
+
+def make_shadows(folder: Path) -> Path:
+    """Fills a folder with modules that leave a mark when they are imported; returns where."""
+    mark = folder / "imported"
+    code = f"with open({str(mark)!r}, 'a') as file: file.write(__name__ + '\\n')\nraise SystemExit(9)\n"
+    for name in SHADOWS:
+        (folder / f"{name}.py").write_text(code)
+    return mark
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_nothing_of_the_working_directory_is_run(entry: str, keeps: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "anybody's"
+    folder.mkdir()
+    mark = make_shadows(folder)
+    arguments = ["--dir", str(tmp_path / "data")] if keeps else []
+    adds = [f"VADD vectors row-{number} {number:08d}" for number in range(40)]
+    with server(
+        "--port", "0", "--seal-rows", "16", *arguments, entry=ENTRIES[entry], folder=folder
+    ) as running:
+        replies = running.call("VNEW vectors 2", *adds, "VOPTIMIZE vectors", *["SAVE"][: len(arguments)])
+        assert running.end(signal.SIGTERM) == (0, "")
+    assert b"-" not in replies
+    assert not mark.exists()
+
+
+def test_the_children_run_the_engram_that_the_server_runs(tmp_path: Path) -> None:
+    copy = tmp_path / "source" / "engram"
+    shutil.copytree(Path(engram.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    marks = []
+    for module in (copy / "index" / "build_process.py", copy / "snapshotter.py"):
+        marks.append(module.with_suffix(".mark"))
+        start = "def main() -> int:\n"
+        text = module.read_text()
+        assert start in text
+        module.write_text(text.replace(start, f"open({str(marks[-1])!r}, 'w').close()\n\n\n{start}"))
+    entry = [sys.executable, "-m", "engram"]
+    adds = [f"VADD vectors row-{number} {number:08d}" for number in range(40)]
+    data = ("--dir", str(tmp_path / "data"))
+    with server("--port", "0", *data, entry=entry, folder=copy.parent) as running:
+        assert b"-" not in running.call("VNEW vectors 2", *adds, "VOPTIMIZE vectors", "SAVE")
+        assert running.end(signal.SIGTERM) == (0, "")
+    assert [mark.exists() for mark in marks] == [True, True]
 
 
 def test_a_second_signal_ends_it_while_a_client_holds_it_up(tmp_path: Path) -> None:
@@ -234,7 +303,7 @@ def test_a_tail_that_was_cut_is_reported(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def limited(descriptors: int) -> list[str]:
-    return ["sh", "-c", f'ulimit -n {descriptors} && exec "$0" -m engram "$@"', sys.executable]
+    return ["sh", "-c", f'ulimit -n {descriptors} && exec "$0" -P -m engram "$@"', sys.executable]
 
 
 def test_clients_cannot_use_up_the_descriptors_of_the_log(tmp_path: Path) -> None:

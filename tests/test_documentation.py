@@ -148,7 +148,7 @@ def test_readme_starts_with_one_command_to_run_it_and_one_to_test_it() -> None:
 @contextmanager
 def running(folder: Path, port: int) -> Iterator[int]:
     """The port of a server that keeps its data in a folder."""
-    command = [sys.executable, "-m", "engram", "--port", str(port), "--dir", str(folder)]
+    command = [sys.executable, "-P", "-m", "engram", "--port", str(port), "--dir", str(folder)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -13,12 +13,13 @@ ENGRAM = Path(__file__).parents[1] / "engram"
 
 GROUND = frozenset(
     {
-        "operations",
-        "errors",
-        "descriptors",
-        "files",
+        "child_process",
         "columns",
+        "descriptors",
+        "errors",
+        "files",
         "format_level",
+        "operations",
         "progress",
         "sizes",
         "supervision",
@@ -29,6 +30,7 @@ STATE = GROUND | {"keyspace", "index"}
 # A room is a module or a package directly under `engram`, and may import itself, the names defined in
 # engram/__init__.py, and these rooms.
 MAY_IMPORT: Mapping[str, frozenset[str]] = {
+    "child_process": frozenset(),
     "descriptors": frozenset(),
     "errors": frozenset(),
     "sizes": frozenset(),

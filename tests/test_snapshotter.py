@@ -66,7 +66,7 @@ def make_engine(directory: Path) -> Engine:
 
 def snapshotter(directory: Path, last_file: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "engram.snapshotter", str(directory), str(last_file)],
+        [sys.executable, "-P", "-m", "engram.snapshotter", str(directory), str(last_file)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

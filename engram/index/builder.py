@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from subprocess import PIPE
@@ -16,6 +14,7 @@ import msgspec
 import numpy as np
 import trio
 
+from engram.child_process import module_command, module_environment
 from engram.errors import EngramError, LogFailureError
 from engram.index.build_process import BuildJob, BuildResult
 from engram.index.head import ALIVE
@@ -45,7 +44,7 @@ class BuilderSettings:
     builds_at_once: int = 1
     first_retry: float = 1.0
     longest_retry: float = 60.0
-    command: tuple[str, ...] = (sys.executable, "-m", "engram.index.build_process")
+    command: tuple[str, ...] = tuple(module_command("engram.index.build_process"))
 
 
 @attrs.define(eq=False)
@@ -248,7 +247,7 @@ class Builder:
             stderr=PIPE,
             # usearch makes its file for all to read.
             umask=0o077,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            env={**module_environment(), "OPENBLAS_NUM_THREADS": "1"},
         )
         assert process.stdin is not None
         assert process.stdout is not None

@@ -26,6 +26,7 @@ from subprocess import PIPE
 import attrs
 import trio
 
+from engram.child_process import module_environment
 from engram.columns import read_table
 from engram.errors import EngramError, LogFailureError, NewerFormatError
 from engram.files import Files
@@ -80,7 +81,9 @@ async def run_child(command: Sequence[str]) -> SnapshotResult:
         SnapshotError: it cannot be started, failed, or reports what is no result.
     """
     try:
-        process = await trio.lowlevel.open_process(list(command), stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        process = await trio.lowlevel.open_process(
+            list(command), stdin=PIPE, stdout=PIPE, stderr=PIPE, env=module_environment()
+        )
     except OSError as error:
         raise SnapshotError(f"the snapshot process cannot be started: {error.strerror}") from error
     outputs: dict[str, bytes] = {}

@@ -25,7 +25,7 @@ def test_settings_page_is_what_the_table_gives() -> None:
 )
 def test_the_command_line_prints_the_page(arguments: list[str], page: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "engram.commands.reference", *arguments],
+        [sys.executable, "-P", "-m", "engram.commands.reference", *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -36,7 +36,7 @@ def test_the_command_line_prints_the_page(arguments: list[str], page: str) -> No
 
 def test_an_unknown_page_is_refused() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "engram.commands.reference", "nothing"],
+        [sys.executable, "-P", "-m", "engram.commands.reference", "nothing"],
         capture_output=True,
         text=True,
         check=False,

@@ -301,7 +301,7 @@ def _nothing() -> None:
 
 def _child_command(trigger: Trigger, module: str, *arguments: str) -> list[str]:
     words = (trigger.point, str(trigger.number), str(trigger.counter), str(trigger.server))
-    return [sys.executable, "-m", MODULE, _CHILD_OPTION, module, *words, *arguments]
+    return [sys.executable, "-P", "-m", MODULE, _CHILD_OPTION, module, *words, *arguments]
 
 
 def _run_server(trigger: Trigger, arguments: list[str]) -> int:

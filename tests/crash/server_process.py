@@ -124,17 +124,15 @@ def launch_server(
 
     `prefix` is a command to run it under, `module` the module that runs it and that module's own arguments.
     """
-    command = [*prefix, sys.executable, "-m", *module, "--port", "0", *arguments]
+    command = [*prefix, sys.executable, "-P", "-m", *module, "--port", "0", *arguments]
+    search_path = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([_ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
-        },
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
     )
     return ServerProcess(process, errors)
 

@@ -563,7 +563,7 @@ def test_no_file_gets_the_number_of_a_standard_stream(tmp_path: Path) -> None:
     """What is printed by mistake would be in it."""
     directory = tmp_path / "data"
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
-    command = [sys.executable, "-m", "engram", "--port", "0", "--dir", str(directory)]
+    command = [sys.executable, "-P", "-m", "engram", "--port", "0", "--dir", str(directory)]
     process = subprocess.Popen([*closed, *command])
     try:
         wait_until(lambda: process.poll() is not None or listening_port(process.pid) > 0, "the server")

@@ -13,7 +13,7 @@ STOP_SECONDS = 30
 @pytest.fixture
 def port() -> Iterator[int]:
     """The port of an engram that keeps nothing on disk and ends with the test."""
-    command = [sys.executable, "-m", "engram", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "engram", "--port", "0"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

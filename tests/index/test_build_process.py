@@ -17,7 +17,7 @@ from engram.index.segment import SegmentStore
 
 Floats = npt.NDArray[np.float32]
 
-COMMAND = [sys.executable, "-m", "engram.index.build_process"]
+COMMAND = [sys.executable, "-P", "-m", "engram.index.build_process"]
 ROOT = Path(__file__).parents[2]
 
 
