@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -141,8 +142,10 @@ class DiskFiles:
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        if path.exists():
-            shutil.rmtree(path)
+        while path.exists():
+            # Someone else may be removing it, too.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
 
 
 def replace_file(files: Files, path: Path, content: bytes) -> None:

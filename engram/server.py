@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -45,6 +44,7 @@ from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_
 from engram.progress import Progress
 from engram.statistics import SAMPLE_INTERVAL
 from engram.supervision import Job, keep_running, run_contained
+from engram.temporary_folder import TemporaryFolder, remove_abandoned_folders
 
 logger = logging.getLogger("engram")
 
@@ -58,9 +58,6 @@ _IDLE_EXPIRY_INTERVAL = 0.1
 # How long clients wait when serving them has failed as a whole.
 _ROUNDS_PAUSE = 0.01
 _PROGRESS_INTERVAL = 1.0
-_TEMPORARY_PREFIX = "engram-"
-# A file in a folder that no server needs once it has ended.
-_TEMPORARY_MARK = "TEMPORARY"
 _FREE_SLICE = 4096
 # One sample in so many takes the memory, too.
 _MEMORY_SAMPLES = 10
@@ -110,8 +107,8 @@ async def serve(
     if descriptors.numbers < config.maxclients:
         logger.warning("the limit of open files leaves room for %d clients only", descriptors.numbers)
     try:
-        with listening(config) as listeners, _data_folder(config) as folder:
-            await _serve(config, folder, listeners, descriptors, shutdown, began, task_status)
+        with listening(config) as listeners, _data_folder(config) as (directory, segments):
+            await _serve(config, directory, segments, listeners, descriptors, shutdown, began, task_status)
     except BaseExceptionGroup as group:
         # The operator is told the reason, not the shape of the nurseries.
         matched, rest = group.split(OperatorError)
@@ -130,39 +127,25 @@ def first_error(group: BaseExceptionGroup[OperatorError]) -> OperatorError:
 
 
 @contextmanager
-def _data_folder(config: Config) -> Iterator[Path]:
-    """The data directory, locked; without one a temporary folder that goes with the process."""
-    if not config.dir:
-        _remove_abandoned_folders()
-        with (
-            tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, ignore_cleanup_errors=True) as temporary,
-            _locked(Path(temporary)),
-        ):
-            # Whoever sees the mark without a lock may remove the folder.
-            (Path(temporary) / _TEMPORARY_MARK).touch()
-            yield Path(temporary)
-        return
-    with _locked(Path(config.dir)):
-        yield Path(config.dir)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = lock_directory(folder)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _remove_abandoned_folders() -> None:
-    """Removes temporary folders of servers that were killed: those with the mark that nobody has locked."""
-    for mark in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}*/{_TEMPORARY_MARK}"):
+def _data_folder(config: Config) -> Iterator[tuple[Path | None, Path | Callable[[], Path]]]:
+    """The data directory, locked, or None; and where segments are, which without a directory may change."""
+    if config.dir:
+        directory = Path(config.dir)
+        lock = lock_directory(directory)
         try:
-            with _locked(mark.parent):
-                shutil.rmtree(mark.parent)
-        except (OperatorError, OSError) as error:
-            logger.debug("%s stays: %s", mark.parent, error)
+            yield directory, directory / "segments"
+        finally:
+            os.close(lock)
+        return
+    remove_abandoned_folders()
+    try:
+        temporary = TemporaryFolder()
+    except OSError as error:
+        raise OperatorError(f"{tempfile.gettempdir()}: cannot hold a folder: {error.strerror}") from error
+    try:
+        yield None, temporary.segments
+    finally:
+        temporary.close()
 
 
 def search_threads(config: Config) -> tuple[int, int]:
@@ -175,7 +158,8 @@ def search_threads(config: Config) -> tuple[int, int]:
 
 async def _serve(
     config: Config,
-    folder: Path,
+    directory: Path | None,
+    segments: Path | Callable[[], Path],
     listeners: list[Listener],
     descriptors: DescriptorLimits,
     shutdown: trio.Event,
@@ -185,7 +169,7 @@ async def _serve(
     files = DiskFiles()
     progress = Progress()
     threads, helpers = search_threads(config)
-    store = SegmentStore(folder / "segments", files, threads + helpers, progress, descriptors)
+    store = SegmentStore(segments, files, threads + helpers, progress, descriptors)
     engine = Engine(store, seal_rows=config.seal_rows)
     recovery: Recovery | None = None
     persistence: Persistence | None = None
@@ -194,16 +178,17 @@ async def _serve(
             open_access,
             COMMANDS,
             config,
-            folder if config.dir else None,
+            directory,
             describe=describe,
             warn=logger.warning,
         )
     )
-    if config.dir:
-        recovery = await _recover(folder, files, engine, progress, shutdown)
+    if directory is not None:
+        recovery = await _recover(directory, files, engine, progress, shutdown)
         if in_use() >= descriptors.numbers:
             raise OperatorError(_TOO_MANY_SEGMENTS)
-        persistence = Persistence(folder, files, _log_settings(config), recovery, _snapshot_command(folder))
+        command = _snapshot_command(directory)
+        persistence = Persistence(directory, files, _log_settings(config), recovery, command)
     database = Database(engine, persistence)
     verification = Verification(
         store,

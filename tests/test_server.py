@@ -190,6 +190,26 @@ async def test_what_a_killed_server_left_without_a_directory_is_removed(
     assert os.listdir(tmp_path) == [other.name]
 
 
+async def test_graphs_are_built_after_the_folder_was_cleaned_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    async with running(Config(seal_rows=16)) as server:
+        client = await server.connect()
+        await client.call("VNEW a 2")
+        for number in range(60):
+            if number in (20, 40):
+                assert await client.call("VOPTIMIZE a") == b"+OK\r\n"
+                [name] = os.listdir(tmp_path)
+                shutil.rmtree(tmp_path / name)
+            await client.call([b"VADD", b"a", b"row-%d" % number, vector(number, 1)])
+            nearest = await client.call([b"VSEARCH", b"a", vector(number, 1), b"1"])
+            assert b"row-%d\r\n" % number in nearest
+        assert await client.call("VOPTIMIZE a") == b"+OK\r\n"
+        assert len(os.listdir(tmp_path)) == 1
+    assert os.listdir(tmp_path) == []
+
+
 async def test_what_was_acknowledged_is_there_again(tmp_path: Path) -> None:
     async with running(Config(dir=str(tmp_path))) as server:
         assert (server.started.keys, server.started.vectors) == (0, 0)

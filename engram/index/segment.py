@@ -158,7 +158,7 @@ def _vector_bytes(parts: Parts) -> Iterator[memoryview]:
 
 
 class SegmentStore:
-    """The folder of segments.
+    """The folder of segments: its path, or what gives the path, which is another once the folder was lost.
 
     `views` is the number of search workers; with 0 no graph is opened, and segments cannot be searched.
     `progress` is told of segments that are opened again. `limits` are of the files that are open.
@@ -166,13 +166,13 @@ class SegmentStore:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | Callable[[], Path],
         files: Files,
         views: int,
         progress: Progress | None = None,
         limits: DescriptorLimits = NO_LIMITS,
     ) -> None:
-        self.folder = folder
+        self._folder = folder
         self.files = files
         self._views = views
         self._progress = progress or Progress()
@@ -181,6 +181,11 @@ class SegmentStore:
         self._opened: WeakValueDictionary[str, Segment] = WeakValueDictionary()
         self._reopening: dict[str, Future[Segment]] = {}
         self._unverified: WeakSet[Segment] = WeakSet()
+
+    @property
+    def folder(self) -> Path:
+        """Where segments are by now. Raises OSError when they can be nowhere."""
+        return self._folder() if callable(self._folder) else self._folder
 
     def open(self, segment_id: str, checksum: int) -> Segment:
         """Opens a segment (blocking); every file is read and its checksum compared.
