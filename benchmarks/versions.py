@@ -316,12 +316,12 @@ def main() -> int:
                 stack.enter_context(running_version(name, checkout, folder, arguments))
                 for name, checkout in (("old", arguments.other), ("new", arguments.this))
             )
-            if any("VSEARCH" in part or part in "VSEARCH" for part in arguments.only):
+            measures = make_measures(loads, old, arguments.only)
+            if any(name.startswith("VSEARCH") for name in measures):
                 for version in (old, new):
                     add_rows(version.memory, Loading(Engram(rows.dimension), rows), arguments.load_cores)
                 for version in (old, new):
                     wait_for_graphs(version.memory)
-            measures = make_measures(loads, old, arguments.only)
             ratios = take_turns(measures, old, new, arguments.pairs)
         except (LoadError, ServerError, OSError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
