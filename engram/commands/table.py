@@ -192,10 +192,12 @@ def wrong_arity(name: str) -> CommandError:
 
 def unknown_command(arguments: Sequence[bytes]) -> CommandError:
     """The error for a command that is not in the table, in Redis's words."""
-    shown = b""
-    for argument in arguments[1:]:
-        if len(shown) >= 128:
-            break
-        shown += b"'%b' " % argument[: 128 - len(shown)]
-    text = b"ERR unknown command '%b', with args beginning with: %b" % (arguments[0][:128], shown)
+    text = b"ERR unknown command '%b'" % arguments[0][:128]
+    if len(arguments) > 1:
+        shown = b""
+        for argument in arguments[1:]:
+            if len(shown) >= 128:
+                break
+            shown += b"'%b' " % argument[: 128 - len(shown)]
+        text += b", with args beginning with: " + shown
     return CommandError(text.decode("utf-8", "surrogateescape"))

@@ -32,7 +32,7 @@ NO_FILE = (
     b" in order to store users in the Redis configuration.\r\n"
 )
 
-# The replies are those of Redis 8.0.6.
+# The replies are those of Redis 8.6.3.
 CONVERSATIONS: dict[str, Conversation] = {
     "auth without passwords": (
         (
@@ -169,7 +169,7 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("SET w:1 a GET", b"-NOPERM No permissions to access a key\r\n"),
         ("GET r:1", b"$-1\r\n"),
         ("MSET a:1 1 x 2", b"-NOPERM No permissions to access a key\r\n"),
-        ("NOSUCH", b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n"),
+        ("NOSUCH", b"-ERR unknown command 'NOSUCH'\r\n"),
         ("DEL", b"-ERR wrong number of arguments for 'del' command\r\n"),
         ("ACL SETUSER bob -@all +client|id", OK),
         ("CLIENT NOSUCH", b"-ERR unknown subcommand 'NOSUCH'. Try CLIENT HELP.\r\n"),
@@ -472,7 +472,7 @@ async def test_before_authentication(house: House) -> None:
         "GET k": NO_AUTHENTICATION,
         "ACL WHOAMI": NO_AUTHENTICATION,
         "MULTI": NO_AUTHENTICATION,
-        "NOSUCH": b"-ERR unknown command 'NOSUCH', with args beginning with: \r\n",
+        "NOSUCH": b"-ERR unknown command 'NOSUCH'\r\n",
         "GET": b"-ERR wrong number of arguments for 'get' command\r\n",
         "HELLO": hello,
         "HELLO 3": hello,

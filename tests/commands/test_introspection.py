@@ -38,7 +38,7 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("COMMAND COUNT x", b"-ERR wrong number of arguments for 'command|count' command\r\n"),
     ),
     "unknown commands": (
-        ("FOOBAR", b"-ERR unknown command 'FOOBAR', with args beginning with: \r\n"),
+        ("FOOBAR", b"-ERR unknown command 'FOOBAR'\r\n"),
         ("FOOBAR x", b"-ERR unknown command 'FOOBAR', with args beginning with: 'x' \r\n"),
         (
             [b"foobar", b"a b", b"c"],
