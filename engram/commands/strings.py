@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import attrs
+import xxhash
+
 from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
 from engram.commands.limits import check_reply_of_strings
 from engram.commands.session import Session
@@ -17,6 +20,10 @@ from engram.protocol.replies import EMPTY_BULK, OK, ONE, ZERO, bulk
 # Values of a run of GETs are copied into replies together up to so many bytes.
 _RUN_BYTES = 128 << 10
 
+# A digest in hexadecimal digits.
+_DIGEST_LENGTH = 16
+_MATCHES = (b"IFEQ", b"IFNE", b"IFDEQ", b"IFDNE")
+
 TOO_LONG = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
 
 
@@ -26,15 +33,20 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
         database.commit(SetString(arguments[1], arguments[2]))
         return OK
     key, value = arguments[1], arguments[2]
-    condition, get, lifetime, operand = _set_options(arguments)
-    expires_at = None if operand is None else expiry(lifetime, operand, database.now(), "set")
+    options = _set_options(arguments)
+    expires_at = None
+    if options.operand is not None:
+        expires_at = expiry(options.lifetime, options.operand, database.now(), "set")
     reply = OK
-    if get:
+    if options.get:
         previous = session.read_string(key)
         reply = session.encoder.null if previous is None else bulk(previous)
-    if condition and (database.lookup(key) is None) is (condition == b"XX"):
-        return reply if get else session.encoder.null
-    if lifetime == b"KEEPTTL" and database.lookup(key) is not None:
+    refused = reply if options.get else session.encoder.null
+    if options.existence and (database.lookup(key) is None) is (options.existence == b"XX"):
+        return refused
+    if options.match and not _matches(options.match, options.wanted, database.string(key)):
+        return refused
+    if options.lifetime == b"KEEPTTL" and database.lookup(key) is not None:
         expires_at = database.keyspace.expiries.get(key)
     database.commit(SetString(key, value, expires_at))
     return reply
@@ -47,31 +59,91 @@ def _set_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
     return len(requests), OK * len(requests)
 
 
-def _set_options(arguments: list[bytes]) -> tuple[bytes, bool, bytes, bytes | None]:
-    """The options of SET: https://redis.io/docs/latest/commands/set/.
+@attrs.define
+class _SetOptions:
+    """The options of SET: https://redis.io/docs/latest/commands/set/. Each is empty when it is not given.
 
-    Returns NX or XX, whether there is GET, the option that says how long the key lives, each empty when it is
-    not given, and what follows that option.
+    `existence` is NX or XX, `match` one of `_MATCHES` and `wanted` what follows it, `lifetime` the option
+    that says how long the key lives and `operand` what follows that.
     """
-    condition = lifetime = b""
+
+    existence: bytes = b""
+    match: bytes = b""
+    wanted: bytes = b""
+    get: bool = False
+    lifetime: bytes = b""
     operand: bytes | None = None
-    get = False
+
+
+def _set_options(arguments: list[bytes]) -> _SetOptions:
+    found = _SetOptions()
     rest = iter(arguments[3:])
+
+    def operand() -> bytes:
+        word = next(rest, None)
+        if word is None:
+            raise CommandError(SYNTAX_ERROR)
+        return word
+
     for word in rest:
         option = word.upper()
-        if option in EXPIRY_OPTIONS and lifetime in (b"", option):
-            lifetime, operand = option, next(rest, None)
-            if operand is None:
-                raise CommandError(SYNTAX_ERROR)
-        elif option in (b"NX", b"XX") and condition in (b"", option):
-            condition = option
+        if option in EXPIRY_OPTIONS and found.lifetime in (b"", option):
+            found.lifetime, found.operand = option, operand()
+        elif option in (b"NX", b"XX") and found.existence in (b"", option):
+            found.existence = option
+        # As in Redis, NX or XX may follow a match, and both must then hold, but not come before one.
+        elif option in _MATCHES and found.match in (b"", option) and not found.existence:
+            found.match, found.wanted = option, operand()
         elif option == b"GET":
-            get = True
-        elif option == b"KEEPTTL" and lifetime in (b"", option):
-            lifetime = option
+            found.get = True
+        elif option == b"KEEPTTL" and found.lifetime in (b"", option):
+            found.lifetime = option
         else:
             raise CommandError(SYNTAX_ERROR)
-    return condition, get, lifetime, operand
+    return found
+
+
+def _matches(match: bytes, wanted: bytes, value: bytes | None) -> bool:
+    """Whether a string, None for a key that is not there, is as one of `_MATCHES` demands.
+
+    Raises CommandError when `wanted` should be a digest and has not its length.
+    """
+    if value is None:
+        return match in (b"IFNE", b"IFDNE")
+    if match in (b"IFEQ", b"IFNE"):
+        return (value == wanted) is (match == b"IFEQ")
+    if len(wanted) != _DIGEST_LENGTH:
+        raise CommandError("ERR must be exactly 16 hexadecimal characters")
+    return (_digest_of(value) == wanted.lower()) is (match == b"IFDEQ")
+
+
+def _digest_of(value: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(value).encode()
+
+
+def _digest(session: Session, arguments: list[bytes]) -> bytes:
+    value = session.read_string(arguments[1])
+    return session.encoder.null if value is None else bulk(_digest_of(value))
+
+
+def _delete_if(session: Session, arguments: list[bytes]) -> bytes:
+    if len(arguments) not in (2, 4):
+        raise wrong_arity("delex")
+    database = session.database
+    key = arguments[1]
+    value = database.lookup(key)
+    if value is None:
+        return ZERO
+    if len(arguments) == 4:
+        if not isinstance(value, bytes):
+            raise CommandError("ERR Key should be of string type if conditions are specified")
+        match = arguments[2].upper()
+        if match not in _MATCHES:
+            raise CommandError("ERR Invalid condition. Use IFEQ, IFNE, IFDEQ, or IFDNE")
+        if not _matches(match, arguments[3], value):
+            return ZERO
+    database.commit(DeleteKeys((key,)))
+    return ONE
 
 
 def _set_for(command: str, option: bytes, session: Session, arguments: list[bytes]) -> bytes:
@@ -251,8 +323,9 @@ COMMANDS = (
         "set",
         _set,
         -3,
-        "key value [NX | XX] [GET] [EX seconds | PX milliseconds | EXAT unix-time-seconds"
-        " | PXAT unix-time-milliseconds | KEEPTTL]",
+        "key value [NX | XX | IFEQ ifeq-value | IFNE ifne-value | IFDEQ ifdeq-digest | IFDNE ifdne-digest]"
+        " [GET] [EX seconds | PX milliseconds | EXAT unix-time-seconds | PXAT unix-time-milliseconds"
+        " | KEEPTTL]",
         "Sets the string value of a key, ignoring its type. The key is created if it doesn't exist.",
         flags=_WRITE,
         keys=_KEY,
@@ -355,6 +428,30 @@ COMMANDS = (
         keys=_KEY,
         key_flags=("RW", "access", "delete"),
         since="6.2.0",
+    ),
+    _string(
+        "delex",
+        _delete_if,
+        -2,
+        "key [IFEQ ifeq-value | IFNE ifne-value | IFDEQ ifdeq-digest | IFDNE ifdne-digest]",
+        "Conditionally removes the specified key based on value or digest comparison.",
+        flags=("write", "fast"),
+        keys=_KEY,
+        key_flags=("RW", "delete", "variable_flags"),
+        since="8.4.0",
+        complexity="O(1) for IFEQ/IFNE, O(N) for IFDEQ/IFDNE where N is the length of the string value.",
+    ),
+    _string(
+        "digest",
+        _digest,
+        2,
+        "key",
+        "Returns the XXH3 hash of a string value.",
+        flags=_FAST_READ,
+        keys=_KEY,
+        key_flags=_READS,
+        since="8.4.0",
+        complexity="O(N) where N is the length of the string value.",
     ),
     _string(
         "getex",

@@ -41,6 +41,9 @@ _TYPES = {
     "k": "integer",
     "m": "integer",
     "n": "integer",
+    # As in Redis, though they are in hexadecimal digits.
+    "ifdeq-digest": "integer",
+    "ifdne-digest": "integer",
     "ef": "integer",
     "recall": "double",
     "radius": "double",

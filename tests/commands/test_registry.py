@@ -81,6 +81,8 @@ EXPECTED = [
     "getbit",
     "getdel",
     "getex",
+    "delex",
+    "digest",
     "getrange",
     "getset",
     "incrbyfloat",
