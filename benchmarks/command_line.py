@@ -71,7 +71,7 @@ def make_parser(
 
 def add_redis_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--peer", default=str(DATA.parents[1] / "peers" / "redis8"), help="command that runs Redis 8"
+        "--peer", default=str(DATA.parents[1] / "peers" / "redis8.6"), help="command that runs Redis 8"
     )
     parser.add_argument("--peer-words", default="", help="further words of each VSIM, such as NOTHREAD")
 

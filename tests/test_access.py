@@ -38,7 +38,7 @@ def rules_of(text: str, start: Rules | None = None) -> Rules:
     return (Rules() if start is None else start).apply(COMMANDS, words)
 
 
-# What is on the right is what Redis 8.0.6 lists after ACL SETUSER with what is on the left.
+# What is on the right is what Redis 8.6.3 lists after ACL SETUSER with what is on the left.
 DESCRIPTIONS = {
     "": "off sanitize-payload resetchannels -@all",
     "on >a ~a:* %R~r:* %W~w:* &ch:* +get +set +client|list -@dangerous": (
@@ -226,7 +226,7 @@ def allowed(rules: str, request: str) -> str:
 
 READS_AND_WRITES = "+@all ~a:* %R~r:* %W~w:*"
 
-# Each is what Redis 8.0.6 answers to ACL DRYRUN.
+# Each is what Redis 8.6.3 answers to ACL DRYRUN.
 PERMISSIONS = [
     ("", "GET k", "command"),
     ("", "AUTH x", "allowed"),
@@ -513,7 +513,7 @@ def test_what_protected_mode_says_is_one_error_reply() -> None:
 
 UNCHANGED = "WARNING: ACL errors detected, no change to the previously active ACL rules was performed"
 
-# Contents of files and what Redis 8.0.6 answers to ACL LOAD; it crashes on an open parenthesis.
+# Contents of files and what Redis 8.6.3 answers to ACL LOAD; it crashes on an open parenthesis.
 BAD_FILES = {
     "user bob on foo": "f:1: Syntax error. ",
     "foo bar": "f:1 should start with user keyword followed by the username. ",

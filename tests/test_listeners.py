@@ -240,7 +240,7 @@ async def test_silence_is_watched_over_as_redis_does(
             door.config.tcp_keepalive = interval
             assert await (await door.connect()).call("PING") == PONG
         served = [options(client) for client in accepted]
-    # Those of Redis 8.0.6 with the same settings, seen by strace; Linux takes no more than 32767.
+    # Those of Redis 8.6.3 with the same settings, seen by strace; Linux takes no more than 32767.
     assert served[:3] == [(1, 300, 100, 3), (1, 2, 1, 3), (1, 32767, 32767, 3)]
     assert served[3][0] == 0
 

@@ -21,9 +21,9 @@ from redis import Redis, ResponseError
 from engram.errors import CommandError
 from engram.index.filters import compile_filter
 from engram.protocol import replies
-from tests.filter_cases import json_texts, redis_expressions, soup, to_json
+from tests.filter_cases import expressions, json_texts, soup, to_json
 
-PEER = Path(__file__).parents[3] / "shared" / "peers" / "redis8"
+PEER = Path(__file__).parents[3] / "shared" / "peers" / "redis8.6"
 STOP_SECONDS = 20
 
 differential = settings(
@@ -103,10 +103,15 @@ def agree(redis8: Redis, texts: list[bytes], expressions: list[bytes]) -> None:
         )
 
 
+def spaced(expression: str) -> bytes:
+    """With a space after null, which Redis needs: see docs/filters.md."""
+    return expression.replace("null", "null ").encode()
+
+
 @differential
 @given(
     texts=st.lists(json_texts, min_size=10, max_size=30),
-    expressions=st.lists(redis_expressions.map(str.encode), min_size=5, max_size=15),
+    expressions=st.lists(expressions.map(spaced), min_size=5, max_size=15),
 )
 def test_same_answers(redis8: Redis, texts: list[bytes], expressions: list[bytes]) -> None:
     agree(redis8, texts, expressions)
@@ -114,7 +119,7 @@ def test_same_answers(redis8: Redis, texts: list[bytes], expressions: list[bytes
 
 def comparable(expression: bytes) -> bool:
     """Whether a difference would be one that is not known: see docs/filters.md."""
-    return b"null" not in expression and not expression.endswith(b".") and b"\0" not in expression
+    return not expression.endswith(b".") and b"\0" not in expression
 
 
 @differential
@@ -127,15 +132,14 @@ def test_same_errors(redis8: Redis, expressions: list[bytes]) -> None:
         ask_engram([text], expressions),
         strict=True,
     ):
-        # In Redis no string is in another.
-        assert their == our or (b"in" in expression and our == [True]), expression
+        assert their == our, expression
 
 
 @pytest.mark.parametrize(
     ("expression", "text", "theirs", "ours"),
     [
-        (b".a in [1] and null", b'{"a":1}', "near: .a in [1] and null", False),
-        (b"'b' in 'abc'", b"{}", False, True),
+        (b"(.a == null)", b'{"a":null}', "near: (.a == null)", True),
+        (b"null==.a", b'{"a":null}', "near: .a", True),
         (b"'it\\'s' == .a", b'{"a":"it\'s"}', False, True),
         (".a == 'é'".encode(), b'{"a":"\\u00e9"}', False, True),
         (b".a == 2", b'{"a":1,"a":2}', False, True),

@@ -66,7 +66,7 @@ def test_escaped_bytes_match_themselves(string: bytes, other: bytes) -> None:
 @pytest.mark.parametrize(
     ("pattern", "matching", "other"),
     [
-        # As KEYS of Redis 8.0.6 answers.
+        # As KEYS of Redis 8.6.3 answers.
         (b"h?llo", [b"hello", b"hallo", b"h\nllo"], [b"hllo", b"heello"]),
         (b"h*llo", [b"hllo", b"heeeello"], [b"hlo"]),
         (b"h[ae]llo", [b"hello", b"hallo"], [b"hillo"]),

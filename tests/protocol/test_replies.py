@@ -98,7 +98,7 @@ def test_verbatim() -> None:
 @pytest.mark.parametrize(
     ("value", "digits"),
     [
-        # As ZSCORE of Redis 8.0.6 answers.
+        # As ZSCORE of Redis 8.6.3 answers.
         (0.0, b"0"),
         (1.0, b"1"),
         (-1.5, b"-1.5"),

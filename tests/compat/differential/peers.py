@@ -21,7 +21,7 @@ from tests.crash.server_process import running_server
 # Given to both, so that limits are within reach of short requests.
 OPTIONS = ("--databases", "1", "--proto-max-bulk-len", "1mb")
 
-REDIS8 = Path(__file__).parents[4] / "shared" / "peers" / "redis8"
+REDIS8 = Path(__file__).parents[4] / "shared" / "peers" / "redis8.6"
 
 _STOP_SECONDS = 20
 _READY = b"Ready to accept connections"

@@ -18,7 +18,7 @@ from tests.compat.differential.wire import CLOSED, SILENT, Reply, WireClient
 # Longer than any key that is meant to lapse has.
 SETTLING_SECONDS = 0.012
 
-# When they fail in a transaction, Redis 8.0 leaves the reply of EXEC short of an element.
+# When they fail in a transaction, Redis 8 leaves the reply of EXEC short of an element.
 UNANSWERED_IN_TRANSACTIONS = frozenset({"auth", "hello"})
 
 # A difference that shows in fewer of as many replays is one of timing, not of behaviour.

@@ -31,7 +31,7 @@ from redis import Redis
 
 from benchmarks.peers import ENGRAM, free_port, running
 
-REDIS8 = Path(__file__).parents[4] / "shared" / "peers" / "redis8"
+REDIS8 = Path(__file__).parents[4] / "shared" / "peers" / "redis8.6"
 REASONS = Path(__file__).with_name("reasons.toml")
 HEADING = "## The tests of redis-py\n"
 
