@@ -253,6 +253,12 @@ class Config:
     )
     proto_max_bulk_len: int = _setting(512 << 20, _size(1 << 20), "longest argument of a request")
     client_query_buffer_limit: int = _setting(1 << 30, _size(1 << 20), "longest request of a client")
+    transaction_max_commands: int = _setting(
+        1 << 18,
+        _integer(1, _LARGEST_INT),
+        "commands that may be queued for one EXEC",
+        mutable=True,
+    )
     client_output_buffer_limit: int = _setting(
         64 << 20,
         _output_limit,

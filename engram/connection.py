@@ -6,14 +6,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from itertools import islice
 
 import trio
 
 from engram.commands.guard import admit, check, check_rights
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
-from engram.commands.table import Command, Handler, Reply, check_arity, log_room, unknown_command
+from engram.commands.table import (
+    LONGEST_RUN,
+    TURN_NANOSECONDS,
+    Command,
+    Handler,
+    Reply,
+    check_arity,
+    log_room,
+    unknown_command,
+)
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.outbox import Outbox
@@ -25,9 +33,7 @@ logger = logging.getLogger(__name__)
 # Replies are handed on when a burst of requests has made this many bytes of them.
 _BURST_BYTES = 128 << 10
 
-# A burst makes way for other clients after so much time. Where calls take little, the clock is looked at once
-# in 64 of them.
-_TURN_NANOSECONDS = 2_000_000
+# Where calls take little, the clock is looked at once in 64 of them.
 _REQUESTS_A_LOOK = 63
 
 # What has to be waited for before the next request.
@@ -130,7 +136,7 @@ class Connection:
             with trio.CancelScope(shield=True):
                 await self._transport.close()
             self._server.monitors.remove(self.session)
-            self.session.unwatch()
+            self.session.discard()
             # Whoever no longer sees the client in CLIENT LIST may rely on its socket being closed.
             self._server.sessions.pop(self.session.id, None)
 
@@ -254,7 +260,7 @@ class Connection:
         counted: Command | None = None
         calls = 0
         first = began = clock()
-        turn_over, turn_ends = False, began + _TURN_NANOSECONDS
+        turn_over, turn_ends = False, began + TURN_NANOSECONDS
         # The command for which the following holds, until it changes by another one or by another client.
         known: Command | None = None
         handler: Handler = _no_handler
@@ -292,14 +298,18 @@ class Connection:
                     if self._cleared:
                         self._cleared, special, known = False, False, None
                     elif command.run is not None and not (special or session.changed_course):
-                        run = requests[position - 1 : _end_of_run(requests, position, command)]
-                        if len(run) > 1:
-                            done, replies = command.run(session, run)
+                        end = _end_of_run(requests, position, command)
+                        if end > position:
+                            done, replies = command.run(session, requests[position - 1 : end])
                             if done:
                                 reply = replies
                                 position += done - 1
                                 calls += done
-                                latest = run[done - 1]
+                                latest = requests[position - 1]
+                                turn_over = clock() > turn_ends
+                                if position == end:
+                                    # Another run may follow.
+                                    known = None
                 if len(request) != arity:
                     check_arity(command, request)
                 if special:
@@ -308,6 +318,9 @@ class Connection:
                         check(session, command, request)
                         if server.pause.holds(writes := session.would_write(command)):
                             obstacle = partial(self._wait_for_pause, writes)
+                            break
+                        if server.exclusion.active and command.shows_data:
+                            obstacle = self._wait_for_exclusion
                             break
                         reply = admit(session, command, request)
                         # Room in the log may go to what is evicted, or to a transaction.
@@ -409,6 +422,11 @@ class Connection:
             self.session.paused = False
         self._position -= 1
 
+    async def _wait_for_exclusion(self) -> None:
+        """Waits until another client's EXEC is over, for the next request, which is looked at afresh then."""
+        await self._server.exclusion.wait()
+        self._position -= 1
+
     async def _clear(self, command: Command, request: list[bytes], delay: float) -> None:
         """Waits until a write may be carried out: `delay` seconds, and as long as the log has no room."""
         try:
@@ -505,14 +523,17 @@ class Connection:
 
 
 def _end_of_run(requests: Sequence[list[bytes]], start: int, command: Command) -> int:
-    """Where the requests end, from `start` on, that are as the one before: of that name and no options."""
+    """Where the requests end, from `start` on, that are as the one before: of that name and no options.
+
+    Those of a long run are left for another one.
+    """
     name = requests[start - 1][0]
     size = command.minimum
     if len(requests[start - 1]) != size:
         return start
-    end = start
-    for request in islice(requests, start, None):
+    longest = min(len(requests), start + LONGEST_RUN - 1)
+    for end in range(start, longest):
+        request = requests[end]
         if request[0] != name or len(request) != size:
-            break
-        end += 1
-    return end
+            return end
+    return longest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -34,6 +35,7 @@ from engram.operations import (
 )
 
 Apply = Callable[[int, Any], None]
+Collected = dict[Any, Any] | deque[Any] | list[Any]
 
 # Entries of a map in a snapshot. Other threads, which open segments, wait while one is decoded.
 _MAP_ENTRIES = 1 << 14
@@ -60,7 +62,7 @@ class Engine:
     state, whether a client has just sent them or the log is read back.
 
     `released_segments` names segments that this state no longer refers to, and `dropped` holds large
-    mappings nobody refers to any more; whoever runs the engine takes from both.
+    collections nobody refers to any more; whoever runs the engine takes from both.
     """
 
     def __init__(self, segments: SegmentStore, *, seal_rows: int) -> None:
@@ -68,7 +70,7 @@ class Engine:
         self.keyspace: Keyspace[VectorIndex] = Keyspace()
         self.indices: dict[int, VectorIndex] = {}
         self.released_segments: list[str] = []
-        self.dropped: list[dict[Any, Any]] = []
+        self.dropped: list[Collected] = []
         self._segments = segments
         self._seal_rows = seal_rows
         # Live rows, rows in no segment, all rows, segments, bytes: of all indices, and what of it comes from

@@ -197,8 +197,12 @@ async def _serve(
     )
 
     async def install(index: VectorIndex, operation: InstallSegment) -> None:
-        if persistence is not None:
-            await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
+        while True:
+            if persistence is not None:
+                await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
+            if not server.exclusion.active:
+                break
+            await server.exclusion.wait()
         if not index.dropped:
             database.commit(operation)
             database.changed(index)
@@ -265,6 +269,7 @@ async def _serve(
                 "verifying segments": verification.run,
                 "deleting keys that lapsed": partial(_expire, database),
                 "freeing what was dropped": partial(_free, engine, store, persistence),
+                "forgetting watches": partial(_forget_watches, database),
                 "trimming the heap": heap.run,
                 "sampling statistics": partial(_sample, server),
             }
@@ -381,6 +386,14 @@ async def _expire(database: Database) -> None:
             await trio.lowlevel.checkpoint()
 
 
+async def _forget_watches(database: Database) -> None:
+    """Forgets in slices what was watched by clients that no longer do."""
+    while True:
+        await trio.sleep(_IDLE_EXPIRY_INTERVAL)
+        while database.watches.clear_up():
+            await trio.lowlevel.checkpoint()
+
+
 async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | None) -> None:
     """Frees what was dropped, in slices: freeing a million keys at once would hold every client up.
 
@@ -390,10 +403,11 @@ async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | 
     while True:
         await trio.sleep(_IDLE_EXPIRY_INTERVAL)
         while engine.dropped:
-            mapping = engine.dropped[-1]
-            for _ in range(min(_FREE_SLICE, len(mapping))):
-                mapping.popitem()
-            if not mapping:
+            collection = engine.dropped[-1]
+            take = collection.popitem if isinstance(collection, dict) else collection.pop
+            for _ in range(min(_FREE_SLICE, len(collection))):
+                take()
+            if not collection:
                 engine.dropped.pop()
             await trio.lowlevel.checkpoint()
         released, engine.released_segments = engine.released_segments, []

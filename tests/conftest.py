@@ -137,7 +137,7 @@ class ManualJournal:
         self.records.append((lsn, operation))
         self.boundaries.append(lsn)
         if self.automatic:
-            self.durable = lsn
+            self.release(lsn)
 
     def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
         self.together.append(tuple(operations))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -884,3 +885,49 @@ async def test_http_gets_no_answer(house: House, line: bytes, caplog: pytest.Log
     assert await client.ended() == b""
     assert "as in HTTP" in caplog.text
     assert await house.connect().call("EXISTS a") == b":0\r\n"
+
+
+class Counted(list[list[bytes]]):
+    """Counts how many of its items are looked at."""
+
+    looked_at = 0
+
+    def __iter__(self) -> Iterator[list[bytes]]:
+        for item in super().__iter__():
+            self.looked_at += 1
+            yield item
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.looked_at += len(found) if isinstance(place, slice) else 1
+        return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["GET a", "SET a 1"],
+        ["SET a 1", "SET a 2", "GET a", "GET a"],
+        ["INCR text"],
+        ["INCR n"],
+        ["INCR n"] * 300 + ["INCR text"] * 300,
+    ],
+)
+async def test_each_request_of_a_burst_is_looked_at_a_few_times(
+    house: House, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = house.connect()
+    await client.call("SET text hello")
+    [connection] = house.connections
+    feed = connection._parser.feed
+    bursts: list[Counted] = []
+
+    def counted(data: bytes) -> list[list[bytes]]:
+        bursts.append(Counted(feed(data)))
+        return bursts[-1]
+
+    monkeypatch.setattr(connection._parser, "feed", counted)
+    await client.send(*words * (1800 // len(words)))
+    await client.arrived()
+    assert sum(map(len, bursts)) == 1800
+    assert sum(burst.looked_at for burst in bursts) <= 6 * 1800

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engram.commands.limits import check_keys
 from engram.commands.session import Session
-from engram.commands.table import Command
+from engram.commands.table import Command, log_room
 from engram.errors import CommandError
 from engram.protocol import replies
 
@@ -40,7 +40,8 @@ def admit(session: Session, command: Command, request: list[bytes]) -> bytes | N
     queued, None for one that is to be carried out.
 
     Raises:
-        CommandError: there is no room, or the transaction takes more than `client-query-buffer-limit`.
+        CommandError: there is no room, or the transaction has more than `transaction-max-commands` or takes
+            more than `client-query-buffer-limit`.
     """
     transaction, server = session.transaction, session.server
     if server.config.maxmemory and (
@@ -49,7 +50,9 @@ def admit(session: Session, command: Command, request: list[bytes]) -> bytes | N
     ):
         server.memory.admit(command)
     if transaction is not None and command.name not in _NEVER_QUEUED:
-        transaction.queue(command, request)
+        if len(transaction.commands) >= server.config.transaction_max_commands:
+            raise CommandError("ERR the transaction has more commands than transaction-max-commands")
+        transaction.queue(command, request, log_room(command, request))
         if transaction.size > server.config.client_query_buffer_limit:
             raise CommandError("ERR the transaction takes more than client-query-buffer-limit")
         return _QUEUED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -12,6 +13,7 @@ import trio
 from engram.access import Access, User
 from engram.config import Config
 from engram.database import Database
+from engram.exclusion import Exclusion
 from engram.index.builder import Builder
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
@@ -32,8 +34,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Queued = tuple["Command", list[bytes]]
+
 # What a queued request takes beside its words: a list of them, and the pair that it is in.
 _REQUEST_BYTES = 200
+
+# Freeing a million requests would hold every client up: more than these are freed bit by bit.
+_FREED_AT_ONCE = 512
 
 
 class Slot:
@@ -136,23 +143,30 @@ class Transaction:
 
     Attributes:
         commands: each command and its request.
+        throttled: those for which the server may not be able to keep up.
         size: bytes that the requests take in memory.
+        room: bytes that they may take in the log.
         failed: whether a command was refused, so that EXEC will not carry out any.
         writes: whether one of them changes data.
         grows: whether one of them may take memory.
     """
 
-    commands: list[tuple[Command, list[bytes]]] = attrs.Factory(list)
+    commands: deque[Queued] = attrs.field(factory=deque)
+    throttled: list[Queued] = attrs.field(factory=list)
     size: int = 0
+    room: int = 0
     failed: bool = False
     writes: bool = False
     grows: bool = False
 
-    def queue(self, command: Command, request: list[bytes]) -> None:
-        """Keeps a command for EXEC, unless that will carry out none."""
+    def queue(self, command: Command, request: list[bytes], room: int) -> None:
+        """Keeps a command, which may take `room` bytes of the log, unless EXEC will carry out none."""
         if self.failed:
             return
         self.commands.append((command, request))
+        self.room += room
+        if command.throttle is not None:
+            self.throttled.append((command, request))
         self.size += _REQUEST_BYTES + BYTES_OBJECT * len(request) + sum(map(len, request))
         self.writes = self.writes or command.writes
         self.grows = self.grows or "denyoom" in command.flags
@@ -183,6 +197,7 @@ class Server:
     slowlog: SlowLog = attrs.field()
     monitors: Monitors = attrs.field()
     pause: Pause = attrs.field()
+    exclusion: Exclusion = attrs.field()
     # Changes of users that are kept on disk come one after the other.
     access_lock: trio.Lock = attrs.field(factory=trio.Lock)
     memory: MemoryLimit = attrs.field()
@@ -201,6 +216,10 @@ class Server:
     @pause.default
     def _pause(self) -> Pause:
         return Pause(self.reconsider)
+
+    @exclusion.default
+    def _exclusion(self) -> Exclusion:
+        return Exclusion(self.reconsider)
 
     @memory.default
     def _memory(self) -> MemoryLimit:
@@ -221,12 +240,13 @@ class Server:
         self.guarded = (
             bool(self.monitors)
             or self.pause.active
+            or self.exclusion.active
             or config.maxmemory > 0
             or config.max_key_length < config.proto_max_bulk_len
         )
 
     async def admit(self, room: int) -> None:
-        """Waits until a write may be made that takes up to `room` bytes of the log, and no pause holds it.
+        """Waits until a write may be made that takes up to `room` bytes of the log, and nobody holds it up.
 
         It is made before the next checkpoint, or not at all. A client that has been ended makes none: this
         raises Cancelled then. Raises CommandError when the log has no room and will not have any soon.
@@ -234,9 +254,10 @@ class Server:
         journal = self.database.journal
         while True:
             await self.pause.wait(writes=True)
+            await self.exclusion.wait()
             if journal is not None and not journal.has_room(room):
                 await journal.admit(room)
-            if not self.pause.holds(writes=True):
+            if not (self.pause.holds(writes=True) or self.exclusion.active):
                 break
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -399,7 +420,9 @@ class Session:
 
     def discard(self) -> None:
         """Forgets what was queued, and all watches."""
-        self.transaction = None
+        transaction, self.transaction = self.transaction, None
+        if transaction is not None and len(transaction.commands) > _FREED_AT_ONCE:
+            self.database.engine.dropped += (transaction.commands, transaction.throttled)
         self.unwatch()
         self.reconsider()
 

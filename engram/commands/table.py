@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final
 
 import attrs
 
@@ -16,6 +17,13 @@ Reply = bytes | Slot | Barrier
 Handler = Callable[[Session, list[bytes]], Reply]
 Run = Callable[[Session, Sequence[list[bytes]]], tuple[int, bytes]]
 Throttle = Callable[[Session, list[bytes]], float]
+
+# A client makes way for others after so much time.
+TURN_NANOSECONDS: Final = 2_000_000
+
+# Requests that are looked at for whether they can be carried out together. How many come after them makes
+# no difference to what these cost.
+LONGEST_RUN: Final = 256
 
 # What the log takes for a word of a request beside its bytes, were it a key that has lapsed.
 _WORD_OVERHEAD = 16

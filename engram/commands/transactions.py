@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from itertools import islice, takewhile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
+import attrs
 import trio
 
 from engram.commands.guard import show
 from engram.commands.limits import check_reply_of_strings, longest_reply
-from engram.commands.session import Barrier, Session, Slot, Transaction
-from engram.commands.table import Command, Reply, log_room
+from engram.commands.session import Barrier, Queued, Server, Session, Slot, Transaction
+from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Reply
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.permissions import Reason
 from engram.protocol import replies
 from engram.protocol.replies import OK
 
-_ANSWER_VALUES = frozenset({"getdel", "getex", "getset"})
+# Keys that are watched, and requests that may have to wait for a builder, until others have a turn.
+_KEYS_A_TURN = 512
+_THROTTLED_A_TURN = 512
 
-# Commands that are looked at for whether they can be carried out together.
-_LONGEST_RUN = 256
+_ANSWER_VALUES = frozenset({"getdel", "getex", "getset"})
 
 _ABORTED = "EXECABORT Transaction discarded because of previous errors."
 
@@ -40,15 +42,28 @@ def _discard(session: Session, arguments: list[bytes]) -> bytes:
     return OK
 
 
-def _watch(session: Session, arguments: list[bytes]) -> bytes:
+def _watch(session: Session, arguments: list[bytes]) -> Reply:
     if session.transaction is not None:
         raise CommandError("ERR WATCH inside MULTI is not allowed")
-    database = session.database
-    for key in arguments[1:]:
+    if len(arguments) <= _KEYS_A_TURN:
+        _watch_keys(session, arguments[1:])
+        return OK
+
+    async def watch() -> bytes:
+        for start in range(1, len(arguments), _KEYS_A_TURN):
+            _watch_keys(session, arguments[start : start + _KEYS_A_TURN])
+            await trio.lowlevel.checkpoint()
+            await session.server.exclusion.wait()
+        return OK
+
+    return Barrier(watch)
+
+
+def _watch_keys(session: Session, keys: Sequence[bytes]) -> None:
+    for key in keys:
         # One that has lapsed goes first, or its end would look like a change.
-        database.lookup(key)
-    database.watches.add(session.watch, arguments[1:])
-    return OK
+        session.database.lookup(key)
+    session.database.watches.add(session.watch, keys)
 
 
 def _unwatch(session: Session, arguments: list[bytes]) -> bytes:
@@ -65,14 +80,20 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
         raise CommandError(_ABORTED)
 
     name = arguments[0]
-    delay, room = _needs(session, transaction)
+    room = transaction.room + RECORD_OVERHEAD if transaction.writes else 0
     journal = session.database.journal
-    if not delay and (not room or journal is None or journal.has_room(room)):
+    delay = _delay(session, transaction.throttled[:_THROTTLED_A_TURN])
+    rest = transaction.throttled[_THROTTLED_A_TURN:]
+    if not (delay or rest) and (not room or journal is None or journal.has_room(room)):
         return _execute(session, transaction, name)
 
     async def execute() -> bytes:
+        longest = delay
         try:
-            await trio.sleep(delay)
+            for start in range(0, len(rest), _THROTTLED_A_TURN):
+                longest = max(longest, _delay(session, rest[start : start + _THROTTLED_A_TURN]))
+                await trio.lowlevel.checkpoint()
+            await trio.sleep(longest)
             if room:
                 await session.server.admit(room)
         except CommandError as error:
@@ -84,117 +105,200 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     return Barrier(execute)
 
 
-def _needs(session: Session, transaction: Transaction) -> tuple[float, int]:
-    """Seconds to wait for a builder that cannot keep up, and bytes of room in the log; 0 without writes."""
-    written = [(command, request) for command, request in transaction.commands if command.writes]
-    delays = (
-        command.throttle(session, request) for command, request in written if command.throttle is not None
+def _delay(session: Session, throttled: Sequence[Queued]) -> float:
+    """Seconds to wait for a builder that cannot keep up with these commands."""
+    return max(
+        (
+            command.throttle(session, request)
+            for command, request in throttled
+            if command.throttle is not None
+        ),
+        default=0.0,
     )
-    if not written:
-        return 0.0, 0
-    room = sum(log_room(command, request) for command, request in transaction.commands)
-    watched = sum(RECORD_OVERHEAD + len(key) for key in session.watch.keys)
-    return max(delays, default=0.0), room + watched + RECORD_OVERHEAD
 
 
 def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Barrier:
-    """Carries everything out; what is found later is waited for behind the barrier.
+    """Carries everything out; what takes longer than a turn, or is found later, is behind the barrier.
 
     `name` is EXEC as the client has written it.
     """
-    database = session.database
-    queued = transaction.commands
-    results: list[Reply] = []
-    position = size = 0
-    longest = longest_reply(session)
-    database.covered = transaction.writes
-    try:
-        for key in session.watch.keys:
-            database.lookup(key)
-        broken = session.watch.broken
-        session.discard()
-        if broken:
-            queued = []
-        session.executing = True
-        with database.together():
-            while position < len(queued):
-                done = 0
-                if size <= longest:
-                    done, result = _carry_out_run(session, queued, position)
-                if not done:
-                    done, result = 1, _carry_out(session, *queued[position], size)
-                size += _size(result)
-                results.append(result)
-                position += done
-    finally:
-        session.executing = database.covered = False
-    if session.server.monitors:
-        session.server.monitors.feed(session, [name])
-    if broken:
-        return session.encoder.null_array
-    header = replies.array_header(len(queued))
-    known = [result for result in results if isinstance(result, bytes)]
-    if len(known) == len(results):
+    watch, monitors = session.watch, session.server.monitors
+    broken = watch.broken or (watch.lapses_at is not None and watch.lapses_at <= session.database.now())
+    count = len(transaction.commands)
+    queued: deque[Queued] = deque()
+    if not broken:
+        queued, transaction.commands = transaction.commands, queued
+    session.discard()
+    execution = _Execution(session, queued, transaction.writes)
+    turns = execution.turns()
+
+    def answer() -> bytes | Barrier:
+        if monitors:
+            monitors.feed(session, [name])
+        return session.encoder.null_array if broken else _answer(session, count, execution.found)
+
+    if next(turns, None) is None:
+        return answer()
+    return _go_on(session.server, turns, answer)
+
+
+def _go_on(server: Server, turns: Iterator[bool], answer: Callable[[], bytes | Barrier]) -> Barrier:
+    """Takes one turn after the other, beside which nobody sees or changes the data.
+
+    It is the server's own task that does, as what has been begun is finished even if the client leaves.
+    """
+    server.exclusion.begin()
+    over = trio.Event()
+    failure: Exception | None = None
+
+    async def go_on() -> None:
+        nonlocal failure
+        try:
+            with trio.CancelScope(shield=True):
+                for _ in turns:
+                    await trio.lowlevel.checkpoint()
+        except Exception as error:
+            failure = error
+        finally:
+            server.exclusion.end()
+            over.set()
+
+    async def wait() -> bytes:
+        await over.wait()
+        if failure is not None:
+            raise failure
+        reply = answer()
+        return reply if isinstance(reply, bytes) else await reply.reply()
+
+    server.start_soon(go_on)
+    return Barrier(wait)
+
+
+def _answer(session: Session, count: int, found: Sequence[Reply]) -> bytes | Barrier:
+    """The reply of an EXEC of `count` commands; `found` has theirs, several in one where they are known."""
+    header = replies.array_header(count)
+    known = [reply for reply in found if isinstance(reply, bytes)]
+    if len(known) == len(found):
         return header + b"".join(known)
 
     async def wait() -> bytes:
         try:
-            return header + b"".join([await _result(session, result) for result in results])
+            return header + b"".join([await _result(session, reply) for reply in found])
         finally:
-            for result in results:
-                if isinstance(result, Slot):
-                    result.awaited = False
+            for reply in found:
+                if isinstance(reply, Slot):
+                    reply.awaited = False
 
     return Barrier(wait)
 
 
-def _carry_out_run(
-    session: Session, queued: Sequence[tuple[Command, list[bytes]]], start: int
-) -> tuple[int, Reply]:
-    """Carries out commands that can be together; returns how many, perhaps none, and their replies."""
-    command, first = queued[start]
-    run, size = command.run, command.minimum
-    if run is None or len(first) != size or session.server.monitors or not session.user.unrestricted:
-        return 0, b""
-    alike = takewhile(
-        lambda each: each[0] is command and len(each[1]) == size, islice(queued, start, start + _LONGEST_RUN)
-    )
-    requests = [request for _, request in alike]
-    if len(requests) < 2:
-        return 0, b""
-    began = time.perf_counter_ns()
-    done, joined = run(session, requests)
-    if done:
-        _count(session, command, requests[done - 1], done, time.perf_counter_ns() - began)
-    return done, joined
+@attrs.define
+class _Execution:
+    """What was queued, being carried out and taken away.
 
-
-def _size(result: Reply) -> int:
-    """Bytes of a reply, about; 0 where nobody knows yet."""
-    if isinstance(result, bytes):
-        return len(result)
-    return result.size if isinstance(result, Slot) else 0
-
-
-def _carry_out(session: Session, command: Command, request: list[bytes], size: int) -> Reply:
-    """Carries out one command, behind `size` bytes of replies: when that is too much, it may only write.
-
-    Those that write what they also answer are refused as those that only read.
+    Attributes:
+        found: the replies so far, those that are known already joined.
+        size: bytes that they take, about.
+        single: commands before the next that can be carried out together, as far as has been looked at.
     """
-    server = session.server
-    if server.monitors:
-        show(session, command, request)
-    began = time.perf_counter_ns()
-    try:
-        _check_again(session, command, request)
-        if not command.writes or _answers_values(command, request):
-            check_reply_of_strings(session, size)
-        return command.handler(session, request)
-    except CommandError as error:
-        server.statistics.usage[command.name].failed += 1
-        return server.error(str(error))
-    finally:
-        _count(session, command, request, 1, time.perf_counter_ns() - began)
+
+    session: Session
+    queued: deque[Queued]
+    writes: bool
+    found: list[Reply] = attrs.field(factory=list)
+    size: int = 0
+    single: int = 0
+
+    def turns(self) -> Iterator[bool]:
+        """Carries everything out; yields True after each turn but the last.
+
+        What is changed in all of them is one change.
+        """
+        session, database = self.session, self.session.database
+        session.executing = True
+        try:
+            with database.together():
+                while self.queued:
+                    database.covered = self.writes
+                    self._take_turn()
+                    database.covered = False
+                    if self.queued:
+                        yield True
+        finally:
+            session.executing = database.covered = False
+
+    def _take_turn(self) -> None:
+        """Carries out what takes a turn.
+
+        Once the replies take too much, commands may only write. Those that write what they also answer are
+        refused as those that only read.
+        """
+        session, queued = self.session, self.queued
+        server = session.server
+        error, usage, monitors = server.error, server.statistics.usage, server.monitors
+        longest = longest_reply(session)
+        slowest = server.config.slowlog_log_slower_than * 1000
+        slow = slowest if slowest >= 0 else float("inf")
+        clock = time.perf_counter_ns
+        known: list[bytes] = []
+        began = clock()
+        turn_ends = began + TURN_NANOSECONDS
+        while queued and began <= turn_ends:
+            command, request = queued.popleft()
+            done = 0
+            reply: Reply = b""
+            unrestricted = session.user.unrestricted
+            if self.single:
+                self.single -= 1
+            elif command.run is not None and unrestricted and not monitors and self.size <= longest:
+                run = _take_run(queued, command, request)
+                if len(run) > 1:
+                    done, reply = command.run(session, run)
+                    self.single = len(run) - done
+                    queued.extendleft((command, each) for each in reversed(run[done:]))
+                    if not done:
+                        continue
+                    request = run[done - 1]
+            if not done:
+                done = 1
+                if monitors:
+                    show(session, command, request)
+                try:
+                    if not unrestricted:
+                        _check_again(session, command, request)
+                    if self.size > longest and (not command.writes or _answers_values(command, request)):
+                        check_reply_of_strings(session, self.size)
+                    reply = command.handler(session, request)
+                except CommandError as failure:
+                    usage[command.name].failed += 1
+                    reply = error(str(failure))
+            if isinstance(reply, bytes):
+                self.size += len(reply)
+                known.append(reply)
+            else:
+                self.size += reply.size if isinstance(reply, Slot) else 0
+                self.found += (b"".join(known), reply)
+                known.clear()
+            ended = clock()
+            usage[command.name].record(done, ended - began)
+            if ended - began > slow * done and "skip_slowlog" not in command.flags:
+                server.slowlog.add(session, request, (ended - began) // done)
+            began = ended
+        self.found.append(b"".join(known))
+
+
+def _take_run(queued: deque[Queued], command: Command, first: list[bytes]) -> list[list[bytes]]:
+    """Takes away those that may go together with the command before; returns the requests of all."""
+    run = [first]
+    size = command.minimum
+    if len(first) == size:
+        while queued and len(run) < LONGEST_RUN:
+            following, request = queued[0]
+            if following is not command or len(request) != size:
+                break
+            run.append(request)
+            queued.popleft()
+    return run
 
 
 def _answers_values(command: Command, request: Sequence[bytes]) -> bool:
@@ -202,16 +306,6 @@ def _answers_values(command: Command, request: Sequence[bytes]) -> bool:
     return command.name in _ANSWER_VALUES or (
         command.name == "set" and any(word.lower() == b"get" for word in request[3:])
     )
-
-
-def _count(session: Session, command: Command, latest: list[bytes], calls: int, nanoseconds: int) -> None:
-    server = session.server
-    server.statistics.usage[command.name].record(calls, nanoseconds)
-    if (
-        0 <= server.config.slowlog_log_slower_than * 1000 < nanoseconds // calls
-        and "skip_slowlog" not in command.flags
-    ):
-        server.slowlog.add(session, latest, nanoseconds // calls)
 
 
 def _check_again(session: Session, command: Command, request: list[bytes]) -> None:

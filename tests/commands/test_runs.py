@@ -7,13 +7,16 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from engram.commands import transactions
 from engram.commands.registry import COMMANDS
+from engram.commands.table import TURN_NANOSECONDS
 from engram.engine import Engine
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
@@ -75,21 +78,22 @@ async def answered(house: House, burst: Sequence[list[bytes]]) -> list[bytes]:
     return found
 
 
-@given(bursts, st.booleans())
-@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]], False)
-@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]], True)
-@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2, False)
-@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2, True)
-@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]], False)
-@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]], True)
-@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], False)
-@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], True)
-def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool) -> None:
+@given(bursts, st.booleans(), st.sampled_from([TURN_NANOSECONDS, 0]))
+@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]], False, 0)
+@example([[b"GET", b"text"], [b"GET", b"index"], [b"GET", b"none"], [b"GET", b"text"]], True, 0)
+@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2, False, 0)
+@example([[b"INCRBY", b"a", b"9223372036854775807"]] * 2 + [[b"INCRBY", b"a", b"-1"]] * 2, True, 0)
+@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]], False, 0)
+@example([[b"DECRBY", b"a", b"-9223372036854775808"]] * 2 + [[b"DECR", b"a"]], True, 0)
+@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], False, 0)
+@example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], True, 0)
+def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool, turn: int) -> None:
+    """Also where a transaction takes many turns."""
     if transaction:
         burst = [[b"MULTI"], *burst, [b"EXEC"]]
 
     async def main() -> None:
-        with tempfile.TemporaryDirectory() as name:
+        with mock.patch.object(transactions, "TURN_NANOSECONDS", turn), tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "a").mkdir()
             (folder / "b").mkdir()

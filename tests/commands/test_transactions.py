@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from typing import get_args
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from engram import watches
+from engram.commands import transactions
 from engram.operations import AppendString, DeleteKeys, Operation, SetString
 from tests.conftest import START, HeldSearches, House, ManualJournal, OpenHouse, vector
 
@@ -268,7 +271,7 @@ async def test_others_go_on_while_a_search_in_a_transaction_is_made(open_house: 
 
 
 def test_every_operation_says_which_keys_it_changes() -> None:
-    assert set(watches._CHANGED) == set(get_args(Operation))
+    assert set(watches._BREAK) == set(get_args(Operation))
 
 
 @pytest.mark.parametrize("request_", ["GETEX k", "SET k x NX GET", "GETSET k x"])
@@ -315,3 +318,247 @@ async def test_a_transaction_makes_no_reply_that_no_memory_holds(house: House) -
     assert replies[-1].startswith(b"*8\r\n" + found * 3 + refused + b"+OK\r\n-ERR the reply would take ")
     assert replies[-1].count(b"-ERR the reply would take ") == 4
     assert await client.call("GET k") == b"$1\r\nx\r\n"
+
+
+class Counted(deque[Any]):
+    """Counts how many of its items are looked at."""
+
+    looked_at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():
+            self.looked_at += 1
+            yield item
+
+    def __getitem__(self, position: Any) -> Any:
+        self.looked_at += 1
+        return super().__getitem__(position)
+
+    def popleft(self) -> Any:
+        self.looked_at += 1
+        return super().popleft()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["INCR n", "GET n"],
+        ["SET a 1", "SET a 2", "GET n", "GET n"],
+        # Those that can be carried out together as far as one can see, and cannot.
+        ["INCR text"],
+        ["INCR n"] * 300 + ["INCR text"] * 300,
+    ],
+)
+async def test_each_command_of_a_transaction_is_looked_at_a_few_times(house: House, words: list[str]) -> None:
+    client = house.connect()
+    await client.call("SET text hello")
+    count = 3000 // len(words) * len(words)
+    await client.send("MULTI", *words * (3000 // len(words)))
+    assert await client.arrived() == OK + count * QUEUED
+    [session] = house.server.sessions.values()
+    assert session.transaction is not None
+    counted = session.transaction.commands = Counted(session.transaction.commands)
+    await client.send("EXEC")
+    assert (await client.arrived()).startswith(b"*%d\r\n" % count)
+    assert counted.looked_at <= 4 * count
+
+
+async def begun(house: House) -> None:
+    """Returns once a transaction has had its first turn."""
+    while not house.server.exclusion.active:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_others_are_answered_beside_a_long_transaction(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But they see none of it, and change nothing, before it is over."""
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client, other, writer = house.connect(), house.connect(), house.connect()
+        await client.send("MULTI", *["INCR a"] * 2, *["APPEND b x", "INCR a"] * 100, "EXEC")
+        await begun(house)
+        assert await other.call("PING") == b"+PONG\r\n"
+        await other.send("GET a")
+        await writer.send("SET a 1000", "CLIENT ID")
+        assert house.server.exclusion.active
+        assert house.database.string(b"a") != b"102"
+        assert await other.reply() in (b"$3\r\n102\r\n", b"$4\r\n1000\r\n")
+        assert await writer.arrived() == OK + b":3\r\n"
+        assert (await client.arrived()).endswith(b":100\r\n:102\r\n")
+        assert [len(operations) for operations in journal.together] == [201]
+        assert await client.call("GET a") == b"$4\r\n1000\r\n"
+
+
+async def test_a_long_transaction_is_finished_though_its_client_is_gone(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.send("MULTI", *["APPEND b x", "INCR a"] * 100, "EXEC")
+        await begun(house)
+        assert await other.call("CLIENT KILL ID 1") == b":1\r\n"
+        assert house.server.exclusion.active
+        assert await other.call("GET a") == b"$3\r\n100\r\n"
+        assert [len(operations) for operations in journal.together] == [200]
+        assert not house.server.exclusion.active
+
+
+async def test_a_write_that_waited_for_room_waits_for_a_long_transaction(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client, other, third = house.connect(), house.connect(), house.connect()
+        journal.room = False
+        await other.send("SET a 1")
+        await wait_all_tasks_blocked()
+        await client.send("MULTI", *["GET a", "EXISTS a"] * 50, "EXEC")
+        await begun(house)
+        assert await third.call("PING") == b"+PONG\r\n"
+        assert house.server.exclusion.active
+        journal.make_room()
+        assert (await client.arrived()).endswith(b"*100\r\n" + b"$-1\r\n:0\r\n" * 50)
+        assert await other.arrived() == OK
+
+
+async def test_a_long_transaction_that_fails_ends_its_client_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    client, other = house.connect(), house.connect()
+    await client.send("MULTI", *["EXISTS a", "STRLEN a"] * 50)
+    await client.arrived()
+
+    def lookup(key: bytes) -> None:
+        if house.server.exclusion.active:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(house.database, "lookup", lookup)
+    await client.send("EXEC")
+    assert await client.ended() == b""
+    assert "ended by an error" in caplog.text
+    assert not house.server.exclusion.active
+    assert await other.call("EXISTS a") == b":0\r\n"
+
+
+async def test_how_much_may_be_queued(house: House) -> None:
+    house.server.config.transaction_max_commands = 2
+    client = house.connect()
+    await client.send("MULTI", "SET a 1", "SET b 1", "SET c 1", "EXEC", "MULTI", "PING", "PING", "EXEC")
+    assert await client.arrived() == (
+        OK + 2 * QUEUED + b"-ERR the transaction has more commands than transaction-max-commands\r\n"
+        + ABORTED + OK + 2 * QUEUED + b"*2\r\n+PONG\r\n+PONG\r\n"
+    )  # fmt: skip
+    assert not house.engine.keyspace.values
+
+
+@pytest.mark.parametrize("end", ["DISCARD", "RESET", "QUIT"])
+async def test_what_was_queued_is_freed_later(house: House, end: str) -> None:
+    """Freeing a million requests at once would hold every client up."""
+    client = house.connect()
+    await client.send("MULTI", *["PING"] * 1000)
+    await client.arrived()
+    [session] = house.server.sessions.values()
+    assert session.transaction is not None
+    queued = session.transaction.commands
+    await client.send(end)
+    await client.arrived()
+    assert any(collection is queued for collection in house.engine.dropped)
+
+
+class CountedKeys(dict[bytes, Any]):
+    """Counts how many of its keys are looked at."""
+
+    looked_at = 0
+
+    def get(self, key: bytes, default: Any = None) -> Any:
+        self.looked_at += 1
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_at += 1
+        return super().__contains__(key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        [b"VADD", b"i", b"x", vector(1, 2)],
+        [b"VSETATTR", b"i", b"member", b"{}"],
+        [b"VDEL", b"i", b"member"],
+        [b"SET", b"key", b"1"],
+        [b"FLUSHALL"],
+    ],
+)
+async def test_keys_that_others_watch_cost_a_change_nothing(house: House, change: list[bytes]) -> None:
+    client, other = house.connect(), house.connect()
+    await client.call("VNEW i 2")
+    await client.call([b"VADD", b"i", b"member", vector(1, 2)])
+    await other.call([b"WATCH", *(b"w%d" % number for number in range(2000))])
+    counted = house.engine.keyspace.values = CountedKeys(house.engine.keyspace.values)
+    await client.call(change)
+    assert counted.looked_at < 20
+    await other.send("MULTI", "EXEC")
+    assert await other.arrived() == OK + b"*0\r\n"
+
+
+async def test_a_change_tells_who_watches_once(house: House) -> None:
+    clients = [house.connect() for _ in range(3)]
+    writer = house.connect()
+    for client in clients:
+        await client.call("WATCH a b")
+    await writer.call("SET a 1")
+    assert house.database.watches.by_key.keys() == {b"b"}
+    await clients[0].send("WATCH a c", "MULTI", "EXEC")
+    assert await clients[0].arrived() == OK + OK + b"*-1\r\n"
+    await clients[0].call("WATCH a")
+    await writer.call("SET b 1")
+    for client in clients:
+        await client.send("MULTI", "EXEC")
+    assert [await client.arrived() for client in clients] == [OK + b"*0\r\n"] + [OK + b"*-1\r\n"] * 2
+    assert not house.database.watches.by_key
+
+
+async def test_others_go_on_while_many_keys_are_watched(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    count = 20_000
+    await client.send([b"WATCH", *(b"%d" % number for number in range(count))], "MULTI", "EXEC")
+    session = house.server.sessions[1]
+    while not session.watch.keys:
+        await trio.lowlevel.checkpoint()
+    assert await other.call("PING") == b"+PONG\r\n"
+    assert 0 < len(session.watch.keys) < count
+    # One that it has come to already.
+    await other.call("SET 0 x")
+    assert await client.arrived() == OK + OK + b"*-1\r\n"
+
+
+async def test_many_watched_keys_are_forgotten_bit_by_bit(house: House) -> None:
+    client = house.connect()
+    await client.send([b"WATCH", *(b"%d" % number for number in range(20_000))], "UNWATCH")
+    assert await client.arrived() == OK + OK
+    forgotten = house.database.watches
+    assert 0 < len(forgotten.by_key) < 20_000
+    steps = 1
+    while forgotten.clear_up():
+        steps += 1
+    assert steps > 20
+    assert not forgotten.by_key
+
+
+async def test_an_index_that_is_watched_under_two_names_in_turn(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    await other.call("VNEW i 2")
+    await client.call("WATCH i j")
+    await other.call("RENAME i j")
+    await client.send("MULTI", "EXEC", "WATCH j", "MULTI")
+    assert await client.arrived() == OK + b"*-1\r\n" + OK + OK
+    await other.call([b"VADD", b"j", b"x", vector(1, 2)])
+    await client.send("EXEC", "WATCH j", "MULTI", "EXEC")
+    assert await client.arrived() == b"*-1\r\n" + OK + OK + b"*0\r\n"
+    assert not house.database.watches._by_index
