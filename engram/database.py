@@ -10,6 +10,7 @@ from typing import Protocol
 from engram.engine import Engine
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
+from engram.large_string import LargeString, String
 from engram.operations import DeleteKeys, Operation
 from engram.watches import Watches
 
@@ -114,7 +115,7 @@ class Database:
             if operations:
                 journal.append_together(first_lsn, operations)
 
-    def lookup(self, key: bytes) -> bytes | VectorIndex | None:
+    def lookup(self, key: bytes) -> String | VectorIndex | None:
         """What a key holds now; a key found to have lapsed is deleted."""
         keyspace = self.keyspace
         if keyspace.expiries:
@@ -126,7 +127,7 @@ class Database:
                 return None
         return keyspace.values.get(key)
 
-    def string(self, key: bytes) -> bytes | None:
+    def string(self, key: bytes) -> String | None:
         """The string at a key, None when there is no such key.
 
         Raises:
@@ -135,7 +136,7 @@ class Database:
         # As `lookup`, which is the slower of the two for what is asked most often.
         keyspace = self.keyspace
         value = self.lookup(key) if keyspace.expiries else keyspace.values.get(key)
-        if value is None or type(value) is bytes:
+        if value is None or type(value) is bytes or isinstance(value, LargeString):
             return value
         raise CommandError(WRONG_TYPE)
 

@@ -173,8 +173,8 @@ def _lines(engine: Engine, base64: bool) -> Iterator[bytes]:
     pack = _pack_base64 if base64 else _pack_numbers
     for key, value in values.items():
         expires_at = expiries.get(key)
-        if isinstance(value, bytes):
-            yield _encode(StringLine(key=_text(key), value=_text(value), expires_at=expires_at))
+        if not isinstance(value, VectorIndex):
+            yield _encode(StringLine(key=_text(key), value=_text(bytes(value)), expires_at=expires_at))
             continue
         yield _encode(_describe(key, value, expires_at))
         yield from _vector_lines(_text(key), value, engine.lsn, pack)

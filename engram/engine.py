@@ -16,6 +16,7 @@ from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import IndexState, VectorIndex
 from engram.keyspace import Keyspace
+from engram.large_string import String, with_range
 from engram.operations import (
     AddVectors,
     AppendString,
@@ -107,8 +108,8 @@ class Engine:
 
     def _append_string(self, lsn: int, operation: AppendString) -> None:
         value = self.keyspace.values.get(operation.key, b"")
-        assert isinstance(value, bytes)
-        self.keyspace.update(operation.key, value + operation.suffix)
+        assert not isinstance(value, VectorIndex)
+        self.keyspace.update(operation.key, with_range(value, len(value), operation.suffix))
 
     def _set_strings(self, lsn: int, operation: SetStrings) -> None:
         if self.indices:
@@ -118,11 +119,8 @@ class Engine:
 
     def _set_range(self, lsn: int, operation: SetRange) -> None:
         value = self.keyspace.values.get(operation.key, b"")
-        assert isinstance(value, bytes)
-        before = memoryview(value)[: operation.offset]
-        zeros = bytes(operation.offset - len(before))
-        after = memoryview(value)[operation.offset + len(operation.data) :]
-        self.keyspace.update(operation.key, b"".join((before, zeros, operation.data, after)))
+        assert not isinstance(value, VectorIndex)
+        self.keyspace.update(operation.key, with_range(value, operation.offset, operation.data))
 
     def _rename_key(self, lsn: int, operation: RenameKey) -> None:
         if operation.source != operation.destination:
@@ -131,7 +129,7 @@ class Engine:
 
     def _copy_key(self, lsn: int, operation: CopyKey) -> None:
         value = self.keyspace.values[operation.source]
-        assert isinstance(value, bytes)
+        assert not isinstance(value, VectorIndex)
         self._drop(self.keyspace.values.get(operation.destination))
         self.keyspace.set(operation.destination, value, self.keyspace.expiries.get(operation.source))
 
@@ -198,7 +196,7 @@ class Engine:
         segment = self._segments.take(operation.segment, operation.checksum) if operation.segment else None
         self.released_segments += index.install(lsn, segment, operation.through, operation.replaces)
 
-    def _drop(self, value: bytes | VectorIndex | None) -> None:
+    def _drop(self, value: String | VectorIndex | None) -> None:
         if isinstance(value, VectorIndex):
             value.drop()
             del self.indices[value.id]
@@ -251,12 +249,9 @@ class Engine:
 
         Raises no error and changes nothing; the columns may share memory with the state.
         """
-        strings = {key: value for key, value in self.keyspace.values.items() if isinstance(value, bytes)}
-        states = [
-            (key, value.export())
-            for key, value in self.keyspace.values.items()
-            if isinstance(value, VectorIndex)
-        ]
+        values = self.keyspace.values
+        strings = {key: value for key, value in values.items() if not isinstance(value, VectorIndex)}
+        states = [(key, value.export()) for key, value in values.items() if isinstance(value, VectorIndex)]
         columns = {
             **_pack_mapping("strings", strings),
             **_pack_mapping("expiries", self.keyspace.expiries),
@@ -275,7 +270,7 @@ class Engine:
         states = IndexState.unpack(folder.metadata["indices"], columns)
         segments = {saved.id: saved.checksum for state in states for saved in state.segments}
         with self._segments.reopening(segments):
-            values: dict[bytes, bytes | VectorIndex] = _unpack_mapping("strings", columns, bytes)
+            values: dict[bytes, String | VectorIndex] = _unpack_mapping("strings", columns, bytes)
             for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
                 index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
                 values[key] = index
@@ -290,7 +285,9 @@ def _pack_mapping(name: str, mapping: Mapping[bytes, Any]) -> dict[str, Array]:
     """Columns with maps of MessagePack, from which a dictionary is made sooner than from keys and values."""
     items = iter(mapping.items())
     parts = iter(lambda: dict(islice(items, _MAP_ENTRIES)), {})
-    return pack_bytes(name, map(msgspec.msgpack.encode, parts))
+    # Strings in blocks become bytes.
+    encode = msgspec.msgpack.Encoder(enc_hook=bytes).encode
+    return pack_bytes(name, map(encode, parts))
 
 
 def _unpack_mapping(name: str, columns: Mapping[str, Array], values: type) -> dict[bytes, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Generic, TypeVar
 
+from engram.large_string import LargeString, String
 from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
 
 Other = TypeVar("Other")
@@ -38,7 +39,7 @@ _SAMPLED_KEYS = 1 << 11
 
 
 class Keyspace(Generic[Other]):
-    """A mapping of keys to strings (bytes) or to values of another kind, with expiries.
+    """A mapping of keys to strings or to values of another kind, with expiries.
 
     `values` and `expiries` are read directly by callers; they are changed only through the methods.
     Expiries are in milliseconds since the epoch. An expired key is still here until it is deleted:
@@ -46,7 +47,7 @@ class Keyspace(Generic[Other]):
     """
 
     def __init__(self) -> None:
-        self.values: dict[bytes, bytes | Other] = {}
+        self.values: dict[bytes, String | Other] = {}
         self.expiries: dict[bytes, int] = {}
         # (expiry, key), earliest first; an entry counts only while `expiries` agrees with it.
         self._queue: list[tuple[int, bytes]] = []
@@ -62,7 +63,7 @@ class Keyspace(Generic[Other]):
     def __len__(self) -> int:
         return len(self.values)
 
-    def set(self, key: bytes, value: bytes | Other, expires_at: int | None = None) -> None:
+    def set(self, key: bytes, value: String | Other, expires_at: int | None = None) -> None:
         """The key holds the value and lapses at `expires_at`, or never when None."""
         if self._text_bytes is not None:
             self._count(key, value)
@@ -82,7 +83,7 @@ class Keyspace(Generic[Other]):
             for key in keys:
                 self.expiries.pop(key, None)
 
-    def update(self, key: bytes, value: bytes | Other) -> None:
+    def update(self, key: bytes, value: String | Other) -> None:
         """The key holds another value; when it lapses stays."""
         if self._text_bytes is not None:
             self._count(key, value)
@@ -95,7 +96,7 @@ class Keyspace(Generic[Other]):
         self.delete(source)
         self.set(destination, value, expires_at)
 
-    def delete(self, key: bytes) -> bytes | Other | None:
+    def delete(self, key: bytes) -> String | Other | None:
         """Takes a key away; returns what it held, None when it was not there."""
         if self.expiries:
             self.expiries.pop(key, None)
@@ -110,7 +111,7 @@ class Keyspace(Generic[Other]):
         else:
             self._schedule(key, expires_at)
 
-    def clear(self) -> tuple[dict[bytes, bytes | Other], dict[bytes, int]]:
+    def clear(self) -> tuple[dict[bytes, String | Other], dict[bytes, int]]:
         """Takes everything away; returns what `values` and `expiries` held."""
         taken = self.values, self.expiries
         self.values, self.expiries, self._queue = {}, {}, []
@@ -120,7 +121,7 @@ class Keyspace(Generic[Other]):
             self._text_bytes = 0
         return taken
 
-    def load(self, values: dict[bytes, bytes | Other], expiries: dict[bytes, int]) -> None:
+    def load(self, values: dict[bytes, String | Other], expiries: dict[bytes, int]) -> None:
         """Takes these mappings over as its own."""
         self.values, self.expiries = values, expiries
         self._rebuild_queue()
@@ -182,7 +183,7 @@ class Keyspace(Generic[Other]):
                 continue
             entries.append(entry)
             value = self.values[key]
-            if type(value) is bytes:
+            if isinstance(value, String):
                 found[key] = None
                 size -= _KEY_BYTES + _EXPIRY_BYTES + len(key) + len(value)
         for entry in entries:
@@ -224,7 +225,7 @@ class Keyspace(Generic[Other]):
         newest = _text_bytes(islice(reversed(values.items()), _SAMPLED_KEYS))
         return (oldest + newest) * len(values) // (2 * _SAMPLED_KEYS)
 
-    def _count(self, key: bytes, value: bytes | Other) -> None:
+    def _count(self, key: bytes, value: String | Other) -> None:
         """Counts that a key is about to hold a value."""
         assert self._text_bytes is not None
         growth = _text_length(value)
@@ -270,8 +271,8 @@ class Keyspace(Generic[Other]):
 
 
 def _text_length(value: object) -> int:
-    return len(value) if type(value) is bytes else 0
+    return len(value) if type(value) is bytes or type(value) is LargeString else 0
 
 
 def _text_bytes(items: Iterable[tuple[bytes, object]]) -> int:
-    return sum(len(key) + (len(value) if type(value) is bytes else 0) for key, value in items)
+    return sum(len(key) + _text_length(value) for key, value in items)

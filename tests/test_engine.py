@@ -5,15 +5,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engram import large_string
 from engram.columns import open_columns, write_columns
 from engram.engine import Engine, Totals
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
+from engram.index.vector_index import VectorIndex
 from engram.operations import (
     AddVectors,
     AppendString,
@@ -34,6 +38,17 @@ from engram.operations import (
     encode,
 )
 from tests.conftest import vector
+
+
+@pytest.fixture(autouse=True, scope="module", params=[large_string.LONGEST_PLAIN, 2])
+def longest_plain(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Strings that are changed are in blocks, or not."""
+    with (
+        mock.patch.object(large_string, "LONGEST_PLAIN", request.param),
+        mock.patch.object(large_string, "BLOCK_SIZE", 3),
+    ):
+        yield
+
 
 KEYS = (b"a", b"b", b"c", b"")
 MEMBERS = (b"x", b"y", b"z", b"\xff\x00")
@@ -65,11 +80,11 @@ def to_operation(engine: Engine, step: Step) -> Operation | None:
     """What a command would log for this step; None when it would find nothing to do."""
     word, key, member, number = step
     value = engine.keyspace.values.get(key)
-    index = None if value is None or isinstance(value, bytes) else value
+    index = value if isinstance(value, VectorIndex) else None
     match word:
         case "set":
             return SetString(key, member, number if number % 2 else None)
-        case "append" if isinstance(value, bytes):
+        case "append" if value is not None and index is None:
             return AppendString(key, member)
         case "write" if index is None:
             return SetRange(key, number % 5, member)
@@ -77,7 +92,7 @@ def to_operation(engine: Engine, step: Step) -> Operation | None:
             return SetStrings((key, member[:1]), (member, b"%d" % number))
         case "rename" if value is not None:
             return RenameKey(key, KEYS[number % len(KEYS)])
-        case "copy" if isinstance(value, bytes):
+        case "copy" if value is not None and index is None:
             return CopyKey(key, KEYS[number % len(KEYS)])
         case "delete" if value is not None:
             return DeleteKeys((key,))
@@ -113,7 +128,7 @@ def state(engine: Engine) -> dict[str, Any]:
     """All that clients can see of an engine."""
     values: dict[bytes, Any] = {}
     for key, value in engine.keyspace.values.items():
-        if isinstance(value, bytes):
+        if not isinstance(value, VectorIndex):
             values[key] = value
             continue
         rows = {}
@@ -160,7 +175,9 @@ def test_an_index_is_held_exactly_as_long_as_its_key(steps: list[Step]) -> None:
     with engines() as make:
         engine = make()
         live(engine, steps)
-        held = {value.id: value for value in engine.keyspace.values.values() if not isinstance(value, bytes)}
+        held = {
+            value.id: value for value in engine.keyspace.values.values() if isinstance(value, VectorIndex)
+        }
         assert engine.indices == held
         assert not any(index.dropped for index in engine.indices.values())
 

@@ -49,7 +49,7 @@ def index_contents(index: VectorIndex) -> dict[bytes, tuple[bytes | None, bytes]
 def contents(engine: Engine) -> tuple[dict[bytes, object], dict[bytes, int]]:
     """Strings, parameters and members by key, and when keys lapse."""
     values: dict[bytes, object] = {
-        key: value if isinstance(value, bytes) else (value.parameters, index_contents(value))
+        key: (value.parameters, index_contents(value)) if isinstance(value, VectorIndex) else value
         for key, value in engine.keyspace.values.items()
     }
     return values, dict(engine.keyspace.expiries)

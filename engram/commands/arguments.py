@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from engram.errors import CommandError
+from engram.large_string import String
 
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 NOT_A_FLOAT = "ERR value is not a valid float"
@@ -41,6 +42,12 @@ def integer(argument: bytes, message: str = NOT_AN_INTEGER) -> int:
         if b"%d" % number == argument and (length < _SAFE_DIGITS or INTEGER_LOW <= number <= INTEGER_HIGH):
             return number
     raise CommandError(message)
+
+
+def stored_integer(value: String) -> int:
+    """As `integer`, of what a key holds."""
+    # One in blocks has far more digits than any number.
+    return integer(value if type(value) is bytes else b"")
 
 
 def small_integer(argument: bytes) -> int:

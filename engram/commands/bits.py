@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
 import numpy as np
+import trio
 
 from engram.commands.arguments import SYNTAX_ERROR, clamp_range, integer
-from engram.commands.session import Session
-from engram.commands.table import Command
+from engram.commands.session import Barrier, Session
+from engram.commands.table import Command, Reply
 from engram.errors import CommandError
+from engram.large_string import BLOCK_SIZE, String, pieces
 from engram.operations import SetRange
 from engram.protocol import replies
 from engram.protocol.replies import ONE, ZERO
@@ -19,6 +23,9 @@ _BAD_BIT = "ERR bit is not an integer or out of range"
 
 # Up to so many bytes are counted as one number of Python.
 _FEW_BYTES = 1 << 10
+
+# Blocks of a string whose bits are counted until others have a turn: a millisecond or so.
+_BLOCKS_A_TURN = 32
 
 
 def _offset(session: Session, argument: bytes) -> int:
@@ -52,7 +59,7 @@ def _get_bit(session: Session, arguments: list[bytes]) -> bytes:
     return ONE if value[place] & 0x80 >> bit else ZERO
 
 
-def _count_bits(session: Session, arguments: list[bytes]) -> bytes:
+def _count_bits(session: Session, arguments: list[bytes]) -> Reply:
     bounds = None
     by_bit = False
     if len(arguments) > 2:
@@ -66,29 +73,41 @@ def _count_bits(session: Session, arguments: list[bytes]) -> bytes:
     value = session.read_string(arguments[1])
     if value is None:
         return ZERO
-    if bounds is None:
-        return replies.integer(count_ones(value, 0, 8 * len(value)))
-    start, stop = clamp_range(*bounds, 8 * len(value) if by_bit else len(value))
-    if not by_bit:
-        start, stop = 8 * start, 8 * stop
-    return replies.integer(count_ones(value, start, stop))
+    start, stop = 0, 8 * len(value)
+    if bounds is not None:
+        start, stop = clamp_range(*bounds, 8 * len(value) if by_bit else len(value))
+        if not by_bit:
+            start, stop = 8 * start, 8 * stop
+    counts = ones(value, start, stop)
+    if stop - start <= 8 * BLOCK_SIZE * _BLOCKS_A_TURN:
+        return replies.integer(sum(counts))
+
+    async def count() -> bytes:
+        # The value stays as it is, whatever becomes of its key.
+        total = 0
+        while found := list(islice(counts, _BLOCKS_A_TURN)):
+            total += sum(found)
+            await trio.lowlevel.checkpoint()
+        return replies.integer(total)
+
+    return Barrier(count)
 
 
-def count_ones(value: bytes, start: int, stop: int) -> int:
-    """How many bits from `start` up to and without `stop`, both within the value, are set."""
-    if start == stop:
-        return 0
-    first, last = start // 8, (stop - 1) // 8
-    count = _count_in_bytes(memoryview(value)[first : last + 1])
-    before, after = start % 8, -stop % 8
-    return count - (value[first] >> 8 - before).bit_count() - (value[last] & (1 << after) - 1).bit_count()
+def ones(value: String, start: int, stop: int) -> Iterator[int]:
+    """How many bits from `start` up to and without `stop`, both within the value, are set: the summands."""
+    if start < stop:
+        first, last = start // 8, (stop - 1) // 8
+        # What is outside of the first byte and of the last one.
+        yield -(value[first] >> 8 - start % 8).bit_count()
+        yield -(value[last] & (1 << -stop % 8) - 1).bit_count()
+        yield from map(_count_in_bytes, pieces(value, first, last + 1))
 
 
-def _count_in_bytes(data: memoryview) -> int:
+def _count_in_bytes(data: bytes | memoryview) -> int:
     if len(data) <= _FEW_BYTES:
         return int.from_bytes(data).bit_count()
     whole = len(data) & ~7
-    words = np.frombuffer(data[:whole], np.uint64)
+    words = np.frombuffer(data, np.uint64, count=whole // 8)
     count = int(np.bitwise_count(words).sum(dtype=np.int64))
     return count + int.from_bytes(data[whole:]).bit_count()
 
@@ -104,7 +123,7 @@ COMMANDS = (
         "Sets or clears the bit at offset of the string value. Creates the key if it doesn't exist.",
         flags=("write", "denyoom"),
         since="2.2.0",
-        complexity="O(N) where N is the length of the string.",
+        complexity="O(1) for a short string; O(N/65536) for one of N bytes.",
     ),
     _bitmap(
         "getbit",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from engram.commands import long_double
-from engram.commands.arguments import INTEGER_HIGH, INTEGER_LOW, NOT_A_FLOAT, integer
+from engram.commands.arguments import INTEGER_HIGH, INTEGER_LOW, NOT_A_FLOAT, integer, stored_integer
 from engram.commands.session import Session
 from engram.commands.table import Command
 from engram.errors import CommandError
+from engram.large_string import LargeString
 from engram.operations import SetString, SetStrings
 from engram.protocol.replies import bulk
 
@@ -21,11 +22,11 @@ def _add(increment: Increment, session: Session, arguments: list[bytes]) -> byte
     key = arguments[1]
     change = increment(arguments)
     value = database.string(key)
-    number = change if value is None else integer(value) + change
-    if not INTEGER_LOW <= number <= INTEGER_HIGH:
+    total = change if value is None else stored_integer(value) + change
+    if not INTEGER_LOW <= total <= INTEGER_HIGH:
         raise CommandError("ERR increment or decrement would overflow")
     expires_at = database.keyspace.expiries.get(key)
-    digits = b"%d" % number
+    digits = b"%d" % total
     database.commit(SetString(key, digits, expires_at))
     return b":" + digits + b"\r\n"
 
@@ -42,22 +43,22 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     try:
         for request in requests:
             key = request[1]
-            number = numbers.get(key)
-            if number is None:
+            total = numbers.get(key)
+            if total is None:
                 if key in expiries:
                     break
                 value = database.string(key)
-                number = 0 if value is None else integer(value)
-            number += increment(request)
-            if not INTEGER_LOW <= number <= INTEGER_HIGH:
+                total = 0 if value is None else stored_integer(value)
+            total += increment(request)
+            if not INTEGER_LOW <= total <= INTEGER_HIGH:
                 break
-            numbers[key] = number
-            found.append(number)
+            numbers[key] = total
+            found.append(total)
     except CommandError:
         # The request will be refused when it is carried out by itself.
         pass
     if found:
-        database.commit(SetStrings(tuple(numbers), tuple([b"%d" % number for number in numbers.values()])))
+        database.commit(SetStrings(tuple(numbers), tuple([b"%d" % total for total in numbers.values()])))
     return len(found), (b":%d\r\n" * len(found)) % tuple(found)
 
 
@@ -84,15 +85,17 @@ def _incrbyfloat(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     key = arguments[1]
     value = database.string(key)
+    if isinstance(value, LargeString):
+        raise CommandError(NOT_A_FLOAT)
     try:
-        number = long_double.add(
+        total = long_double.add(
             long_double.parse(b"0" if value is None else value), long_double.parse(arguments[2])
         )
     except ValueError as error:
         raise CommandError(NOT_A_FLOAT) from error
-    if number is None:
+    if total is None:
         raise CommandError("ERR increment would produce NaN or Infinity")
-    digits = long_double.render(number)
+    digits = long_double.render(total)
     database.commit(SetString(key, digits, database.keyspace.expiries.get(key)))
     return bulk(digits)
 

@@ -125,7 +125,7 @@ def type_name(value: object) -> str:
     """The answer of TYPE."""
     if value is None:
         return "none"
-    return "string" if isinstance(value, bytes) else "vectorset"
+    return "vectorset" if isinstance(value, VectorIndex) else "string"
 
 
 def _type(session: Session, arguments: list[bytes]) -> bytes:

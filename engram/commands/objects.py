@@ -8,15 +8,16 @@ from functools import partial
 
 import attrs
 
-from engram.commands.arguments import SYNTAX_ERROR, integer
+from engram.commands.arguments import SYNTAX_ERROR, integer, stored_integer
 from engram.commands.session import Session
 from engram.commands.table import Command, container, help_command
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
+from engram.large_string import String
 from engram.protocol import replies
 from engram.protocol.replies import ONE, ZERO
 
-Value = bytes | VectorIndex
+Value = String | VectorIndex
 
 # Strings of up to so many bytes Redis holds together with the record about them.
 _EMBEDDED = 44
@@ -35,17 +36,16 @@ def encoding(value: Value) -> bytes:
     """The answer of OBJECT ENCODING: how Redis would hold a value that was set as a whole."""
     if isinstance(value, VectorIndex):
         return b"raw"
-    if _is_integer(value):
+    if _integer(value) is not None:
         return b"int"
     return b"embstr" if len(value) <= _EMBEDDED else b"raw"
 
 
-def _is_integer(value: bytes) -> bool:
+def _integer(value: Value) -> int | None:
     try:
-        integer(value)
+        return None if isinstance(value, VectorIndex) else stored_integer(value)
     except CommandError:
-        return False
-    return True
+        return None
 
 
 def _of_object(answer: Callable[[Value], bytes], session: Session, arguments: list[bytes]) -> bytes:
@@ -58,9 +58,9 @@ def _encoding(value: Value) -> bytes:
 
 
 def _reference_count(value: Value) -> bytes:
-    if isinstance(value, bytes) and _is_integer(value) and 0 <= int(value) < _SHARED_INTEGERS:
-        return replies.integer(_SHARED_COUNT)
-    return ONE
+    number = _integer(value)
+    shared = number is not None and 0 <= number < _SHARED_INTEGERS
+    return replies.integer(_SHARED_COUNT) if shared else ONE
 
 
 def _idle_time(value: Value) -> bytes:
@@ -96,7 +96,7 @@ def memory_usage(key: bytes, value: Value) -> int:
     Of a vector index it is what `maxmemory` counts. The graphs and vectors in files, which the system pages
     in as they are used, are not counted; VINFO tells their size.
     """
-    held = value.bytes_reserved if isinstance(value, VectorIndex) else sys.getsizeof(value)
+    held = value.bytes_reserved if isinstance(value, VectorIndex) else sys.getsizeof(b"") + len(value)
     return _ENTRY_BYTES + sys.getsizeof(key) + held
 
 

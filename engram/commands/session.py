@@ -18,6 +18,7 @@ from engram.index.builder import Builder
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
+from engram.large_string import String
 from engram.memory import MemoryLimit
 from engram.monitors import Monitors
 from engram.pause import Pause
@@ -370,11 +371,11 @@ class Session:
             return lsn
         return max(journal.durable_lsn, self.observed())
 
-    def read(self, key: bytes) -> bytes | VectorIndex | None:
+    def read(self, key: bytes) -> String | VectorIndex | None:
         """What a key holds, counted as found or as not found."""
         return self._counted(self.database.lookup(key))
 
-    def read_many(self, keys: Iterable[bytes]) -> list[bytes | VectorIndex | None]:
+    def read_many(self, keys: Iterable[bytes]) -> list[String | VectorIndex | None]:
         """What each of some keys holds, counted as found or as not found."""
         values = list(map(self.database.lookup, keys))
         statistics = self.server.statistics
@@ -382,7 +383,7 @@ class Session:
         statistics.keyspace_hits += len(values) - misses
         return values
 
-    def read_string(self, key: bytes) -> bytes | None:
+    def read_string(self, key: bytes) -> String | None:
         """The string at a key, counted as found or as not found. Raises CommandError as `Database.string`."""
         return self._counted(self.database.string(key))
 

@@ -13,6 +13,7 @@ from engram.commands.limits import check_reply_of_strings
 from engram.commands.session import Session
 from engram.commands.table import Command, wrong_arity
 from engram.errors import CommandError
+from engram.large_string import String, pieces
 from engram.operations import AppendString, DeleteKeys, SetExpiry, SetRange, SetString, SetStrings
 from engram.protocol import replies
 from engram.protocol.replies import EMPTY_BULK, OK, ONE, ZERO, bulk
@@ -25,6 +26,13 @@ _DIGEST_LENGTH = 16
 _MATCHES = (b"IFEQ", b"IFNE", b"IFDEQ", b"IFDNE")
 
 TOO_LONG = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
+
+
+def _bulk(value: String) -> bytes:
+    """The reply that is a string as a key holds it."""
+    if type(value) is bytes:
+        return bulk(value)
+    return b"".join((b"$%d\r\n" % len(value), *pieces(value, 0, len(value)), b"\r\n"))
 
 
 def _set(session: Session, arguments: list[bytes]) -> bytes:
@@ -40,7 +48,7 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
     reply = OK
     if options.get:
         previous = session.read_string(key)
-        reply = session.encoder.null if previous is None else bulk(previous)
+        reply = session.encoder.null if previous is None else _bulk(previous)
     refused = reply if options.get else session.encoder.null
     if options.existence and (database.lookup(key) is None) is (options.existence == b"XX"):
         return refused
@@ -103,7 +111,7 @@ def _set_options(arguments: list[bytes]) -> _SetOptions:
     return found
 
 
-def _matches(match: bytes, wanted: bytes, value: bytes | None) -> bool:
+def _matches(match: bytes, wanted: bytes, value: String | None) -> bool:
     """Whether a string, None for a key that is not there, is as one of `_MATCHES` demands.
 
     Raises CommandError when `wanted` should be a digest and has not its length.
@@ -117,8 +125,11 @@ def _matches(match: bytes, wanted: bytes, value: bytes | None) -> bool:
     return (_digest_of(value) == wanted.lower()) is (match == b"IFDEQ")
 
 
-def _digest_of(value: bytes) -> bytes:
-    return xxhash.xxh3_64_hexdigest(value).encode()
+def _digest_of(value: String) -> bytes:
+    digest = xxhash.xxh3_64()
+    for piece in pieces(value, 0, len(value)):
+        digest.update(piece)
+    return digest.hexdigest().encode()
 
 
 def _digest(session: Session, arguments: list[bytes]) -> bytes:
@@ -135,7 +146,7 @@ def _delete_if(session: Session, arguments: list[bytes]) -> bytes:
     if value is None:
         return ZERO
     if len(arguments) == 4:
-        if not isinstance(value, bytes):
+        if not isinstance(value, String):
             raise CommandError("ERR Key should be of string type if conditions are specified")
         match = arguments[2].upper()
         if match not in _MATCHES:
@@ -181,10 +192,12 @@ def _set_many_new(session: Session, arguments: list[bytes]) -> bytes:
 
 def _get(session: Session, arguments: list[bytes]) -> bytes:
     value = session.database.string(arguments[1])
+    if type(value) is bytes:
+        return bulk(value)
     if value is None:
         session.server.statistics.get_misses += 1
         return session.encoder.null
-    return bulk(value)
+    return _bulk(value)
 
 
 def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
@@ -210,16 +223,16 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:
     null = session.encoder.null
     values = session.read_many(arguments[1:])
-    size = sum(len(value) for value in values if type(value) is bytes)
-    check_reply_of_strings(session, size)
-    return replies.array(bulk(value) if type(value) is bytes else null for value in values)
+    strings = [value if isinstance(value, String) else None for value in values]
+    check_reply_of_strings(session, sum(len(value) for value in strings if value is not None))
+    return replies.array(null if value is None else _bulk(value) for value in strings)
 
 
 def _get_and_set(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     value = session.read_string(arguments[1])
     database.commit(SetString(arguments[1], arguments[2]))
-    return session.encoder.null if value is None else bulk(value)
+    return session.encoder.null if value is None else _bulk(value)
 
 
 def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
@@ -228,7 +241,7 @@ def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
     if value is None:
         return session.encoder.null
     database.commit(DeleteKeys((arguments[1],)))
-    return bulk(value)
+    return _bulk(value)
 
 
 def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes:
@@ -244,7 +257,7 @@ def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes:
         database.commit(DeleteKeys((key,)) if expires_at <= now else SetExpiry(key, expires_at))
     elif lifetime and key in database.keyspace.expiries:
         database.commit(SetExpiry(key, None))
-    return bulk(value)
+    return _bulk(value)
 
 
 def _lifetime(arguments: list[bytes]) -> tuple[bytes, bytes | None]:
@@ -473,7 +486,7 @@ COMMANDS = (
         keys=_KEY,
         key_flags=("RW", "insert"),
         since="2.0.0",
-        complexity="O(N) where N is the length of the string.",
+        complexity="O(1) for a short string; O(N/65536) for one of N bytes.",
     ),
     _string(
         "strlen",
@@ -517,6 +530,6 @@ COMMANDS = (
         keys=_KEY,
         key_flags=("RW", "update"),
         since="2.2.0",
-        complexity="O(N) where N is the length of the string.",
+        complexity="O(1) for a short string; O(N/65536) for one of N bytes.",
     ),
 )

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.commands.bits import count_ones
+from engram.commands.bits import ones
 from tests.commands.conftest import Conversation, Converse
 from tests.conftest import Client, House
 
@@ -98,7 +99,7 @@ def test_bits_are_counted_as_one_counts_them(value: bytes, data: st.DataObject) 
     start = data.draw(st.integers(0, 8 * len(value)))
     stop = data.draw(st.integers(start, 8 * len(value)))
     digits = "".join(f"{byte:08b}" for byte in value)
-    assert count_ones(value, start, stop) == digits[start:stop].count("1")
+    assert sum(ones(value, start, stop)) == digits[start:stop].count("1")
 
 
 async def test_bits_of_a_long_string(client: Client) -> None:
@@ -116,3 +117,25 @@ async def test_no_bit_beyond_the_longest_string(house: House) -> None:
     assert await client.call("SETBIT b 8388608 1") == refused
     assert await client.call("GETBIT b 8388608") == refused
     assert await client.call("GETBIT b 8388607") == b":0\r\n"
+
+
+async def test_bits_are_counted_as_they_were(house: House) -> None:
+    """Others go on while those of a long string are counted."""
+    client, other = house.connect(), house.connect()
+    await client.call("SETBIT b 79999999 1")
+    await client.send(
+        "MULTI", "BITCOUNT b", "SETBIT b 0 1", "BITCOUNT b", "DEL b", "BITCOUNT b 0 1 BIT", "EXEC"
+    )
+    assert await other.call("PING") == b"+PONG\r\n"
+    assert (await client.arrived()).endswith(b"*5\r\n:1\r\n:0\r\n:2\r\n:1\r\n:0\r\n")
+
+
+async def test_others_go_on_while_bits_are_counted(house: House) -> None:
+    client, other = house.connect(), house.connect()
+    await client.call("SETBIT b 799999999 1")
+    await client.send("BITCOUNT b", "PING")
+    while not house.server.sessions[1].awaiting():
+        await trio.lowlevel.checkpoint()
+    assert await other.call("STRLEN b") == b":100000000\r\n"
+    assert house.server.sessions[1].awaiting()
+    assert await client.arrived() == b":1\r\n+PONG\r\n"

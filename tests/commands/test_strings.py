@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from trio.testing import wait_all_tasks_blocked
 
+from engram.large_string import LONGEST_PLAIN, LargeString
 from tests.commands.conftest import Conversation, Converse
-from tests.conftest import House
+from tests.conftest import Client, House, ManualJournal, OpenHouse
 
 CONVERSATIONS: dict[str, Conversation] = {
     "set and get": (
@@ -463,3 +465,88 @@ async def test_what_has_lapsed_is_not_there(house: House) -> None:
     house.clock.time += 1000
     assert await client.call("SETRANGE a 1 x") == b":2\r\n"
     assert await client.call("TTL a") == b":-1\r\n"
+
+
+LENGTH = LONGEST_PLAIN + 5
+
+
+async def large(house: House) -> Client:
+    """A client of a server that holds a string in blocks: zeros and an x at the end."""
+    client = house.connect()
+    assert await client.call(f"SETRANGE k {LENGTH - 1} x") == b":%d\r\n" % LENGTH
+    assert isinstance(house.database.string(b"k"), LargeString)
+    return client
+
+
+VALUE = b"$%d\r\n%b\r\n" % (LENGTH, bytes(LENGTH - 1) + b"x")
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        ("GET k", VALUE),
+        ("MGET k k", b"*2\r\n" + VALUE + VALUE),
+        ("GETSET k 1", VALUE),
+        ("GETDEL k", VALUE),
+        ("GETEX k EX 10", VALUE),
+        ("SET k 1 GET", VALUE),
+        ("STRLEN k", b":%d\r\n" % LENGTH),
+        ("GETRANGE k -3 -1", b"$3\r\n\x00\x00x\r\n"),
+        ("GETRANGE k 65530 65540", b"$11\r\n" + bytes(11) + b"\r\n"),
+        ("APPEND k y", b":%d\r\n" % (LENGTH + 1)),
+        ("SETRANGE k 3 yz", b":%d\r\n" % LENGTH),
+        ("SETBIT k 9 1", b":0\r\n"),
+        (f"GETBIT k {8 * LENGTH - 4}", b":1\r\n"),
+        ("BITCOUNT k", b":4\r\n"),
+        ("INCR k", b"-ERR value is not an integer or out of range\r\n"),
+        ("INCRBYFLOAT k 1", b"-ERR value is not a valid float\r\n"),
+        ("TYPE k", b"+string\r\n"),
+        ("OBJECT ENCODING k", b"$3\r\nraw\r\n"),
+        ("OBJECT REFCOUNT k", b":1\r\n"),
+        ("SCAN 0 TYPE string", b"*2\r\n$1\r\n0\r\n*1\r\n$1\r\nk\r\n"),
+        ("RENAME k l", b"+OK\r\n"),
+        ("VINFO k", b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n"),
+    ],
+)
+async def test_a_large_string(house: House, request_: str, reply: bytes) -> None:
+    assert await (await large(house)).call(request_) == reply
+
+
+async def test_a_copy_of_a_large_string_is_another_one(house: House) -> None:
+    client = await large(house)
+    await client.send("COPY k l", "SETRANGE l 100000 y", "APPEND l z", "STRLEN l")
+    assert (await client.arrived()).endswith(b":%d\r\n" % (LENGTH + 1))
+    assert await client.call("GET k") == VALUE
+    expected = bytes(100_000) + b"y" + bytes(LENGTH - 100_002) + b"xz"
+    assert await client.call("GET l") == b"$%d\r\n%b\r\n" % (LENGTH + 1, expected)
+
+
+async def test_a_reply_shows_a_large_string_as_it_was(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    async with open_house(journal=journal) as house:
+        client = await large_unseen(house)
+        await client.send("GET k", "SETRANGE k 3 yz")
+        await wait_all_tasks_blocked()
+        journal.release()
+        assert (await client.arrived()).startswith(b":%d\r\n" % LENGTH + VALUE)
+
+
+async def large_unseen(house: House) -> Client:
+    client = house.connect()
+    await client.send(f"SETRANGE k {LENGTH - 1} x")
+    await wait_all_tasks_blocked()
+    return client
+
+
+async def test_bytes_of_a_large_string_are_counted(house: House) -> None:
+    keyspace = house.engine.keyspace
+    client = await large(house)
+    keyspace.counting = True
+    held = keyspace.bytes_held()
+    assert held > LENGTH
+    await client.call("APPEND k " + 1000 * "y")
+    assert keyspace.bytes_held() == held + 1000
+    usage = int((await client.call("MEMORY USAGE k"))[1:-2])
+    assert LENGTH + 1000 < usage < LENGTH + 1200
+    await client.call("DEL k")
+    assert keyspace.bytes_held() < 1000

@@ -241,7 +241,7 @@ def start(directory: Path, files: DiskFiles | None = None) -> Found:
             rows = {row: (value.vector(row) or b"", value.attributes(row)) for row in value.live}
             found = IndexValue(value.id, value.parameters.metric, rows)
         else:
-            found = value
+            found = bytes(value)
         state[key] = found, engine.keyspace.expiries.get(key)
     return Found(recovery, state)
 
