@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import compress
 from typing import Any
 
 import attrs
@@ -24,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engram.index import planner
+from engram.index import planner, vector_index
 from engram.index.distances import METRICS
 from engram.index.filters import Filter, compile_filter
 from engram.index.matching import count_matching, find_matching, find_matching_since
@@ -40,11 +41,17 @@ Build = Callable[..., Any]
 EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "7"))
 
 DIMENSION = 8
-# Heads of small chunks that soon become segments, and large ones that are scanned by their codes.
-SEAL_ROWS = [64, 64, 1024]
+# Heads of small chunks that soon become segments, larger ones that are scanned by their codes, and those of
+# a server, with chunks of thousands of rows.
+SEAL_ROWS = [64, 64, 1024, vector_index.SEAL_ROWS]
 KEYS = [b"key-%d" % number for number in range(400)]
+# Those of bursts, too, so that there are several large chunks.
+ALL_KEYS = [*KEYS, *(b"key-%d" % number for number in range(400, 9000))]
+LARGEST_BURST = 4000
 # The oldest are forgotten beyond so many.
 MOMENTS = 6
+# How many changes views may lag behind.
+FARTHEST_BEHIND = 6
 
 # Directions that rows lie around.
 CENTERS = np.random.default_rng(5).normal(size=(12, DIMENSION))
@@ -104,14 +111,21 @@ class Row:
 
 @attrs.frozen(eq=False)
 class Moment:
-    """A view, and what the index held when it was taken: rows by key, oldest first.
+    """A view, and what the index held then: rows by key, oldest first.
 
-    Views of one `group` can be searched together.
+    `present` is what it held when the view was taken, which may be some changes later. Views of one `group`
+    can be searched together.
     """
 
     view: View
     rows: dict[bytes, Row]
+    present: dict[bytes, Row]
     group: object
+
+    @cached_property
+    def wide(self) -> npt.NDArray[np.float64]:
+        """The vectors of the rows."""
+        return np.array([row.vector for row in self.rows.values()], np.float64).reshape(-1, DIMENSION)
 
 
 @attrs.frozen(eq=False)
@@ -130,25 +144,29 @@ def accepts(condition: Filter, text: bytes) -> bool:
 def answer(metric: str, moment: Moment, query: Floats, options: SearchOptions) -> Answer:
     """Brute force in float64."""
     names = list(moment.rows)
+    wide = moment.wide
     if options.filter is not None:
-        names = [name for name in names if accepts(options.filter, moment.rows[name].attributes)]
+        accepted = [accepts(options.filter, row.attributes) for row in moment.rows.values()]
+        names, wide = list(compress(names, accepted)), wide[accepted]
     if not names:
         return Answer([], np.empty(0, np.float32))
-    wide = np.array([moment.rows[name].vector for name in names], np.float64)
     asked = query.astype(np.float64)
     if metric == "l2":
-        distances = np.sqrt(((wide - asked) ** 2).sum(axis=1)).astype(np.float32)
+        distances = np.sqrt(((wide - asked) ** 2).sum(axis=1))
+        shown = distances.astype(np.float32)
     else:
         products = (wide * asked).sum(axis=1)
-        distances = (-products).astype(np.float32)
+        distances = -products
+        shown = distances.astype(np.float32)
         if metric == "cosine":
             lengths = np.sqrt((wide**2).sum(axis=1)) * np.sqrt((asked**2).sum())
             cosines = np.divide(products, lengths, out=np.zeros(len(wide)), where=lengths > 0.0)
-            distances = np.float32(1.0) - cosines.astype(np.float32)
+            distances = np.rint((1.0 - cosines) * 2.0**50)
+            shown = np.float32(1.0) - cosines.astype(np.float32)
     order = np.argsort(distances, kind="stable")
     if options.radius is not None:
-        order = order[distances[order] <= options.radius]
-    return Answer([names[place] for place in order.tolist()], distances[order])
+        order = order[shown[order] <= options.radius]
+    return Answer([names[place] for place in order.tolist()], shown[order])
 
 
 def make_rows(random: np.random.Generator, count: int) -> tuple[Floats, npt.NDArray[np.int64]]:
@@ -184,6 +202,8 @@ class SearchMachine(RuleBasedStateMachine):
         # In the order of their age.
         self.rows: dict[bytes, Row] = {}
         self.moments: list[Moment] = []
+        # What it held after each of the last changes, by LSN.
+        self.past: list[tuple[int, dict[bytes, Row]]] = [(1, {})]
         self.pending: Any = None
         self.lsn = 1
         self.walked = False
@@ -207,7 +227,10 @@ class SearchMachine(RuleBasedStateMachine):
             self.patch.setattr(planner, "SCAN_ROWS_PER_EXPANSION", 0)
             self.patch.setattr(planner, "PICKED_ROWS_PER_EXPANSION", 0.25)
         for part in range(parts):
-            self.add_run(100 * part, 100, seed + part, attributes=True)
+            if self.large:
+                self.add_burst(2000 * part, 2000, seed + part, attributes=True)
+            else:
+                self.add_run(100 * part, 100, seed + part, attributes=True)
             if self.index.needs_maintenance:
                 self.begin_build()
                 self.install()
@@ -219,11 +242,32 @@ class SearchMachine(RuleBasedStateMachine):
         for place, name in enumerate(names):
             self.rows.pop(name, None)
             self.rows[name] = Row(matrix[place].copy(), (given[place] if given else None) or b"")
+        self.remember()
+
+    def remember(self) -> None:
+        self.past = [*self.past[-FARTHEST_BEHIND:], (self.lsn, dict(self.rows))]
+
+    @property
+    def large(self) -> bool:
+        return self.seal_rows == vector_index.SEAL_ROWS
 
     @rule(start=st.integers(0, len(KEYS)), count=st.integers(1, 200), seed=seeds, attributes=st.booleans())
     def add_run(self, start: int, count: int, seed: int, attributes: bool) -> None:
+        self.add([KEYS[(start + step) % len(KEYS)] for step in range(count)], seed, attributes)
+
+    @precondition(lambda self: self.large)
+    @rule(
+        start=st.integers(0, len(ALL_KEYS)),
+        count=st.integers(1000, LARGEST_BURST),
+        seed=seeds,
+        attributes=st.booleans(),
+    )
+    def add_burst(self, start: int, count: int, seed: int, attributes: bool) -> None:
+        self.add([ALL_KEYS[(start + step) % len(ALL_KEYS)] for step in range(count)], seed, attributes)
+
+    def add(self, names: Sequence[bytes], seed: int, attributes: bool) -> None:
         random = np.random.default_rng(seed)
-        names = [KEYS[(start + step) % len(KEYS)] for step in range(count)]
+        count = len(names)
         matrix, clusters = make_rows(random, count)
         given: list[bytes | None] = []
         if attributes:
@@ -258,6 +302,7 @@ class SearchMachine(RuleBasedStateMachine):
         assert self.index.delete(self.lsn, names) == len(set(names) & set(self.rows))
         for name in names:
             self.rows.pop(name, None)
+        self.remember()
 
     @precondition(lambda self: self.pending is None and self.index.needs_maintenance)
     @rule()
@@ -277,6 +322,7 @@ class SearchMachine(RuleBasedStateMachine):
             # Views of it go on.
             self.store.remove(name)
         self.pending = None
+        self.remember()
 
     @precondition(lambda self: self.pending is None and self.index.needs_maintenance)
     @rule()
@@ -298,14 +344,19 @@ class SearchMachine(RuleBasedStateMachine):
         (restored,) = IndexState.unpack([state.describe()], IndexState.pack([state]))
         self.index = VectorIndex.restore(restored, self.store, seal_rows=self.seal_rows)
         self.life = object()
+        self.past = []
+        self.remember()
 
-    @rule()
-    def take_view(self) -> None:
-        self.moments = [*self.moments[1 - MOMENTS :], self.now()]
+    @rule(behind=st.integers(0, FARTHEST_BEHIND))
+    def take_view(self, behind: int) -> None:
+        self.moments = [*self.moments[1 - MOMENTS :], self.now(behind)]
 
-    def now(self) -> Moment:
-        view = self.index.view(self.lsn)
-        return Moment(view, dict(self.rows), (self.life, view.generation))
+    def now(self, behind: int = 0) -> Moment:
+        """The present, or some changes earlier, if views can still show that."""
+        shown = [(lsn, rows) for lsn, rows in self.past if lsn >= self.index.oldest_view]
+        lsn, rows = shown[-1 - behind % len(shown)]
+        view = self.index.view(lsn)
+        return Moment(view, rows, self.past[-1][1], (self.life, view.generation))
 
     def moment(self, number: int) -> Moment:
         """One of those kept, or the present."""
@@ -315,13 +366,13 @@ class SearchMachine(RuleBasedStateMachine):
     @rule()
     def read(self) -> None:
         assert len(self.index) == len(self.rows)
-        for key in KEYS:
+        for key in ALL_KEYS[:: 10 if self.large else 1]:
             row = self.rows.get(key)
             assert (key in self.index) == (row is not None)
             assert self.index.vector(key) == (row.vector.tobytes() if row else None)
             assert self.index.attributes(key) == (row.attributes if row else b"")
 
-    @rule(count=st.integers(1, 100))
+    @rule(count=st.integers(1, 1000))
     def scan(self, count: int) -> None:
         cursor, found = self.index.scan(0, count)
         while cursor:
@@ -341,14 +392,32 @@ class SearchMachine(RuleBasedStateMachine):
         assert since.keys == [
             key
             for key, row in self.rows.items()
-            if moment.rows.get(key) is not row and accepts(condition, row.attributes)
+            if moment.present.get(key) is not row and accepts(condition, row.attributes)
         ]
 
-    @rule(number=st.integers(0, MOMENTS), seed=seeds, asked=st.lists(searches, min_size=1, max_size=4))
-    def search(self, number: int, seed: int, asked: list[tuple[SearchOptions, float | None]]) -> None:
+    @rule(
+        number=st.integers(0, MOMENTS),
+        behind=st.integers(0, FARTHEST_BEHIND),
+        seed=seeds,
+        asked=st.lists(searches, min_size=1, max_size=4),
+    )
+    def search(
+        self, number: int, behind: int, seed: int, asked: list[tuple[SearchOptions, float | None]]
+    ) -> None:
         chosen = self.moment(number)
         together = [moment for moment in (*self.moments, self.now()) if moment.group == chosen.group]
-        moments = [*together, chosen, *together]
+        self.ask([*together, chosen, *together], chosen, seed, asked)
+        # Whoever lags behind does not search together with those who see all.
+        lagging = self.now(behind)
+        self.ask([lagging], lagging, seed, asked)
+
+    def ask(
+        self,
+        moments: Sequence[Moment],
+        chosen: Moment,
+        seed: int,
+        asked: list[tuple[SearchOptions, float | None]],
+    ) -> None:
         for options, part in asked:
             queries = self.queries(seed, chosen, len(moments))
             if part is not None:
