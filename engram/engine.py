@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -15,7 +14,7 @@ from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import IndexState, VectorIndex
-from engram.keyspace import Keyspace
+from engram.keyspace import Collected, Keyspace
 from engram.large_string import String, with_range
 from engram.operations import (
     AddVectors,
@@ -36,7 +35,6 @@ from engram.operations import (
 )
 
 Apply = Callable[[int, Any], None]
-Collected = dict[Any, Any] | deque[Any] | list[Any]
 
 # Entries of a map in a snapshot. Other threads, which open segments, wait while one is decoded.
 _MAP_ENTRIES = 1 << 14
@@ -63,17 +61,19 @@ class Engine:
     state, whether a client has just sent them or the log is read back.
 
     `released_segments` names segments that this state no longer refers to, and `dropped` holds large
-    collections nobody refers to any more; whoever runs the engine takes from both.
+    collections, dictionaries and lists, that nobody refers to any more; whoever runs the engine takes from
+    both. Cursors of scans are numbers from `first_serial` on.
     """
 
-    def __init__(self, segments: SegmentStore, *, seal_rows: int) -> None:
+    def __init__(self, segments: SegmentStore, *, seal_rows: int, first_serial: int = 1) -> None:
         self.lsn = 0
-        self.keyspace: Keyspace[VectorIndex] = Keyspace()
+        self.keyspace: Keyspace[VectorIndex] = Keyspace(first_serial)
         self.indices: dict[int, VectorIndex] = {}
         self.released_segments: list[str] = []
         self.dropped: list[Collected] = []
         self._segments = segments
         self._seal_rows = seal_rows
+        self._first_serial = first_serial
         # Live rows, rows in no segment, all rows, segments, bytes: of all indices, and what of it comes from
         # each; and the indices of which that is not true any more.
         self._totals = _NO_COUNTS
@@ -155,7 +155,7 @@ class Engine:
             recall=operation.recall,
         )
         self._drop(self.keyspace.values.get(operation.key))
-        index = VectorIndex(lsn, parameters, seal_rows=self._seal_rows)
+        index = VectorIndex(lsn, parameters, seal_rows=self._seal_rows, first_serial=self._first_serial)
         self.indices[lsn] = index
         self._uncounted.add(lsn)
         self.keyspace.set(operation.key, index)
@@ -202,7 +202,7 @@ class Engine:
             del self.indices[value.id]
             self._uncounted.add(value.id)
             self.released_segments += (segment.id for segment in value.segments)
-            self.dropped.append(value.live)
+            self.dropped += value.remains()
 
     def uses(self, segment: Segment) -> bool:
         """Whether an index has this segment now."""
@@ -272,7 +272,9 @@ class Engine:
         with self._segments.reopening(segments):
             values: dict[bytes, String | VectorIndex] = _unpack_mapping("strings", columns, bytes)
             for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
-                index = VectorIndex.restore(state, self._segments, seal_rows=self._seal_rows)
+                index = VectorIndex.restore(
+                    state, self._segments, seal_rows=self._seal_rows, first_serial=self._first_serial
+                )
                 values[key] = index
                 self.indices[index.id] = index
                 self._uncounted.add(index.id)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import heapq
-import secrets
 import sys
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from engram.large_string import LargeString, String
+from engram.scan_order import PAGE_BYTES, ScanOrder
 from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
 
 Other = TypeVar("Other")
 
-# A cursor holds the number of its scan above the position in it, and stays below 2**53 so that clients
-# which read numbers as doubles keep it whole.
-_POSITION_BITS = 40
-_SCAN_NUMBERS = 1 << 12
-_OPEN_SCANS = 256
-# Keys that the snapshots of open scans hold together, but for the last scan.
-_SCANNED_KEYS = 1 << 24
-
-# Keys that are stepped over to reach a random one. With more keys they are drawn from a list, which is made
-# anew when so many of its keys are gone, or so many others have come, that it no longer stands for all.
-_STEPPED_KEYS = 1 << 12
-_DRAWS = 16
+Collected = dict[Any, Any] | deque[Any] | list[Any]
+"""What may be so large that it is freed in slices."""
 
 # What a key and its string take beside their lengths; an entry of the queue of expiries, a tuple that the
 # collector knows; and an expiry.
@@ -43,20 +33,15 @@ class Keyspace(Generic[Other]):
 
     `values` and `expiries` are read directly by callers; they are changed only through the methods.
     Expiries are in milliseconds since the epoch. An expired key is still here until it is deleted:
-    deciding what time it is belongs to the caller.
+    deciding what time it is belongs to the caller. Cursors of scans are numbers from `first_serial` on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_serial: int = 1) -> None:
         self.values: dict[bytes, String | Other] = {}
         self.expiries: dict[bytes, int] = {}
         # (expiry, key), earliest first; an entry counts only while `expiries` agrees with it.
         self._queue: list[tuple[int, bytes]] = []
-        # Snapshots of the keys, by scan number. A key present for the whole of a scan is in the
-        # snapshot taken at its start, which is all that SCAN promises.
-        self._scans: OrderedDict[int, list[bytes]] = OrderedDict()
-        self._last_scan = 0
-        # What random keys are drawn from.
-        self._drawn_from: list[bytes] = []
+        self._order = ScanOrder(self.values, first_serial)
         # The lengths of all keys and strings, None while they are not counted.
         self._text_bytes: int | None = None
 
@@ -67,18 +52,25 @@ class Keyspace(Generic[Other]):
         """The key holds the value and lapses at `expires_at`, or never when None."""
         if self._text_bytes is not None:
             self._count(key, value)
-        self.values[key] = value
+        values = self.values
+        if key not in values:
+            self._order.add(key)
+        values[key] = value
         if self.expiries or expires_at is not None:
             self.set_expiry(key, expires_at)
 
     def set_many(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """The keys hold these values, in order, and never lapse."""
+        held = self.values
+        before = len(held)
         if self._text_bytes is None:
-            self.values.update(zip(keys, values, strict=True))
+            held.update(zip(keys, values, strict=True))
         else:
             for key, value in zip(keys, values, strict=True):
                 self._count(key, value)
-                self.values[key] = value
+                held[key] = value
+        if len(held) > before:
+            self._order.extend(keys, len(held) - before)
         if self.expiries:
             for key in keys:
                 self.expiries.pop(key, None)
@@ -87,7 +79,10 @@ class Keyspace(Generic[Other]):
         """The key holds another value; when it lapses stays."""
         if self._text_bytes is not None:
             self._count(key, value)
-        self.values[key] = value
+        values = self.values
+        if key not in values:
+            self._order.add(key)
+        values[key] = value
 
     def rename(self, source: bytes, destination: bytes) -> None:
         """What an existing key holds, and when it lapses, belongs to another key."""
@@ -98,11 +93,15 @@ class Keyspace(Generic[Other]):
 
     def delete(self, key: bytes) -> String | Other | None:
         """Takes a key away; returns what it held, None when it was not there."""
+        if key not in self.values:
+            return None
         if self.expiries:
             self.expiries.pop(key, None)
-        if self._text_bytes is not None and key in self.values:
-            self._text_bytes -= len(key) + _text_length(self.values[key])
-        return self.values.pop(key, None)
+        value = self.values.pop(key)
+        if self._text_bytes is not None:
+            self._text_bytes -= len(key) + _text_length(value)
+        self._order.remove(key)
+        return value
 
     def set_expiry(self, key: bytes, expires_at: int | None) -> None:
         """Changes when an existing key lapses."""
@@ -111,12 +110,12 @@ class Keyspace(Generic[Other]):
         else:
             self._schedule(key, expires_at)
 
-    def clear(self) -> tuple[dict[bytes, String | Other], dict[bytes, int]]:
-        """Takes everything away; returns what `values` and `expiries` held."""
-        taken = self.values, self.expiries
+    def clear(self) -> list[Collected]:
+        """Takes everything away; returns `values`, `expiries` and what else may be large, to be freed."""
+        taken: list[Collected] = [self.values, self.expiries, *self._order.remains()]
         self.values, self.expiries, self._queue = {}, {}, []
-        self._scans.clear()
-        self._drawn_from = []
+        # A scan under way goes on below the serials of keys that are yet to come.
+        self._order = ScanOrder(self.values, self._order.next_serial)
         if self._text_bytes is not None:
             self._text_bytes = 0
         return taken
@@ -124,27 +123,14 @@ class Keyspace(Generic[Other]):
     def load(self, values: dict[bytes, String | Other], expiries: dict[bytes, int]) -> None:
         """Takes these mappings over as its own."""
         self.values, self.expiries = values, expiries
+        self._order = ScanOrder(values, self._order.next_serial)
         self._rebuild_queue()
         if self._text_bytes is not None:
             self._text_bytes = _text_bytes(values.items())
 
     def random_key(self) -> bytes | None:
-        """Any key, about as likely as any other; None when there is none.
-
-        With thousands of keys, one that has come lately may not be drawn until there are an eighth more.
-        """
-        count = len(self.values)
-        if count <= _STEPPED_KEYS:
-            self._drawn_from = []
-            return next(islice(self.values, secrets.randbelow(count), None)) if count else None
-        if not count * 7 // 8 <= len(self._drawn_from) <= count * 8 // 7:
-            self._drawn_from = list(self.values)
-        for _ in range(_DRAWS):
-            key = secrets.choice(self._drawn_from)
-            if key in self.values:
-                return key
-        self._drawn_from = list(self.values)
-        return secrets.choice(self._drawn_from)
+        """Any key, about as likely as any other; None when there is none."""
+        return self._order.random() if self.values else None
 
     def next_expiry(self) -> int | None:
         """When the earliest key lapses, None when none will."""
@@ -211,7 +197,7 @@ class Keyspace(Generic[Other]):
         """
         values, expiries, queue = self.values, self.expiries, self._queue
         size = self._estimated_text_bytes() if self._text_bytes is None else self._text_bytes
-        size += table_bytes(values) + _KEY_BYTES * len(values)
+        size += table_bytes(values) + _KEY_BYTES * len(values) + self._order.bytes_held
         if queue:
             size += table_bytes(expiries) + INTEGER_OBJECT * len(expiries)
             size += sys.getsizeof(queue) + _QUEUE_ENTRY_BYTES * len(queue)
@@ -235,29 +221,13 @@ class Keyspace(Generic[Other]):
             growth += len(key)
         self._text_bytes += growth
 
-    def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
-        """The next `count` keys of a scan and the cursor that continues it, 0 at the end.
+    def scan(self, cursor: int, count: int, size: int = PAGE_BYTES) -> tuple[int, list[bytes]]:
+        """The next keys of a scan, up to `count`, and the cursor that continues it, 0 at the end.
 
-        Every key present from the first call (cursor 0) to the last is returned at least once. Some
-        hundreds of scans may be open at once; beyond that the one that was not used for longest is
-        forgotten, and its cursor starts over. See https://redis.io/docs/latest/commands/scan/.
+        Every key present from the first call (cursor 0) to the last is returned: see `ScanOrder.page`, and
+        https://redis.io/docs/latest/commands/scan/.
         """
-        number, position = cursor >> _POSITION_BITS, cursor & ((1 << _POSITION_BITS) - 1)
-        keys = self._scans.get(number)
-        if keys is None:
-            keys, position = list(self.values), 0
-            self._last_scan = number = self._last_scan % (_SCAN_NUMBERS - 1) + 1
-            self._scans[number] = keys
-            held = sum(map(len, self._scans.values()))
-            while len(self._scans) > _OPEN_SCANS or (held > _SCANNED_KEYS and len(self._scans) > 1):
-                held -= len(self._scans.popitem(last=False)[1])
-        self._scans.move_to_end(number)
-        end = position + count
-        found = [key for key in keys[position:end] if key in self.values]
-        if end >= len(keys):
-            del self._scans[number]
-            return 0, found
-        return (number << _POSITION_BITS) | end, found
+        return self._order.page(cursor, count, size)
 
     def _schedule(self, key: bytes, expires_at: int) -> None:
         self.expiries[key] = expires_at

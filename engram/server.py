@@ -42,6 +42,7 @@ from engram.log_lines import set_level
 from engram.operations import InstallSegment
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
 from engram.progress import Progress
+from engram.scan_order import BLOCK_KEYS, first_serial
 from engram.statistics import SAMPLE_INTERVAL
 from engram.supervision import Job, keep_running, run_contained
 from engram.temporary_folder import TemporaryFolder, remove_abandoned_folders
@@ -170,7 +171,7 @@ async def _serve(
     progress = Progress()
     threads, helpers = search_threads(config)
     store = SegmentStore(segments, files, threads + helpers, progress, descriptors)
-    engine = Engine(store, seal_rows=config.seal_rows)
+    engine = Engine(store, seal_rows=config.seal_rows, first_serial=first_serial(time.time_ns() // 1000))
     recovery: Recovery | None = None
     persistence: Persistence | None = None
     access = await trio.to_thread.run_sync(
@@ -404,9 +405,13 @@ async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | 
         await trio.sleep(_IDLE_EXPIRY_INTERVAL)
         while engine.dropped:
             collection = engine.dropped[-1]
-            take = collection.popitem if isinstance(collection, dict) else collection.pop
-            for _ in range(min(_FREE_SLICE, len(collection))):
-                take()
+            if isinstance(collection, list):
+                # Blocks of keys.
+                del collection[-(_FREE_SLICE // BLOCK_KEYS) :]
+            else:
+                take = collection.popitem if isinstance(collection, dict) else collection.pop
+                for _ in range(min(_FREE_SLICE, len(collection))):
+                    take()
             if not collection:
                 engine.dropped.pop()
             await trio.lowlevel.checkpoint()

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import tracemalloc
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -119,22 +122,69 @@ def test_an_unknown_cursor_starts_over() -> None:
     assert keyspace.scan(123456789, 10) == (0, [b"key"])
 
 
-def test_unfinished_scans_are_bounded() -> None:
+@pytest.mark.parametrize(("scans", "keys"), [(1000, 30), (16, 30_000)])
+def test_any_number_of_scans_at_once_end_after_one_pass(scans: int, keys: int) -> None:
     keyspace: Keyspace[None] = Keyspace()
-    for number in range(3):
+    for number in range(keys):
         keyspace.set(b"%d" % number, b"")
-    cursors = [keyspace.scan(0, 1)[0] for _ in range(1000)]
-    assert len(keyspace._scans) <= 256
-    assert max(cursors) < 1 << 53
+    count = keys // 3
+    pages = [keyspace.scan(0, count) for _ in range(scans)]
+    for left in (2, 1):
+        assert all(cursor and len(found) == count for cursor, found in pages), left
+        pages = [keyspace.scan(cursor, count) for cursor, _ in pages]
+    assert [(cursor, len(found)) for cursor, found in pages] == [(0, count)] * scans
 
 
-def test_many_scans_at_once_all_end() -> None:
+def test_a_page_takes_memory_in_proportion_to_the_page() -> None:
     keyspace: Keyspace[None] = Keyspace()
-    for number in range(30):
+    for number in range(100_000):
         keyspace.set(b"%d" % number, b"")
-    scans = [keyspace.scan(0, 10) for _ in range(200)]
-    scans = [keyspace.scan(cursor, 10) for cursor, _ in scans]
-    assert [keyspace.scan(cursor, 10)[0] for cursor, _ in scans] == [0] * 200
+    tracemalloc.start()
+    pages = [keyspace.scan(0, 10) for _ in range(100)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(cursor for cursor, _ in pages)
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize("word", ["set", "set_many", "update", "rename", "delete", "expiry", "clear"])
+def test_a_scan_ends_though_others_change_keys_between_its_pages(word: str) -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    for number in range(20):
+        keyspace.set(b"%d" % number, b"")
+    cursor, found = keyspace.scan(0, 10)
+    pages, turn = 1, 0
+    while cursor:
+        for _ in range(30):
+            turn += 1
+            new = b"new:%d" % turn
+            if word == "set":
+                keyspace.set(new, b"")
+                keyspace.set(b"%d" % (turn % 20), b"overwritten")
+            elif word == "set_many":
+                keyspace.set_many([b"%d" % (turn % 20), new, b"and " + new], [b"1", b"2", b"3"])
+            elif word == "update":
+                keyspace.update(new, b"appended")
+            elif word == "rename":
+                keyspace.rename(b"%d" % (turn % 20) if turn <= 10 else b"new:%d" % (turn - 10), new)
+            elif word == "delete":
+                keyspace.delete(b"%d" % (turn % 10))
+                keyspace.set(b"%d" % (turn % 10), b"again")
+            elif word == "expiry":
+                keyspace.set(new, b"", turn)
+                for key in keyspace.expired(turn, 10):
+                    keyspace.delete(key)
+            else:
+                keyspace.clear()
+                keyspace.set_many([b"%d" % number for number in range(20)], [b""] * 20)
+        cursor, more = keyspace.scan(cursor, 10)
+        pages += 1
+        found += more
+    assert pages == 2
+    if word not in ("rename", "delete", "clear"):
+        assert {key for key in found if not key.startswith(b"new")} == {
+            b"%d" % number for number in range(20)
+        }
 
 
 def test_load_fills_in_bulk() -> None:
@@ -144,23 +194,36 @@ def test_load_fills_in_bulk() -> None:
     assert len(keyspace) == 2
 
 
-def test_random_keys_of_many_are_keys_that_are_there() -> None:
+def test_random_keys_are_all_keys() -> None:
     keyspace: Keyspace[None] = Keyspace()
     keyspace.set_many([b"%d" % number for number in range(10_000)], [b""] * 10_000)
     assert len({keyspace.random_key() for _ in range(100)}) > 50
     for number in range(4_990):
         keyspace.delete(b"%d" % number)
     assert all(keyspace.random_key() in keyspace.values for _ in range(100))
-    keyspace.set_many([b"new:%d" % number for number in range(20_000)], [b""] * 20_000)
-    assert any(str(keyspace.random_key()).startswith("b'new:") for _ in range(100))
+    keyspace.set_many([b"new:%d" % number for number in range(1000)], [b""] * 1000)
+    assert any(str(keyspace.random_key()).startswith("b'new:") for _ in range(200))
     keyspace.clear()
     assert keyspace.random_key() is None
 
 
-def test_a_key_that_came_in_place_of_all_others_is_drawn() -> None:
+def test_keys_that_came_in_place_of_all_others_are_drawn() -> None:
     keyspace: Keyspace[None] = Keyspace()
     keyspace.set_many([b"%d" % number for number in range(5_000)], [b""] * 5_000)
-    keyspace.random_key()
     for number in range(5_000):
         keyspace.rename(b"%d" % number, b"new:%d" % number)
-    assert str(keyspace.random_key()).startswith("b'new:")
+    assert len({str(keyspace.random_key()).startswith("b'new:") for _ in range(100)}) == 1
+
+
+def test_keys_that_come_and_go_leave_nothing() -> None:
+    keyspace: Keyspace[None] = Keyspace()
+    keyspace.set(b"stays", b"")
+    held = keyspace.bytes_held()
+    for number in range(50_000):
+        key = b"same" if number % 2 else b"%d" % number
+        keyspace.set(key, b"")
+        keyspace.delete(key)
+    assert keyspace.bytes_held() < held + 20_000
+    assert keyspace.scan(0, 10) == (0, [b"stays"])
+    keyspace.delete(b"stays")
+    assert keyspace.bytes_held() < 1000

@@ -22,6 +22,7 @@ GROUND = frozenset(
         "large_string",
         "operations",
         "progress",
+        "scan_order",
         "sizes",
         "supervision",
     }
@@ -35,6 +36,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "descriptors": frozenset(),
     "errors": frozenset(),
     "sizes": frozenset(),
+    "scan_order": frozenset({"sizes"}),
     "files": frozenset(),
     "large_string": frozenset(),
     "operations": frozenset(),

@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -28,6 +28,7 @@ from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
 from engram.persistence import Persistence, lock_directory
 from engram.progress import Progress
+from engram.scan_order import ScanOrder
 from engram.server import SWITCH_INTERVAL, Started, _free, serve
 from tests.conftest import PATIENCE, Client, vector
 
@@ -367,7 +368,9 @@ async def test_a_segment_that_cannot_be_removed_is_tried_again(
 
     class State:
         def __init__(self) -> None:
-            self.dropped: list[dict[bytes, int]] = [{b"%d" % number: number for number in range(10_000)}]
+            keys = [b"%d" % number for number in range(10_000)]
+            order = ScanOrder(dict.fromkeys(keys))
+            self.dropped: list[dict[bytes, Any] | list[Any]] = [dict.fromkeys(keys), *order.remains(), []]
             self.released_segments = ["a"]
 
     store, state = Store(), State()
@@ -375,6 +378,36 @@ async def test_a_segment_that_cannot_be_removed_is_tried_again(
     await removed.wait()
     assert store.tries == ["a"] * 3
     assert (state.dropped, state.released_segments) == ([], [])
+
+
+async def test_a_scan_that_a_restart_interrupts_returns_all_and_ends(tmp_path: Path) -> None:
+    async def page(client: Client, command: str, cursor: bytes) -> tuple[bytes, list[bytes]]:
+        words = (await client.call(f"{command} {cursor.decode()} COUNT 8")).split(b"\r\n")
+        return words[2], words[5::2]
+
+    scans: dict[str, tuple[bytes, list[bytes]]] = {}
+    async with running(Config(dir=str(tmp_path))) as server:
+        client = await server.connect()
+        await client.call("VNEW v 1")
+        for number in range(20):
+            await client.call(f"SET {number} x")
+            await client.send([b"VADD", b"v", b"%d" % number, vector(number)])
+            await client.reply()
+        # It comes in its old place, and is the last one where the log is read back.
+        await client.call("DEL 0")
+        await client.call("SET 0 x")
+        for command in ("SCAN", "VSCAN v"):
+            scans[command] = await page(client, command, b"0")
+    async with running(Config(dir=str(tmp_path))) as server:
+        client = await server.connect()
+        for command, (cursor, found) in scans.items():
+            pages = 0
+            while cursor != b"0":
+                cursor, more = await page(client, command, cursor)
+                found += more
+                pages += 1
+            assert pages == 3
+            assert {b"%d" % number for number in range(20)} <= set(found)
 
 
 async def test_the_log_is_told_what_segments_out_of_use_take(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from engram.errors import CommandError
 from engram.large_string import String
+from engram.scan_order import PAGE_BYTES
 
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 NOT_A_FLOAT = "ERR value is not a valid float"
@@ -22,6 +23,8 @@ _SAFE_DIGITS = len(str(INTEGER_HIGH))
 
 _CURSOR = re.compile(rb"[ \t\n\v\f\r]*([+-]?)(\d+)")
 _BAD_CURSOR = "ERR invalid cursor"
+# Bytes of the keys of a page times those of the pattern they are matched with: some 20 ms at worst.
+_MATCH_STEPS = 1 << 24
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -116,6 +119,11 @@ def scan_count(argument: bytes) -> int:
     if count < 1:
         raise CommandError(SYNTAX_ERROR)
     return count
+
+
+def scan_size(pattern: bytes | None) -> int:
+    """The bytes of keys after which a page of a scan ends: fewer for a longer pattern, which takes longer."""
+    return PAGE_BYTES if not pattern else min(PAGE_BYTES, max(1, _MATCH_STEPS // len(pattern)))
 
 
 def text(argument: bytes) -> str:

@@ -14,6 +14,7 @@ from engram.commands.arguments import (
     require_database,
     scan_count,
     scan_cursor,
+    scan_size,
     small_integer,
     text,
 )
@@ -30,8 +31,10 @@ NO_KEY, NO_EXPIRY = -2, -1
 
 _SAME_KEY = "ERR source and destination objects are the same"
 
-# Draws of a random key that may have lapsed before all keys are looked through.
+# Draws of a random key that may have lapsed, before all keys are looked through; and where they are more than
+# so many, which are not.
 _DRAWS = 100
+_MORE_DRAWS = 4096
 
 
 def _delete(session: Session, arguments: list[bytes]) -> bytes:
@@ -110,14 +113,16 @@ def _swap_databases(session: Session, arguments: list[bytes]) -> bytes:
 
 def _random_key(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
-    for _ in range(_DRAWS):
-        key = database.keyspace.random_key()
+    keyspace = database.keyspace
+    few = len(keyspace) <= _MORE_DRAWS
+    for _ in range(_DRAWS if few else _MORE_DRAWS):
+        key = keyspace.random_key()
         if key is None:
             return session.encoder.null
         # Those that have lapsed are not deleted here: any number may be drawn, and the log may be full.
         if database.live_keys((key,)):
             return replies.bulk(key)
-    live = database.live_keys(database.keyspace.values)
+    live = database.live_keys(keyspace.values) if few else ()
     return replies.bulk(secrets.choice(live)) if live else session.encoder.null
 
 
@@ -233,7 +238,7 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
             case _:
                 raise CommandError(SYNTAX_ERROR)
     keyspace = database.keyspace
-    cursor, keys = keyspace.scan(cursor, count)
+    cursor, keys = keyspace.scan(cursor, count, scan_size(pattern))
     keys = database.live_keys(keys)
     if pattern is not None and pattern != b"*":
         keys = list(filter(compile_glob(pattern), keys))
@@ -399,7 +404,7 @@ COMMANDS = (
         "Returns a random key name from the database.",
         "generic",
         ("readonly",),
-        complexity="O(1), and O(N) once in a while, when many of the keys are others than before.",
+        complexity="O(1).",
     ),
     Command(
         "type",
@@ -448,10 +453,12 @@ COMMANDS = (
         _scan,
         -2,
         "cursor [MATCH pattern] [COUNT count] [TYPE type]",
-        "Iterates over the key names in the database.",
+        "Iterates over the key names in the database, the newest first. One that is there throughout is"
+        " returned, and the iteration ends, whatever others do.",
         "generic",
         ("readonly",),
         since="2.8.0",
-        complexity="O(1) for every call, O(N) for the first of an iteration and for a complete one.",
+        complexity="O(COUNT) for every call, of which some thousands are done at once; O(N) for a complete"
+        " iteration.",
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engram.commands.arguments import options, scan_count, scan_cursor
+from engram.commands.arguments import options, scan_count, scan_cursor, scan_size
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import check, check_members
 from engram.commands.session import Session
@@ -134,9 +134,10 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
     cursor = scan_cursor(arguments[2])
     given = options(arguments[3:], (b"COUNT", b"MATCH"))
     count = scan_count(given[b"COUNT"]) if b"COUNT" in given else _SCAN_COUNT
-    cursor, keys = index.scan(min(cursor, index.next_row), count)
-    if b"MATCH" in given:
-        keys = list(filter(compile_glob(given[b"MATCH"]), keys))
+    pattern = given.get(b"MATCH")
+    cursor, keys = index.scan(cursor, count, scan_size(pattern))
+    if pattern is not None:
+        keys = list(filter(compile_glob(pattern), keys))
     return replies.array((replies.bulk(b"%d" % cursor), replies.bulk_array(keys)))
 
 
@@ -236,12 +237,13 @@ COMMANDS = (
         _scan,
         -3,
         "index cursor [COUNT count] [MATCH pattern]",
-        "Iterates over the members of a vector index. One that is there throughout is returned at least"
-        " once.",
+        "Iterates over the members of a vector index, the newest first. One that is there throughout is"
+        " returned, and the iteration ends, whatever others do.",
         _GROUP,
         ("readonly",),
         _KEY,
         since=_SINCE,
-        complexity="O(COUNT) for every call, O(N) for a complete iteration.",
+        complexity="O(COUNT) for every call, of which some thousands are done at once; O(N) for a complete"
+        " iteration.",
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -18,6 +18,7 @@ from engram.index.head import ALIVE, Chunk, Head, Lsns, RowIds
 from engram.index.merging import DEAD_FRACTION, LARGEST_SEGMENT, next_merge
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
+from engram.scan_order import PAGE_BYTES, ScanOrder
 from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
 
 # The head is sealed when it has so many rows, or takes so many bytes.
@@ -31,8 +32,6 @@ _CHUNK_BYTES = 8 << 20
 # large backlog get their graph soon.
 _LARGEST_SEAL = 4
 
-# Rows whose deaths a scan looks at in one go.
-_SCANNED_ROWS = 4096
 # One key in so many is measured to estimate what keys take; and what CPython takes for a key in a
 # dictionary of row ids beyond its bytes and the table: the objects of the key and of the number.
 _KEY_SAMPLING = 32
@@ -211,7 +210,8 @@ class VectorIndex:
     new one. Row ids of segments are disjoint ranges in the order of `segments`, and below the head's.
 
     `live` maps each key to its row; only the index changes it. The owner calls `drop` once the index is gone,
-    which sets `dropped` and calls `on_drop`, for those who work on it in the background.
+    which sets `dropped` and calls `on_drop`, for those who work on it in the background. Cursors of scans are
+    numbers from `first_serial` on.
     """
 
     def __init__(
@@ -221,6 +221,7 @@ class VectorIndex:
         *,
         seal_rows: int = SEAL_ROWS,
         largest_segment: int = LARGEST_SEGMENT,
+        first_serial: int = 1,
     ) -> None:
         row_bytes = 4 * parameters.dimension
         self.id = index_id
@@ -229,6 +230,7 @@ class VectorIndex:
         self.on_drop: Callable[[], None] | None = None
         self.segments: tuple[InstalledSegment, ...] = ()
         self.live: dict[bytes, int] = {}
+        self._order = ScanOrder(self.live, first_serial)
         # The lengths of the keys in it.
         self._key_bytes = 0
         self._seal_rows = min(seal_rows, max(16, _HEAD_BYTES // row_bytes))
@@ -250,6 +252,10 @@ class VectorIndex:
         self.dropped = True
         if self.on_drop is not None:
             self.on_drop()
+
+    def remains(self) -> list[dict[Any, Any] | list[Any]]:
+        """What of the index may be so large that it is to be freed in slices, once it is gone."""
+        return [self.live, *self._order.remains()]
 
     def __len__(self) -> int:
         return len(self.live)
@@ -290,6 +296,7 @@ class VectorIndex:
             + table_bytes(self.live)
             + len(self.live) * _LIVE_KEY_BYTES
             + self._key_bytes
+            + self._order.bytes_held
             + self._rows_in_segments * _SEGMENT_ROW_BYTES
         )
 
@@ -318,6 +325,7 @@ class VectorIndex:
             live[key] = row_id
             if old is None:
                 self._key_bytes += len(key)
+                self._order.add(key)
                 return 1
             self._kill(old, lsn)
             return 0
@@ -355,7 +363,10 @@ class VectorIndex:
                 self._head.describe(row_id, text)
         live = self.live
         self._key_bytes += sum(len(key) for key in keys if key not in live)
+        before = len(live)
         live.update(zip(keys, row_ids.tolist(), strict=True))
+        if len(live) > before:
+            self._order.extend(keys, len(live) - before)
 
     def delete(self, lsn: int, keys: Sequence[bytes]) -> int:
         """Kills the rows of these keys; returns how many there were."""
@@ -365,6 +376,7 @@ class VectorIndex:
             row_id = live.pop(key, None)
             if row_id is not None:
                 self._key_bytes -= len(key)
+                self._order.remove(key)
                 row_ids.append(row_id)
         self._kill_many(row_ids, lsn)
         return len(row_ids)
@@ -393,34 +405,12 @@ class VectorIndex:
         """The id of the next row that is added."""
         return self._next_row
 
-    def scan(self, cursor: int, count: int) -> tuple[int, list[bytes]]:
-        """Up to `count` (at least 1) keys in the order of their rows, and the cursor to go on with.
+    def scan(self, cursor: int, count: int, size: int = PAGE_BYTES) -> tuple[int, list[bytes]]:
+        """The next keys of a scan, up to `count`, and the cursor that continues it, 0 at the end.
 
-        The cursor 0 begins, and ends: any other is a row id. No state is kept, and a key overwritten
-        between two calls comes after all others, so that one present throughout is returned at least once.
+        A key that is there throughout is returned: see `ScanOrder.page`.
         """
-        keys: list[bytes] = []
-        for source, rows, deaths in self._sources(cursor):
-            start = int(source.row_ids[:rows].searchsorted(cursor))
-            while start < rows:
-                stop = min(rows, start + count + _SCANNED_ROWS)
-                wanted = count - len(keys)
-                # One more than is returned tells where to go on.
-                alive = start + np.flatnonzero(deaths[start:stop] == ALIVE)[: wanted + 1]
-                keys += source.keys_at(alive[:wanted])
-                if len(alive) > wanted:
-                    return int(source.row_ids[alive[wanted]]), keys
-                start = stop
-        return 0, keys
-
-    def _sources(self, row_id: int) -> Iterator[tuple[Chunk | Segment, int, Lsns]]:
-        """What holds rows from `row_id` on, oldest first: source, number of rows, their deaths."""
-        if row_id <= self._last_segment_row:
-            for installed in self.segments[max(0, bisect_right(self._segment_starts, row_id) - 1) :]:
-                yield installed.segment, installed.rows, installed.deaths
-        for chunk in self._head.chunks:
-            if chunk.count and chunk.row_ids[chunk.count - 1] >= row_id:
-                yield chunk, chunk.count, chunk.deaths
+        return self._order.page(cursor, count, size)
 
     def statistics(self) -> IndexStatistics:
         """What the index holds now; takes time in proportion to the chunks and segments."""
@@ -613,13 +603,15 @@ class VectorIndex:
         )
 
     @classmethod
-    def restore(cls, state: IndexState, store: SegmentStore, *, seal_rows: int = SEAL_ROWS) -> VectorIndex:
+    def restore(
+        cls, state: IndexState, store: SegmentStore, *, seal_rows: int = SEAL_ROWS, first_serial: int = 1
+    ) -> VectorIndex:
         """The index that `export` gave the state of.
 
         Raises:
             DamagedDataError: a segment is missing, or is not what was written.
         """
-        index = cls(state.id, state.parameters, seal_rows=seal_rows)
+        index = cls(state.id, state.parameters, seal_rows=seal_rows, first_serial=first_serial)
         installed = []
         for saved in state.segments:
             segment = store.take(saved.id, saved.checksum)
@@ -636,6 +628,7 @@ class VectorIndex:
                 if live[key] == row_id:
                     del live[key]
         index._key_bytes = sum(map(len, index.live))
+        index._order = ScanOrder(index.live, first_serial)
         index._set_segments(installed)
         index._append(0, state.row_ids, state.keys, state.vectors, state.attributes)
         index._next_row = state.next_row

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from engram.operations import SetExpiry, SetStrings
 from tests.commands.conftest import Conversation, Converse, add, bulks, search
 from tests.conftest import Client, House, ManualJournal, OpenHouse, vector
 
@@ -346,3 +347,55 @@ async def test_random_keys_are_all_keys(client: Client) -> None:
     await client.call("MSET a 1 b 2 c 3")
     found = {await client.call("RANDOMKEY") for _ in range(200)}
     assert found == {b"$1\r\na\r\n", b"$1\r\nb\r\n", b"$1\r\nc\r\n"}
+
+
+async def test_random_keys_among_many_that_have_lapsed(house: House) -> None:
+    client = house.connect()
+    house.database.commit(SetStrings(tuple(b"%d" % number for number in range(5000)), (b"",) * 5000))
+    for number in range(4900):
+        house.database.commit(SetExpiry(b"%d" % number, house.clock.time + 10))
+    house.clock.time += 10
+    for _ in range(10):
+        drawn = (await client.call("RANDOMKEY")).split()[1]
+        assert 4900 <= int(drawn) < 5000
+
+
+async def scan(client: Client, cursor: bytes, *options: bytes) -> tuple[bytes, list[bytes]]:
+    """One call of SCAN: the next cursor, and the keys, which are numbers."""
+    await client.send([b"SCAN", cursor, *options])
+    words = (await client.reply()).split(b"\r\n")
+    assert words[0] == b"*2"
+    return words[2], words[5::2]
+
+
+async def test_any_number_of_scans_end(client: Client) -> None:
+    for number in range(20):
+        await client.call(f"SET {number} x")
+    scans: dict[int, tuple[bytes, list[bytes]]] = dict.fromkeys(range(300), (b"0", []))
+    for _ in range(2):
+        for number, (cursor, found) in scans.items():
+            cursor, more = await scan(client, cursor, b"COUNT", b"10")
+            scans[number] = cursor, found + more
+            await client.call(f"SET {1000 + number} x")
+            await client.call(f"DEL {1000 + number - 5}")
+    for cursor, found in scans.values():
+        assert cursor == b"0" or len(found) == 20
+    assert set(scans[0][1]) == {b"%d" % number for number in range(20)}
+
+
+async def test_a_scan_takes_some_thousand_keys_at_once(house: House) -> None:
+    keys = tuple(b"%d" % number for number in range(50_000))
+    house.database.commit(SetStrings(keys, (b"",) * len(keys)))
+    client = house.connect()
+    cursor, found = await scan(client, b"0", b"COUNT", b"9223372036854775807")
+    calls = 1
+    while cursor != b"0":
+        assert 0 < len(found) <= calls << 14
+        cursor, more = await scan(client, cursor, b"COUNT", b"1000000", b"MATCH", b"*")
+        found += more
+        calls += 1
+    assert sorted(found) == sorted(keys)
+    # The longer a pattern is, the longer each key may take to match with it.
+    cursor, found = await scan(client, b"0", b"COUNT", b"1000000", b"MATCH", b"*" + b"[0-9]*" * 600)
+    assert cursor != b"0"
+    assert len(found) < 2000

@@ -265,12 +265,29 @@ async def test_vscan(client: Client) -> None:
         cursor = following.decode()
         if cursor == "0":
             break
-        # What is not there throughout may be missing; what is overwritten comes again.
-        await client.call("VDEL a key:49")
-        await add(client, "a", "key:0", 0)
-    assert {b"key:%d" % number for number in range(49)} <= set(found)
-    assert b"key:49" not in found
+        # What is not there throughout may be missing; what is overwritten does not come again.
+        await client.call("VDEL a key:0")
+        for number in range(1, 50, 3):
+            await add(client, "a", f"key:{number}", 0)
+        await add(client, "a", f"new:{len(found)}", 0)
+    assert sorted(found) == sorted(b"key:%d" % number for number in range(1, 50))
     assert len(parse(await client.call("VSCAN a 0"))[1]) == 10
+
+
+@pytest.mark.parametrize("change", ["VSETATTR a {0} {{}}", "VDEL a {0}", "DEL a"])
+async def test_vscan_ends_whatever_others_do(client: Client, change: str) -> None:
+    cursor, calls = "0", 0
+    while calls == 0 or cursor != "0":
+        if calls == 0 or change.startswith("DEL"):
+            await client.call("VNEW a 1")
+        for number in range(20):
+            await add(client, "a", f"{number}", 0)
+        following, _ = parse(await client.call(f"VSCAN a {cursor} COUNT 10"))
+        cursor = following.decode()
+        calls += 1
+        for number in range(1 if change.startswith("DEL") else 20):
+            assert not (await client.call(change.format(number))).startswith(b"-")
+    assert calls == 2
 
 
 async def test_vscan_options(client: Client) -> None:
