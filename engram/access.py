@@ -18,7 +18,7 @@ import attrs
 
 from engram.config import LONGEST_PASSWORD, Config
 from engram.errors import CommandError, ConfigError, OperatorError
-from engram.files import DiskFiles, Files, replace_file
+from engram.files import DiskFiles, Files, replace_file, rewrite_file
 from engram.permissions import (
     UNKNOWN_COMMAND,
     Command,
@@ -61,6 +61,7 @@ NO_FILE: Final = (
 _UNCHANGED: Final = "WARNING: ACL errors detected, no change to the previously active ACL rules was performed"
 _NOBODYS_PASSWORD: Final = b"0" * 64
 
+_MODE: Final = 0o600
 _LOG_WINDOW: Final = 60.0
 _LOG_SCAN: Final = 10
 _LONGEST_LOGGED: Final = 1024
@@ -306,9 +307,12 @@ class Access:
         return b"".join(line + b"\n" for line in describe_users(rules))
 
     def save(self, content: bytes) -> None:
-        """Replaces the file, durably. Blocks. Raises OSError."""
+        """Replaces the file, durably. Blocks; one call at a time may. Raises OSError."""
         assert self.path is not None
-        replace_file(self._files, self.path, content)
+        if self.automatic:
+            replace_file(self._files, self.path, content)
+        else:
+            rewrite_file(self._files, self.path, [content], _MODE)
 
     def read(self) -> dict[bytes, Rules]:
         """The users in the file. Blocks. Raises CommandError when it cannot be read, or holds errors."""

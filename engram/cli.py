@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import shlex
 import signal
@@ -17,6 +18,9 @@ from engram.config import SETTINGS, Config, load_config
 from engram.errors import ConfigError, DamagedDataError, OperatorError
 from engram.log_lines import logging_to
 from engram.server import Started, first_error, serve
+from engram.standard_streams import OutputError, complain, discard, prepare_streams, say
+
+logger = logging.getLogger("engram")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -47,18 +51,8 @@ def trio_run() -> int:
     return _run(entry, sys.argv[2:])
 
 
-def _open_standard_streams() -> None:
-    """Opens /dev/null for each standard stream that is closed.
-
-    A file or socket would get its number, and what a library prints would end up there.
-    """
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-
-
 def _run(entry: Callable[[Sequence[str]], Awaitable[int]], arguments: Sequence[str]) -> int:
-    _open_standard_streams()
+    prepare_streams()
     code = EXIT_FAILURE
     try:
         code = trio.run(entry, arguments)
@@ -77,22 +71,32 @@ async def command_line(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in SUBCOMMANDS:
         return await _subcommand(arguments[0], arguments[1:])
     if list(arguments) in (["--help"], ["-h"]):
-        print(usage())
-        return 0
+        return _tell(usage())
     if list(arguments) in (["--version"], ["-v"]):
-        print(f"engram {__version__}")
-        return 0
+        return _tell(f"engram {__version__}")
     try:
         config = load_config(arguments)
     except ConfigError as error:
-        print(f"engram: {error}", file=sys.stderr)
+        complain(error)
         return EXIT_USAGE
     try:
         with logging_to(config.logfile, config.loglevel):
             return await _serve(config)
     except OperatorError as error:
-        print(f"engram: {error}", file=sys.stderr)
+        complain(error)
         return EXIT_FAILURE
+
+
+def _tell(text: str) -> int:
+    try:
+        say(text)
+    except OutputError as error:
+        complain(error)
+    except BrokenPipeError:
+        pass
+    else:
+        return 0
+    return EXIT_FAILURE
 
 
 async def _serve(config: Config) -> int:
@@ -108,7 +112,7 @@ async def _serve(config: Config) -> int:
     except* OperatorError as group:
         reason = first_error(group)
         hint = f"; run `engram check {shlex.quote(config.dir)}` to see what can be done"
-        print(f"engram: {reason}{hint if isinstance(reason, DamagedDataError) else ''}", file=sys.stderr)
+        complain(f"{reason}{hint if isinstance(reason, DamagedDataError) else ''}")
     return code
 
 
@@ -122,21 +126,23 @@ async def _subcommand(name: str, arguments: Sequence[str]) -> int:
         # What argparse has said.
         return ended.code if isinstance(ended.code, int) else EXIT_USAGE
     except OperatorError as error:
-        print(f"engram: {error}", file=sys.stderr)
+        complain(error)
     except BrokenPipeError:
         # Whoever read the output has seen enough; nor is there anyone for what is still in the buffer.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
     return EXIT_FAILURE
 
 
 def report(started: Started) -> None:
-    """Prints what recovery found, on standard error, and the line that says the server is up."""
+    """Prints what recovery found, on standard error, and the line that says the server is up.
+
+    The server goes on where that cannot be printed.
+    """
     if started.recovery is not None:
         for path in started.recovery.cut_files:
-            print(
-                f"engram: the last {started.recovery.torn_bytes} bytes of the log are not whole records, and"
-                f" are not known to have been durable; they were cut and are kept in {path}",
-                file=sys.stderr,
+            complain(
+                f"the last {started.recovery.torn_bytes} bytes of the log are not whole records, and"
+                f" are not known to have been durable; they were cut and are kept in {path}"
             )
     addresses = [f"{host}:{port}" for host, port in started.addresses]
     addresses += [f"{host}:{port} (TLS)" for host, port in started.tls_addresses]
@@ -148,7 +154,10 @@ def report(started: Started) -> None:
         )
     else:
         kept = "keeping nothing (no --dir): 0 keys and 0 vectors"
-    print(f"engram {__version__} listening on {where}, {kept}", flush=True)
+    try:
+        say(f"engram {__version__} listening on {where}, {kept}")
+    except (OutputError, BrokenPipeError) as error:
+        logger.warning("listening on %s, which could not be printed: %s", where, error)
 
 
 def usage() -> str:

@@ -17,8 +17,11 @@ other text is a string in "attributes-text".
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import attrs
 import msgspec
@@ -26,7 +29,7 @@ import numpy as np
 
 from engram.engine import Engine
 from engram.errors import OperatorError
-from engram.files import Files
+from engram.files import Files, rewrite_file
 from engram.index.distances import Doubles, Floats
 from engram.index.head import ALIVE, Chunk, Lsns
 from engram.index.segment import Segment, SegmentStore
@@ -36,6 +39,7 @@ from engram.persistence.check import is_unused
 
 FORMAT = 1
 
+_MODE = 0o600
 _BLOCK_ROWS = 256
 _BLOCK_BYTES = 1 << 18
 _MOST_DIGITS, _FEWEST_DIGITS = 9, 6
@@ -151,19 +155,44 @@ def dump_blocks(engine: Engine, *, base64: bool = False) -> Iterator[bytes]:
 
 
 def write_dump(files: Files, path: Path, blocks: Iterable[bytes]) -> None:
-    """Writes a dump so that there is a file of that name, mode 0600, only once it is whole and durable.
+    """Writes a dump to a file, which is replaced once the dump is whole and durable, or into a device.
 
-    Raises OSError; there is no new file then.
+    A file keeps its mode and its owner; a new one has mode 0600, for it holds all data. Behind a link, what
+    it names is replaced. A device, a pipe or a descriptor of this process (/dev/stdout) is written into.
+
+    Raises OSError; a file is as before then.
     """
-    beside = path.with_name(f"{path.name}.partial")
-    files.remove(beside)
+    stream = _open_stream(path)
+    if stream is None:
+        rewrite_file(files, path, blocks, _MODE)
+        return
+    with stream:
+        for block in blocks:
+            stream.write(block)
+
+
+def _open_stream(path: Path) -> BinaryIO | None:
+    """Opens what is to be written into; None for a file. Raises OSError."""
     try:
-        files.write_file(beside, blocks)
-        files.rename(beside, path)
-    except BaseException:
-        files.remove(beside)
-        raise
-    files.sync_folder(path.absolute().parent)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if (descriptor := _own_descriptor(path)) is not None:
+        return open(descriptor, "wb", closefd=False)
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    # Nothing is made in its place should it go away.
+    return open(os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC), "wb")
+
+
+def _own_descriptor(path: Path) -> int | None:
+    """The descriptor of this process that a path, which leads somewhere, names as /dev/stdout does."""
+    own = f"/proc/{os.getpid()}/fd"
+    while path.is_symlink():
+        if os.path.realpath(path.parent) == own:
+            return int(path.name)
+        path = path.parent / path.readlink()
+    return None
 
 
 def _lines(engine: Engine, base64: bool) -> Iterator[bytes]:

@@ -5,8 +5,11 @@ Everything below blocks: call it from a worker thread or a child process, never 
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -148,8 +151,63 @@ class DiskFiles:
                 shutil.rmtree(path)
 
 
+def status_of_file(path: Path) -> os.stat_result:
+    """The status of what a path leads to. Raises OSError when that is missing, or is no regular file."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return status
+
+
+def rewrite_file(files: Files, path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
+    """Replaces a file that is not engram's own, so that a crash leaves the old content or the new one.
+
+    Behind a link, what it names is replaced. The file keeps its mode and its owner; one that is new gets
+    `mode`. What is written meanwhile has a name of its own beside the file, and nothing else is removed.
+
+    Raises:
+        OSError: the file cannot be written, or is a folder, a device, a pipe or a socket; it is as before.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        before = status_of_file(target)
+    except FileNotFoundError:
+        before = None
+    beside = target.with_name(f".engram-{secrets.token_hex(8)}.partial")
+    try:
+        files.write_file(beside, chunks)
+        os.chmod(beside, mode if before is None else _take_owner(beside, before))
+        files.sync_file(beside)
+        files.rename(beside, target)
+    except FileExistsError:
+        raise
+    except BaseException:
+        with suppress(OSError):
+            files.remove(beside)
+        raise
+    files.sync_folder(target.parent)
+
+
+def _take_owner(path: Path, before: os.stat_result) -> int:
+    """Gives a file the owner of another as far as is allowed; returns the mode that it may have."""
+    mode = stat.S_IMODE(before.st_mode) & 0o777
+    now = path.stat()
+    if now.st_uid != before.st_uid:
+        with suppress(PermissionError):
+            os.chown(path, before.st_uid, -1)
+    if now.st_gid != before.st_gid:
+        try:
+            os.chown(path, -1, before.st_gid)
+        except PermissionError:
+            # What the old group could do is not for another one.
+            mode &= ~0o070
+    return mode
+
+
 def replace_file(files: Files, path: Path, content: bytes) -> None:
-    """Replaces a small file so that a crash leaves the old content or the new one."""
+    """Replaces a small file of a data directory so that a crash leaves the old content or the new one."""
     beside = path.with_name(path.name + ".new")
     files.remove(beside)
     files.write_file(beside, [content])

@@ -19,14 +19,11 @@ from engram.errors import OperatorError
 from engram.files import DiskFiles
 from engram.load import Loaded, LoadError, load
 from engram.persistence.check import Examination, cut_log, describe_loss, describe_place, hold_directory
+from engram.standard_streams import complain, discard, say
 
 UNDAMAGED = "nothing that was durable is damaged"
 
 EXIT_FAILURE = 1
-
-
-def _complain(what: object) -> None:
-    print(f"engram: {what}", file=sys.stderr)
 
 
 async def _check(arguments: Sequence[str]) -> int:
@@ -52,13 +49,13 @@ def _check_directory(directory: Path) -> int:
         examination = _examine(directory)
         cut = examination.cut()
     if not examination.damages:
-        print(f"{directory}: {UNDAMAGED}")
+        say(f"{directory}: {UNDAMAGED}")
         return 0
     _complain_of(examination)
     if cut is None:
-        _complain("cutting the log would not repair that: restore a copy of the directory")
+        complain("cutting the log would not repair that: restore a copy of the directory")
     else:
-        _complain(
+        complain(
             f"`engram check {shlex.quote(str(directory))} --repair` would cut the log at"
             f" {describe_place(cut, directory)}; lost would be {describe_loss(cut)}"
         )
@@ -69,12 +66,12 @@ def _repair_directory(directory: Path) -> int:
     with hold_directory(directory, exclusive=True):
         examination = _examine(directory)
         if not examination.damages:
-            print(f"{directory}: {UNDAMAGED}; there is nothing to repair")
+            say(f"{directory}: {UNDAMAGED}; there is nothing to repair")
             return 0
         _complain_of(examination)
         cut = examination.cut()
         if cut is None:
-            _complain(
+            complain(
                 "cutting the log would not repair that; nothing was changed: restore a copy of the directory"
             )
             return EXIT_FAILURE
@@ -83,30 +80,30 @@ def _repair_directory(directory: Path) -> int:
         except OSError as error:
             reason = f"{error.filename or directory}: cannot be repaired: {error.strerror}"
             raise OperatorError(reason) from error
-        print(f"cut {describe_place(cut, directory)}")
-        print(f"lost {describe_loss(cut)}")
+        say(f"cut {describe_place(cut, directory)}")
+        say(f"lost {describe_loss(cut)}")
         for path in aside:
-            print(f"kept {path}")
+            say(f"kept {path}")
         again = Examination(directory)
         for _ in again.reports():
             pass
     if again.damages:
         _complain_of(again)
         return EXIT_FAILURE
-    print(f"{directory}: {UNDAMAGED}")
+    say(f"{directory}: {UNDAMAGED}")
     return 0
 
 
 def _complain_of(examination: Examination) -> None:
     for damage in examination.damages:
-        _complain(damage)
+        complain(damage)
 
 
 def _examine(directory: Path) -> Examination:
     examination = Examination(directory)
     try:
         for report in examination.reports():
-            print(f"{report.name:<25} {report.state:<7}  {report.details}", flush=True)
+            say(f"{report.name:<25} {report.state:<7}  {report.details}")
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -121,7 +118,10 @@ async def _dump(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="the data directory")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write this file, once it is whole, not standard output"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write this file, once the dump is whole, not standard output",
     )
     parser.add_argument(
         "--compact",
@@ -138,7 +138,7 @@ def _dump_directory(directory: Path, output: Path | None, *, base64: bool) -> in
     with hold_directory(directory):
         state = read_state(directory, files)
         if state.torn_bytes:
-            _complain(f"the last {state.torn_bytes} bytes of the log are not whole records, and left out")
+            complain(f"the last {state.torn_bytes} bytes of the log are not whole records, and left out")
         blocks = dump_blocks(state.engine, base64=base64)
         try:
             if output is None:
@@ -150,6 +150,8 @@ def _dump_directory(directory: Path, output: Path | None, *, base64: bool) -> in
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
+            if output is None:
+                discard(sys.stdout)
             where = output or "standard output"
             raise OperatorError(f"{where}: cannot be written: {error.strerror}") from error
     return 0
@@ -175,7 +177,7 @@ async def _load(arguments: Sequence[str]) -> int:
                 raise LoadError(f"{given.file}: cannot be read: {error.strerror}") from error
         loaded = await _load_file(file, given.host, given.port, replace=given.replace)
     seconds = trio.current_time() - started
-    print(f"loaded {loaded.keys} keys and {loaded.vectors} vectors in {seconds:.1f} s")
+    say(f"loaded {loaded.keys} keys and {loaded.vectors} vectors in {seconds:.1f} s")
     return 0
 
 

@@ -636,6 +636,19 @@ class FullDisk(DiskFiles):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_a_file_of_the_operators_keeps_its_mode_and_the_link_to_it(tmp_path: Path) -> None:
+    path, link, other = tmp_path / "people", tmp_path / "link", tmp_path / "people.new"
+    path.write_text("user bob on\n")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    other.write_text("somebody's")
+    access = Access(COMMANDS, path=link)
+    access.save(b"user carl on\n")
+    assert link.is_symlink()
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("user carl on\n", 0o640)
+    assert sorted(tmp_path.iterdir()) == [link, path, other]
+
+
 def test_a_file_that_cannot_be_written_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "users.acl"
     path.write_text("user bob on\n")

@@ -12,12 +12,13 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import attrs
 import pytest
+from redis import Redis
 
 import engram
 from engram import __version__
@@ -27,6 +28,7 @@ from engram.files import DiskFiles
 from engram.persistence import recover
 from engram.server import Started
 from tests.conftest import PATIENCE, encode_request
+from tests.crash.server_process import wait_until
 
 SCRIPTS = Path(sys.executable).parent
 ENTRIES = {
@@ -359,6 +361,101 @@ def test_too_few_descriptors_are_one_line() -> None:
     )
 
 
+# Where nothing can be printed
+
+
+@contextmanager
+def unread() -> Iterator[int]:
+    """The end to write into of a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        yield write
+    finally:
+        os.close(write)
+
+
+@contextmanager
+def full_device() -> Iterator[int]:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def ended_by_terminate(process: subprocess.Popen[str]) -> tuple[int, str]:
+    process.terminate()
+    _, errors = process.communicate(timeout=4 * PATIENCE)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("where", [unread, full_device])
+def test_a_server_goes_on_where_it_cannot_say_that_it_is_up(
+    where: Callable[[], AbstractContextManager[int]],
+) -> None:
+    command = [*MODULE, "--port", "0"]
+    with where() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "level=warning" in line
+        assert "which could not be printed: " in line
+        running = Process(process, line)
+        assert running.call("SET k v", "GET k") == b"+OK\r\n$1\r\nv\r\n"
+        assert ended_by_terminate(process) == (0, "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_goes_on_where_nothing_at_all_can_be_printed(tmp_path: Path) -> None:
+    path = tmp_path / "engram.socket"
+    command = [*MODULE, "--port", "0", "--unixsocket", str(path), "--dir", str(tmp_path / "data")]
+    with full_device() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        wait_until(path.exists, "the server")
+        with Redis(unix_socket_path=str(path)) as client:
+            assert client.set("k", "v")
+        process.terminate()
+        assert process.wait(4 * PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", ["données", os.fsdecode(b"\xff"), "\u4e2d\u6587"])
+def test_any_path_is_printed_in_any_encoding(name: str, tmp_path: Path) -> None:
+    data = tmp_path / name
+    encoding = {"PYTHONIOENCODING": "ascii"}
+    with server("--port", "0", "--dir", str(data), environment=encoding) as running:
+        assert "listening on" in running.greeting
+        assert running.call("SET k v") == b"+OK\r\n"
+        assert running.end(signal.SIGTERM) == (0, "")
+    (data / name).write_bytes(b"")
+    ended = subprocess.run(
+        [*MODULE, "check", str(data)],
+        capture_output=True,
+        env={**os.environ, **encoding},
+        timeout=4 * PATIENCE,
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"not a file of engram's" in ended.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["check"], ["dump"]])
+def test_what_cannot_be_printed_is_one_line(words: list[str], data: Path) -> None:
+    arguments = [*words, str(data)] if not words[0].startswith("-") else words
+    with full_device() as output:
+        ended = subprocess.run(
+            [*MODULE, *arguments], stdout=output, stderr=subprocess.PIPE, text=True, timeout=4 * PATIENCE
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "engram: standard output: cannot be written: No space left on device\n"
+
+
 # Subcommands
 
 
@@ -593,6 +690,22 @@ def test_a_reader_that_leaves_ends_a_dump_quietly(data: Path) -> None:
                 [*MODULE, name, str(data)], stdout=output, stderr=subprocess.PIPE, timeout=4 * PATIENCE
             )
         assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_a_dump_to_standard_output_by_its_name(data: Path, tmp_path: Path) -> None:
+    plain = run("dump", str(data)).stdout
+    assert run("dump", str(data), "--output", "/dev/stdout").stdout == plain
+    path = tmp_path / "dump"
+    with path.open("wb", buffering=0) as output:
+        output.write(b"before\n")
+        subprocess.run(
+            [*MODULE, "dump", str(data), "--output", "/proc/self/fd/1"],
+            stdout=output,
+            check=True,
+            timeout=4 * PATIENCE,
+        )
+        output.write(b"behind\n")
+    assert path.read_text() == f"before\n{plain}behind\n"
 
 
 def test_a_dump_that_cannot_be_written_is_one_line(data: Path, tmp_path: Path) -> None:

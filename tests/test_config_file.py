@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,11 +114,46 @@ def test_what_fails_leaves_the_file_alone(tmp_path: Path, monkeypatch: pytest.Mo
     config = load(path, "port 7000\n")
     config.port = 7001
 
-    def fail(self: Path, target: Path) -> None:
+    def fail(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(OSError, match="No space left"):
         rewrite(config)
     assert path.read_text() == "port 7000\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_its_own_file_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "engram.conf"
+    config = load(path, "port 7000\n")
+    others = [tmp_path / f".engram.conf.{os.getpid()}", tmp_path / "engram.conf.new"]
+    for other in others:
+        other.write_bytes(b"half of another's")
+    config.port = 7001
+    rewrite(config)
+    assert path.read_text() == "port 7001\n"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_writers_at_once_lose_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "engram.conf"
+    text = "# comment\n" * 300 + "maxmemory 1mb\nuser joe on >pw ~* +@all\n"
+    config = load(path, text)
+    rewrite(config)
+    once = path.read_text()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(rewrite, [config] * 8))
+            assert path.read_text() == once
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_config_that_came_through_a_pipe_is_not_rewritten(tmp_path: Path) -> None:
+    config = load(tmp_path / "engram.conf", "port 7000\n")
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    config.file = str(path)
+    with pytest.raises(OSError, match="Not a regular file"):
+        rewrite(config)
+    assert path.is_fifo()

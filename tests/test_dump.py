@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -183,19 +185,85 @@ def test_damage_is_refused(directory: Path) -> None:
 
 def test_a_dump_gets_its_name_when_it_is_durable(tmp_path: Path) -> None:
     files = HookedFiles()
-    path, partial = tmp_path / "dump", tmp_path / "dump.partial"
-    path.write_bytes(b"older")
-    partial.write_bytes(b"left by one that was killed")
+    path, other = tmp_path / "dump", tmp_path / "dump.partial"
+    other.write_bytes(b"somebody's")
     write_dump(files, path, [b"a", b"b"])
+    partial = files.calls[0][1]
     assert files.calls == [
-        ("remove", partial),
         ("write_file", partial),
+        ("sync_file", partial),
         ("rename", partial, path),
         ("sync_folder", tmp_path),
     ]
     assert path.read_bytes() == b"ab"
     assert path.stat().st_mode & 0o777 == 0o600
+    assert sorted(tmp_path.iterdir()) == [path, other]
+
+
+def test_a_dump_over_a_file_keeps_its_mode_and_the_link_to_it(tmp_path: Path) -> None:
+    path, link = tmp_path / "dump", tmp_path / "link"
+    path.write_bytes(b"older and longer")
+    path.chmod(0o644)
+    link.symlink_to("dump")
+    write_dump(DiskFiles(), link, [b"a", b"b"])
+    assert link.is_symlink()
+    assert path.read_bytes() == b"ab"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert sorted(tmp_path.iterdir()) == [path, link]
+
+
+def test_a_dump_behind_a_link_to_nothing_is_made_there(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("dump")
+    write_dump(DiskFiles(), link, [b"a"])
+    assert link.is_symlink()
+    assert (tmp_path / "dump").read_bytes() == b"a"
+
+
+def test_a_dump_goes_through_a_pipe(tmp_path: Path) -> None:
+    path, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(path)
+    link.symlink_to(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for name in (path, link):
+            write_dump(DiskFiles(), name, [b"a", b"b"])
+            assert os.read(reader, 10) == b"ab"
+    finally:
+        os.close(reader)
+    assert path.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [link, path]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make devices")
+def test_a_device_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "null"
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        path.read_bytes()
+    except PermissionError:
+        pytest.skip("devices are not allowed here")
+    write_dump(DiskFiles(), path, [b"a"])
+    assert path.is_char_device()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dump_goes_to_an_open_descriptor_where_that_stands(tmp_path: Path) -> None:
+    path = tmp_path / "dump"
+    with path.open("wb", buffering=0) as file:
+        file.write(b"before,")
+        for _ in range(2):
+            write_dump(DiskFiles(), Path(f"/dev/fd/{file.fileno()}"), [b"a", b"b"])
+        file.write(b",behind")
+    assert path.read_bytes() == b"before,abab,behind"
+
+
+def test_links_in_a_circle_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_dump(DiskFiles(), tmp_path / "a", [b"a"])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_dump_that_fails_leaves_no_file(tmp_path: Path) -> None:

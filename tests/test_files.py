@@ -4,11 +4,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from engram.files import DiskFiles, replace_file
+from engram import files as files_module
+from engram.files import DiskFiles, replace_file, rewrite_file
 
 
 def full(*_: object) -> None:
@@ -145,3 +147,82 @@ def test_a_replacement_that_fails_leaves_the_old_content(
     with pytest.raises(OSError, match="No space left"):
         replace_file(DiskFiles(), path, b"new")
     assert path.read_bytes() == b"old"
+
+
+# Files of others
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    rewrite_file(DiskFiles(), path, [content], 0o640)
+
+
+def test_a_file_is_rewritten_behind_its_link_with_the_mode_it_has(tmp_path: Path) -> None:
+    path, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(path)
+    rewrite(link, b"first")
+    assert path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    rewrite(link, b"second")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"second", 0o604)
+    assert link.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_file_keeps_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+    os.chown(path, 1234, 5678)
+    rewrite(path, b"second")
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 5678)
+
+
+def test_another_group_gets_no_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, user: int, group: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"first")
+    path.chmod(0o664)
+    before = path.stat()
+    other = os.stat_result((*before[:4], before.st_uid + 1, before.st_gid + 1, *before[6:]))
+    monkeypatch.setattr(files_module, "status_of_file", lambda path: other)
+    monkeypatch.setattr(os, "chown", refuse)
+    rewrite(path, b"second")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"second", 0o604)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(OSError, match="Not a regular file"):
+            rewrite(path, b"x")
+    with pytest.raises(IsADirectoryError):
+        rewrite(tmp_path, b"x")
+    assert pipe.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "rename", "chmod"])
+def test_a_file_that_cannot_be_rewritten_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, other = tmp_path / "file", tmp_path / "file.new"
+    path.write_bytes(b"old")
+    other.write_bytes(b"somebody's")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            rewrite(path, b"new")
+    assert [each.read_bytes() for each in sorted(tmp_path.iterdir())] == [b"old", b"somebody's"]
+
+
+def test_writers_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        for _ in range(5):
+            list(pool.map(lambda content: rewrite(path, content), contents))
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]

@@ -131,7 +131,7 @@ def _setuser(session: Session, arguments: list[bytes]) -> Reply:
         return install()
 
     async def keep() -> bytes:
-        async with server.access_lock:
+        async with server.files_lock:
             await _save(server, change())
             return install()
 
@@ -152,7 +152,7 @@ def _deluser(session: Session, arguments: list[bytes]) -> Reply:
         return install()
 
     async def keep() -> bytes:
-        async with server.access_lock:
+        async with server.files_lock:
             await _save(server, dict.fromkeys(names))
             return install()
 
@@ -176,7 +176,7 @@ def _acl_save(session: Session, arguments: list[bytes]) -> Reply:
         raise CommandError(NO_FILE)
 
     async def save() -> bytes:
-        async with server.access_lock:
+        async with server.files_lock:
             await _save(server)
         return OK
 
@@ -189,7 +189,7 @@ def _acl_load(session: Session, arguments: list[bytes]) -> Reply:
         raise CommandError(NO_FILE)
 
     async def load() -> bytes:
-        async with server.access_lock:
+        async with server.files_lock:
             server.access.replace(await trio.to_thread.run_sync(server.access.read))
             server.review_sessions(session)
         return OK

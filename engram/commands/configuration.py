@@ -80,14 +80,15 @@ def _resetstat(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _rewrite(session: Session, arguments: list[bytes]) -> Barrier:
-    # As it is now, whatever is set while the file is written.
-    config = attrs.evolve(session.server.config)
-    if not config.file:
+    server = session.server
+    if not server.config.file:
         raise CommandError("ERR The server is running without a config file")
 
     async def run() -> bytes:
         try:
-            await trio.to_thread.run_sync(rewrite, config)
+            async with server.files_lock:
+                # As it is then, whatever is set while the file is written.
+                await trio.to_thread.run_sync(rewrite, attrs.evolve(server.config))
         except OSError as error:
             raise CommandError(f"ERR Rewriting config file: {error.strerror}") from error
         except ValueError as error:

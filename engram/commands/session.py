@@ -199,8 +199,8 @@ class Server:
     monitors: Monitors = attrs.field()
     pause: Pause = attrs.field()
     exclusion: Exclusion = attrs.field()
-    # Changes of users that are kept on disk come one after the other.
-    access_lock: trio.Lock = attrs.field(factory=trio.Lock)
+    # Commands that rewrite a file of the operator's, or read it again, come one after the other.
+    files_lock: trio.Lock = attrs.field(factory=trio.Lock)
     memory: MemoryLimit = attrs.field()
     last_client_id: int = 0
     # Whether commands of any client have more to pass than those of its own `guarded`.

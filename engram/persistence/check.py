@@ -104,7 +104,7 @@ def hold_directory(directory: Path, *, exclusive: bool = False) -> Iterator[None
             raise OperatorError(f"{directory}: not a data directory of engram's")
         flags = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
         try:
-            descriptor = os.open(layout.lock, flags | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(layout.lock, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             descriptor = None
     except OSError as error:

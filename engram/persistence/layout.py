@@ -141,7 +141,8 @@ def lock_directory(path: Path) -> int:
                     f"{path / name}: written by another program named engram, whose format this one does not"
                     " read; choose another directory"
                 )
-        descriptor = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(layout.lock, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             check_levels(layout)

@@ -8,9 +8,11 @@ import attrs
 import hiredis
 import pytest
 import trio
+import trio.testing
 
+from engram.commands import configuration
 from engram.commands.session import StorageStatus
-from engram.config import SETTINGS, load_config
+from engram.config import SETTINGS, Config, load_config
 from engram.errors import CommandError, ConfigError
 from tests.commands.conftest import Conversation, Converse
 from tests.conftest import House, OpenHouse
@@ -299,6 +301,42 @@ async def test_config_rewrite(open_house: OpenHouse, tmp_path: Path) -> None:
         assert await client.call("CONFIG REWRITE") == (
             b"-ERR Rewriting config file: No such file or directory\r\n"
         )
+
+
+async def test_files_are_rewritten_one_at_a_time(
+    open_house: OpenHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By CONFIG REWRITE, by ACL SAVE and by both, whoever asks."""
+    path = tmp_path / "engram.conf"
+    path.write_text("# mine\n")
+    active = most = 0
+    limits: list[int] = []
+
+    def rewrite(config: Config) -> None:
+        nonlocal active, most
+        active += 1
+        # Whoever may do the same is let do it.
+        trio.from_thread.run(trio.testing.wait_all_tasks_blocked)
+        most = max(most, active)
+        limits.append(config.maxclients)
+        active -= 1
+
+    def save(content: bytes) -> None:
+        rewrite(house.server.config)
+
+    monkeypatch.setattr(configuration, "rewrite", rewrite)
+    async with open_house(config=load_config([str(path)])) as house, trio.open_nursery() as nursery:
+        house.server.access.path = path
+        monkeypatch.setattr(house.server.access, "save", save)
+        for number in range(4):
+            client = house.connect()
+            await client.call(f"CONFIG SET maxclients {100 + number}")
+            nursery.start_soon(client.call, "CONFIG REWRITE" if number % 2 else "ACL SAVE")
+            await trio.testing.wait_all_tasks_blocked()
+    assert most == 1
+    assert limits == sorted(limits)
+    assert len(limits) == 4
+    assert limits[-1] == 103
 
 
 async def test_bgrewriteaof_makes_a_snapshot(open_house: OpenHouse) -> None:
