@@ -129,7 +129,7 @@ def is_unused(directory: Path) -> bool:
 
 def _segment_names(layout: Layout) -> list[str]:
     try:
-        return sorted(path.name for path in layout.segments.iterdir())
+        return sorted(path.name for path in layout.segment_folders())
     except FileNotFoundError:
         return []
 
@@ -350,6 +350,11 @@ class Examination:
             yield FileReport(
                 f"{self._layout.segments.name}/{segment}", "unused", f"{details}; removed at the next start"
             )
+        if self._layout.segments.exists():
+            for path in sorted({*self._layout.segments.iterdir()} - {*self._layout.segment_folders()}):
+                name = f"{self._layout.segments.name}/{path.name}"
+                if path.name not in named:
+                    yield FileReport(name, "other", "not a file of engram's")
 
     def _examine_rest(self) -> Iterator[FileReport]:
         layout = self._layout

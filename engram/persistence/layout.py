@@ -29,6 +29,8 @@ from engram.persistence.manifest import read_manifest
 
 _LOG_NAME = re.compile(r"wal-(\d{10})\.log")
 _PREPARED_NAME = re.compile(r"prepared-\d+\.log")
+# Not lost+found, nor what begins with a dot.
+_SEGMENT_NAME = re.compile(r"[\w-]+(\.building)?")
 _SNAPSHOT_NAME = re.compile(r"snapshot-\d+")
 FOREIGN_NAMES = ("engram.snap", "engram.wal")
 
@@ -86,8 +88,12 @@ class Layout:
         return not self.snapshots() and not has_segments and (not numbers or first_is_empty)
 
     def segment_folders(self) -> list[Path]:
-        """The folders of segments that are there, finished or not."""
-        return [path for path in self.segments.iterdir() if path.is_dir()]
+        """The folders of segments that are there, finished or not; others are not engram's."""
+        return [
+            path
+            for path in self.segments.iterdir()
+            if _SEGMENT_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        ]
 
 
 def check_levels(layout: Layout) -> None:

@@ -171,7 +171,7 @@ def test_every_file_is_reported(stored: Path) -> None:
 
 
 def test_files_that_nothing_names_are_no_damage(stored: Path) -> None:
-    for name in ("snapshot-2", "segments/cc", "segments/dd.building"):
+    for name in ("snapshot-2", "segments/cc", "segments/dd.building", "segments/lost+found"):
         (stored / name).mkdir()
     for name, size in {
         "wal-0000000002.log": 5,
@@ -187,6 +187,7 @@ def test_files_that_nothing_names_are_no_damage(stored: Path) -> None:
         ("wal-0000000002.log", "unused", "older than the snapshot; removed at the next start"),
         ("segments/cc", "unused", "not named; removed at the next start"),
         ("segments/dd.building", "unused", "not finished; removed at the next start"),
+        ("segments/lost+found", "other", "not a file of engram's"),
         ("MANIFEST.new", "unused", "a manifest that was not finished"),
         ("notes.txt", "other", "not a file of engram's"),
         ("prepared-4.log", "unused", "space for the log; removed at the next start"),

@@ -10,6 +10,7 @@ import pytest
 
 from engram.errors import DirectoryInUseError, OperatorError
 from engram.files import DiskFiles
+from engram.persistence.check import hold_directory
 from engram.persistence.layout import Layout, lock_directory
 
 
@@ -30,6 +31,18 @@ def test_the_lock_is_held_until_its_descriptor_is_closed(tmp_path: Path) -> None
         lock_directory(tmp_path)
     os.close(descriptor)
     os.close(lock_directory(tmp_path))
+
+
+def test_a_link_for_a_lock_is_not_followed(tmp_path: Path) -> None:
+    target, data = tmp_path / "target", tmp_path / "data"
+    data.mkdir()
+    (data / "LOCK").symlink_to(target)
+    (data / "MANIFEST").touch()
+    with pytest.raises(OperatorError, match="cannot be used as data directory"):
+        lock_directory(data)
+    with pytest.raises(OperatorError, match="cannot be read"), hold_directory(data, exclusive=True):
+        pass
+    assert not target.exists()
 
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:

@@ -379,6 +379,27 @@ def test_what_nothing_names_is_removed_at_start(directory: Path) -> None:
     assert not (directory / "snapshot-1").exists()
 
 
+def test_what_is_not_its_own_stays(two_files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    segments = Layout(two_files).segments
+    (segments / "link").symlink_to(other)
+    for name in ("lost+found", ".snapshot"):
+        (segments / name).mkdir()
+    for path in (segments / "notes.txt", two_files / "prepared-notes.log", two_files / "snapshot-notes"):
+        path.write_bytes(b"mine")
+    before = set(two_files.rglob("*"))
+    read_back(two_files)
+    assert set(two_files.rglob("*")) == before
+    assert other.exists()
+
+
+def test_a_new_directory_may_hold_what_is_not_its_own(directory: Path) -> None:
+    (Layout(directory).segments / "lost+found").mkdir()
+    assert read_back(directory).recovery.lsn == 0
+    assert (Layout(directory).segments / "lost+found").exists()
+
+
 def test_a_reader_removes_nothing(two_files: Path) -> None:
     (Layout(two_files).segments / "fresh").mkdir()
     (two_files / "prepared-9.log").write_bytes(bytes(100))

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
+import attrs
 import numpy as np
 import pytest
 import trio
+from crc32c import crc32c
 
-from engram.columns import write_columns
+from engram.columns import TABLE, write_columns
 from engram.errors import DamagedDataError
 from engram.files import DiskFiles
+from engram.format_level import LEVEL
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import read_manifest
 from engram.persistence.snapshot import (
@@ -113,6 +117,18 @@ def test_a_snapshot_is_made_current_in_order(directory: Path, files: HookedFiles
 def test_a_snapshot_of_another_state_is_refused(directory: Path, files: HookedFiles) -> None:
     with pytest.raises(SnapshotError, match="made snapshot-7 instead of snapshot-8"):
         install_snapshot(Layout(directory), files, made(directory, 7), 8, 4)
+    assert files.calls == []
+
+
+def test_a_snapshot_by_a_newer_engram_is_refused(directory: Path, files: HookedFiles) -> None:
+    """As of a package that was upgraded under the server."""
+    result = made(directory, 7)
+    table = directory / "snapshot-7" / TABLE
+    text = json.dumps({**json.loads(table.read_bytes()), "version": LEVEL + 1}).encode()
+    table.write_bytes(text)
+    result = attrs.evolve(result, checksum=crc32c(text))
+    with pytest.raises(SnapshotError, match=rf"written by a newer engram \(level {LEVEL + 1}\)"):
+        install_snapshot(Layout(directory), files, result, 7, 4)
     assert files.calls == []
 
 
