@@ -175,7 +175,7 @@ def rewrite_file(files: Files, path: Path, chunks: Iterable[bytes | memoryview],
         before = status_of_file(target)
     except FileNotFoundError:
         before = None
-    beside = target.with_name(f".engram-{secrets.token_hex(8)}.partial")
+    beside = target.with_name(f"engram-{secrets.token_hex(8)}.partial")
     try:
         files.write_file(beside, chunks)
         os.chmod(beside, mode if before is None else _take_owner(beside, before))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
 from queue import SimpleQueue
+from typing import Any
 
 from engram.config import LogLevel
 from engram.errors import OperatorError
@@ -67,7 +68,12 @@ def logging_to(file: str, level: LogLevel) -> Iterator[None]:
         OperatorError: the file cannot be opened.
     """
     try:
-        handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+        handler: logging.StreamHandler[Any]
+        if file:
+            # The path in a line need not be text.
+            handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        else:
+            handler = logging.StreamHandler(sys.stderr)
     except OSError as error:
         raise OperatorError(f"cannot log to {file}: {error.strerror}") from error
     handler.setFormatter(Formatter())

@@ -6,7 +6,8 @@ in them is local to one machine (no paths).
 
 They are msgspec structs: frozen, made in 0.06 us and encoded in 0.07 us (a frozen attrs record takes
 0.41 us to make), so that a write can afford one. Each is encoded as a MessagePack array headed by its
-tag. A tag is part of the log's format: never reuse one. New fields are added last, with a default.
+tag. A tag is part of the log's format: never reuse one. New fields are added last, with a default. A new
+tag or field raises the format level (format_level.py).
 """
 
 from __future__ import annotations

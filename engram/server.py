@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,7 +141,7 @@ def _data_folder(config: Config) -> Iterator[tuple[Path | None, Path | Callable[
     try:
         temporary = TemporaryFolder()
     except OSError as error:
-        raise OperatorError(f"{tempfile.gettempdir()}: cannot hold a folder: {error.strerror}") from error
+        raise OperatorError(f"no temporary folder can be made: {error.strerror}") from error
     try:
         yield None, temporary.segments
     finally:

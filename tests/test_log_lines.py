@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_what_went_wrong_stays_on_its_line() -> None:
     assert "\n" not in line
     assert 'level=error message=failed exception="Traceback ' in line
     assert line.endswith('ValueError: no\\nway"')
+
+
+def test_a_path_that_is_no_text_is_logged(tmp_path: Path) -> None:
+    path = tmp_path / "engram.log"
+    with logging_to(str(path), "notice"):
+        logging.getLogger("engram").warning("%s is damaged", os.fsdecode(b"/data/\xff"))
+    assert path.read_text().endswith(r'message="/data/\udcff is damaged"' + "\n")
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
