@@ -226,11 +226,11 @@ class SearchMachine(RuleBasedStateMachine):
             self.patch.setattr(Sample, "measure", lambda *_: CURVE)
             self.patch.setattr(planner, "SCAN_ROWS_PER_EXPANSION", 0)
             self.patch.setattr(planner, "PICKED_ROWS_PER_EXPANSION", 0.25)
+        if self.large:
+            self.load_beside_readers(0, [1000 * (1 + (seed >> 2 * part) % 4) for part in range(parts)], seed)
+            parts = 0
         for part in range(parts):
-            if self.large:
-                self.add_burst(2000 * part, 2000, seed + part, attributes=True)
-            else:
-                self.add_run(100 * part, 100, seed + part, attributes=True)
+            self.add_run(100 * part, 100, seed + part, attributes=True)
             if self.index.needs_maintenance:
                 self.begin_build()
                 self.install()
@@ -264,6 +264,25 @@ class SearchMachine(RuleBasedStateMachine):
     )
     def add_burst(self, start: int, count: int, seed: int, attributes: bool) -> None:
         self.add([ALL_KEYS[(start + step) % len(ALL_KEYS)] for step in range(count)], seed, attributes)
+
+    @precondition(lambda self: self.large)
+    @rule(
+        start=st.integers(0, len(ALL_KEYS)),
+        counts=st.lists(st.integers(1000, LARGEST_BURST), min_size=2, max_size=3),
+        seed=seeds,
+    )
+    def load_beside_readers(self, start: int, counts: Sequence[int], seed: int) -> None:
+        """One client loads and looks at its rows at once, another sees them later."""
+        asked: list[tuple[SearchOptions, float | None]] = [
+            (SearchOptions(10, exact=True), None),
+            (SearchOptions(10, exact=True, filter=FILTERS[0]), None),
+        ]
+        for count in counts:
+            self.add_burst(start, count, seed, attributes=True)
+            start += count
+            for behind in (0, 1, 2):
+                moment = self.now(behind)
+                self.ask([moment], moment, seed, asked)
 
     def add(self, names: Sequence[bytes], seed: int, attributes: bool) -> None:
         random = np.random.default_rng(seed)
