@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import trio.testing
 
 from engram.index.filters import compile_filter
 from engram.index.search import SearchOptions
@@ -19,7 +21,7 @@ from tests.commands.conftest import (
     parse,
     search,
 )
-from tests.conftest import Client, HeldSearches, House, OpenHouse, vector
+from tests.conftest import Client, HeldSearches, House, ManualJournal, OpenHouse, vector
 
 
 async def test_euclidean_distances(client: Client) -> None:
@@ -319,3 +321,39 @@ async def test_a_search_is_wanted_before_its_reply_has_a_place(
         await client.send([b"VSEARCH", b"a", vector(1), b"1"], [b"VCOUNT", b"a", b"FILTER", b".n"])
         await client.arrived()
         assert answers == [True, True]
+
+
+async def test_who_searches_behind_the_log_costs_nobody_anything(open_house: OpenHouse) -> None:
+    journal = ManualJournal()
+    rows = np.random.default_rng(3).normal(size=(7000, 16)).astype("<f4")
+
+    def load(start: int, end: int, group: int) -> list[bytes]:
+        text = b'{"g":%d}' % group
+        numbers = range(start, end)
+        words = [word for number in numbers for word in (b"%d" % number, rows[number].tobytes(), text)]
+        return [b"VMADD", b"a", *words, b"ATTRS"]
+
+    async with open_house(journal) as house:
+        writer, reader = house.connect(), house.connect()
+        await writer.send("VNEW a 16 METRIC l2", load(0, 4000, 0))
+        await trio.testing.wait_all_tasks_blocked()
+        journal.release()
+        assert [await writer.reply() for _ in range(2)] == [b"+OK\r\n", b":4000\r\n"]
+        asked = [b"VSEARCH", b"a", rows[6500].tobytes(), b"3", b"EXACT", b"FILTER", b".g >= 0"]
+        # The writer sees rows of the next chunk, which others do not see before the log has them.
+        await writer.send(load(4000, 6000, 0), asked)
+        for _ in range(3):
+            assert all(int(key) < 4000 for key in parse(await reader.call(asked))[::2])
+        journal.release()
+        assert await writer.reply() == b":2000\r\n"
+        assert len(parse(await writer.reply())) == 6
+        await writer.send(load(6000, 7000, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        journal.release()
+        assert await writer.reply() == b":1000\r\n"
+        for number in (4100, 5999, 6000, 6500, 6999):
+            asked[2] = rows[number].tobytes()
+            assert parse(await reader.call(asked))[:2] == [b"%d" % number, b"0"]
+        assert await reader.call("VCOUNT a FILTER .g==1") == b":1000\r\n"
+        journal.automatic = True
+        assert await writer.call("VDELBY a FILTER .g==1") == b":1000\r\n"
