@@ -78,6 +78,8 @@ class Connection:
         # log.
         self._requests: list[list[bytes]] = []
         self._position = 0
+        # Up to where it is known that what is left cannot be carried out together.
+        self._looked_at = 0
         self._room = 0
         # Whether the next one has waited for all that it had to.
         self._cleared = False
@@ -198,7 +200,7 @@ class Connection:
             self._authenticated = parser.authenticated = self._outbox.authenticated = session.authenticated
         held = 0 if self._database.journal is None else parser.buffered
         requests = self._requests = parser.feed(data)
-        self._position = 0
+        self._position = self._looked_at = 0
         # Surely enough for what they write and for the end of each lapsed key they may name; where the log
         # has less, the need of each is looked at.
         self._room = 8 * (held + len(data)) + RECORD_OVERHEAD * len(requests)
@@ -297,19 +299,29 @@ class Connection:
                     database.covered = admitted or command.writes
                     if self._cleared:
                         self._cleared, special, known = False, False, None
-                    elif command.run is not None and not (special or session.changed_course):
-                        end = _end_of_run(requests, position, command)
-                        if end > position:
-                            done, replies = command.run(session, requests[position - 1 : end])
+                    elif (
+                        position < count
+                        and command.run is not None
+                        and requests[position][0] == request[0]
+                        and position > self._looked_at
+                        and not (special or session.changed_course)
+                    ):
+                        run = _run(requests, position - 1, command)
+                        if len(run) > 1:
+                            end = position - 1 + len(run)
+                            done, replies = command.run(session, run)
                             if done:
                                 reply = replies
                                 position += done - 1
                                 calls += done
-                                latest = requests[position - 1]
-                                turn_over = clock() > turn_ends
-                                if position == end:
-                                    # Another run may follow.
-                                    known = None
+                                latest = run[done - 1]
+                                if done > _REQUESTS_A_LOOK:
+                                    turn_over = clock() > turn_ends
+                            if done < len(run):
+                                self._looked_at = end
+                            else:
+                                # Another run may follow.
+                                known = None
                 if len(request) != arity:
                     check_arity(command, request)
                 if special:
@@ -522,18 +534,16 @@ class Connection:
             session.reply_mode = ReplyMode.ON
 
 
-def _end_of_run(requests: Sequence[list[bytes]], start: int, command: Command) -> int:
-    """Where the requests end, from `start` on, that are as the one before: of that name and no options.
+def _run(requests: Sequence[list[bytes]], start: int, command: Command) -> Sequence[list[bytes]]:
+    """The requests from `start` on that are as the one there: of that name and no options.
 
     Those of a long run are left for another one.
     """
-    name = requests[start - 1][0]
+    name = requests[start][0]
     size = command.minimum
-    if len(requests[start - 1]) != size:
-        return start
-    longest = min(len(requests), start + LONGEST_RUN - 1)
+    longest = min(len(requests), start + LONGEST_RUN)
     for end in range(start, longest):
         request = requests[end]
         if request[0] != name or len(request) != size:
-            return end
-    return longest
+            return requests[start:end]
+    return requests[start:longest]

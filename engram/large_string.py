@@ -113,11 +113,12 @@ def pieces(value: String, start: int, stop: int) -> Iterator[bytes | memoryview]
 
 def with_range(value: String, offset: int, data: bytes) -> String:
     """The string with these bytes at `offset`, and zeros up to it where it was shorter."""
-    length, end = len(value), offset + len(data)
-    if isinstance(value, LargeString):
-        return value.with_range(offset, data)
-    if max(length, end) > LONGEST_PLAIN:
-        return LargeString(value).with_range(offset, data)
-    if offset == length:
-        return value + data
-    return b"".join((value[:offset], bytes(max(0, offset - length)), data, value[end:]))
+    if type(value) is bytes:
+        length, end = len(value), offset + len(data)
+        if length <= LONGEST_PLAIN and end <= LONGEST_PLAIN:
+            if offset == length:
+                return value + data
+            return b"".join((value[:offset], bytes(max(0, offset - length)), data, value[end:]))
+        value = LargeString(value)
+    assert isinstance(value, LargeString)
+    return value.with_range(offset, data)

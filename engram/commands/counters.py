@@ -48,7 +48,10 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
                 if key in expiries:
                     break
                 value = database.string(key)
-                total = 0 if value is None else stored_integer(value)
+                if value is None:
+                    total = 0
+                else:
+                    total = integer(value) if type(value) is bytes else stored_integer(value)
             total += increment(request)
             if not INTEGER_LOW <= total <= INTEGER_HIGH:
                 break

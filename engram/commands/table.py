@@ -23,7 +23,7 @@ TURN_NANOSECONDS: Final = 2_000_000
 
 # Requests that are looked at for whether they can be carried out together. How many come after them makes
 # no difference to what these cost.
-LONGEST_RUN: Final = 256
+LONGEST_RUN: Final = 1024
 
 # What the log takes for a word of a request beside its bytes, were it a key that has lapsed.
 _WORD_OVERHEAD = 16
