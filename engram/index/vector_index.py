@@ -317,7 +317,7 @@ class VectorIndex:
             row_id = self._next_row
             self._next_row = row_id + 1
             tail = self._head.tail()
-            if attributes and (text := attributes[0]) is not None:
+            if attributes and (text := attributes[0]):
                 tail.describe(tail.count, text)
             tail.append(row_id, key, vectors[0], lsn)
             live = self.live

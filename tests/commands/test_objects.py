@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.commands.conftest import Conversation, Converse, add, parse
-from tests.conftest import Client
+from tests.conftest import Client, House, vector
 
 NO_FREQUENCY = (
     b"-ERR An LFU maxmemory policy is not selected, access frequency not tracked."
@@ -134,3 +134,13 @@ async def test_help_of_memory(client: Client) -> None:
     lines = parse(await client.call("MEMORY HELP"))
     assert lines[0] == b"MEMORY <subcommand> [<arg> [value] [opt] ...]. Subcommands are:"
     assert lines[-1] == b"    Print this help."
+
+
+async def test_overwrites_without_attributes_take_no_memory_for_any(house: House) -> None:
+    client = house.connect()
+    await client.send("VNEW i 2", "VNEW j 2")
+    for number in range(50):
+        await client.call([b"VADD", b"i", b"m", vector(1, 2)])
+        await client.call([b"VADD", b"j", b"%d" % number, vector(1, 2)])
+    usage = [int((await client.call(f"MEMORY USAGE {key}"))[1:-2]) for key in ("i", "j")]
+    assert usage[0] < usage[1]
