@@ -194,7 +194,7 @@ def test_what_a_monitor_sees(pair: Pair) -> None:
 
 def test_sections_of_info(clients: tuple[WireClient, WireClient]) -> None:
     own = {b"# Vectors"}
-    absent = {b"# Threads", b"# Modules", b"# Keysizes"}
+    absent = {b"# Threads", b"# Modules", b"# Keysizes", b"# Hotkeys"}
     for sections in ((), (b"default",), (b"all",), (b"everything",), (b"cpu", b"server"), (b"commandstats",)):
         titles = [
             [line for line in client.call(b"INFO", *sections).text.split(b"\r\n") if line.startswith(b"#")]

@@ -254,7 +254,7 @@ def test_the_prompt_shows_hints(
         terminal.type("\x15VMADD colours ")
         terminal.expect("VMADD colours member vector [member vector ...]|member vector attributes")
         terminal.type("\x15SET ")
-        terminal.expect("SET key value [NX|XX] [GET]")
+        terminal.expect("SET key value [NX|XX|IFEQ ifeq-value|IFNE ifne-value|")
         terminal.type("key value\r")
         # What is typed before the next prompt is lost.
         terminal.expect("OK\r\n" + prompt)
