@@ -265,6 +265,12 @@ class Config:
         "replies that may wait for a client before its requests are left unread",
         mutable=True,
     )
+    output_buffer_total_limit: int = _setting(
+        1 << 30,
+        _size(1 << 20),
+        "replies that may wait for all clients before one of more than 64 KiB is refused",
+        mutable=True,
+    )
     client_write_timeout: int = _setting(
         60, _integer(1, 86400), "seconds such a client has to take a reply before it is dropped", mutable=True
     )

@@ -114,6 +114,7 @@ class Connection:
             buffered=lambda: (self._parser.buffered, self._outbox.size),
             observed=lambda: self._database.lsn if self._burst else self._outbox.observed_lsn,
             push=self._push,
+            hurry=self._outbox.hurry,
             awaiting=lambda: self._held or self._outbox.awaiting,
         )
         # From here on whatever changes what clients may do reaches this one.

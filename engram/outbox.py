@@ -6,9 +6,11 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import trio
 
+from engram.commands.allowance import SMALL_REPLY
 from engram.commands.session import Server, Slot
 from engram.database import Journal
 from engram.transport import Transport
@@ -30,9 +32,9 @@ class Outbox:
 
     `flush` is what moves replies along, and it is synchronous: the connection calls it after a burst of
     requests, the log when a batch is durable, a search when it is done. So a batch that releases the
-    replies of fifty clients wakes no task. Only what a socket will not take at once is left to a writer
-    task. `start_writer` starts `write` in the client's nursery, `abort` ends the client, and `written` is
-    called when a client that reads late has read some.
+    replies of fifty clients wakes no task. An error on that way ends this client alone. Only what a socket
+    will not take at once is left to a writer task. `start_writer` starts `write` in the client's nursery,
+    `abort` ends the client, and `written` is called when a client that reads late has read some.
 
     While `authenticated` is false, next to nothing may wait for the client.
     """
@@ -53,11 +55,15 @@ class Outbox:
         self._address = address
         self._journal = server.database.journal
         self._rounds = server.rounds
+        # What is held here is counted there, too.
+        self._held = server.held_replies
         self._start_writer = start_writer
         self._abort = abort
         self._written = written
         self._waiting: deque[tuple[bytes | Slot, int]] = deque()
         self._waiting_bytes = 0
+        # About how many bytes those will have that are not known yet.
+        self._expected_bytes = 0
         # The last LSN that replies so far show.
         self.observed_lsn = 0
         self._registered = False
@@ -92,7 +98,7 @@ class Outbox:
         return (
             self._unsent_bytes > self._limit
             or len(self._waiting) > _UNRELEASED_REPLIES
-            or self._waiting_bytes > _UNRELEASED_BYTES
+            or self._waiting_bytes + self._expected_bytes > _UNRELEASED_BYTES
         )
 
     async def relieved(self) -> None:
@@ -114,7 +120,9 @@ class Outbox:
                 self._send(reply)
                 return
             self._register(self._journal, lsn)
-        self._waiting_bytes += len(reply)
+        size = len(reply)
+        self._waiting_bytes += size
+        self._held.waiting += size
         self._waiting.append((reply, lsn))
 
     def send_soon(self, reply: bytes, lsn: int) -> None:
@@ -135,23 +143,23 @@ class Outbox:
 
     def depart(self) -> None:
         """Sends what `send_soon` put off."""
+        if self._departing:
+            self._attempt(self._depart)
+
+    def _depart(self) -> None:
         departing, self._departing = self._departing, []
-        if departing:
-            try:
-                self._send(departing[0] if len(departing) == 1 else b"".join(departing))
-            except MemoryError:
-                # Nothing can follow what was not sent.
-                self.discard()
-                self._abort()
+        self._send(departing[0] if len(departing) == 1 else b"".join(departing))
 
     def expect(self, slot: Slot, lsn: int) -> None:
         """Keeps the place of a reply that will show the state at `lsn`, or at the slot's own."""
         if slot.lsn is not None:
             lsn = slot.lsn
         self.observed_lsn = max(self.observed_lsn, lsn)
-        slot.on_fill = self.flush
-        self._waiting_bytes += slot.size
+        slot.on_fill = partial(self._filled, slot)
+        self._expected_bytes += slot.size
         self._waiting.append((slot, lsn))
+        if slot.reply is not None:
+            self._count(slot, slot.reply)
         self.flush()
 
     def flush(self) -> None:
@@ -163,14 +171,16 @@ class Outbox:
             if isinstance(reply, Slot):
                 if reply.reply is None:
                     break
-                content, size = reply.reply, reply.size
+                content = reply.reply
             else:
-                content, size = reply, len(reply)
+                content = reply
             if journal is not None and not journal.released(lsn):
                 self._register(journal, lsn)
                 break
             waiting.popleft()
+            size = len(content)
             self._waiting_bytes -= size
+            self._held.waiting -= size
             ready.append(content)
         if ready:
             self._send(ready[0] if len(ready) == 1 else b"".join(ready))
@@ -187,7 +197,8 @@ class Outbox:
         self._waiting.clear()
         self._departing.clear()
         self._unsent.clear()
-        self._waiting_bytes = self._unsent_bytes = 0
+        self._held.waiting -= self._waiting_bytes + self._unsent_bytes
+        self._waiting_bytes = self._expected_bytes = self._unsent_bytes = 0
         self._progress.unpark_all()
 
     def _register(self, journal: Journal, lsn: int) -> None:
@@ -198,7 +209,27 @@ class Outbox:
 
     def _released(self) -> None:
         self._registered = False
-        self.flush()
+        self._attempt(self.flush)
+
+    def _filled(self, slot: Slot) -> None:
+        assert slot.reply is not None
+        self._count(slot, slot.reply)
+        self._attempt(self.flush)
+
+    def _count(self, slot: Slot, reply: bytes) -> None:
+        """Counts a reply that is known from now on."""
+        self._expected_bytes -= slot.size
+        self._waiting_bytes += len(reply)
+        self._held.waiting += len(reply)
+
+    def _attempt(self, move: Callable[[], None]) -> None:
+        """Moves replies along for somebody whom an error is no concern of: it ends this client."""
+        try:
+            move()
+        except Exception:
+            logger.exception("client %s ended by an error", self._address)
+            self.discard()
+            self._abort()
 
     def _send(self, data: bytes) -> None:
         if self._broken:
@@ -221,6 +252,7 @@ class Outbox:
             self._start_writer()
         self._unsent.append(memoryview(data)[sent:])
         self._unsent_bytes += len(data) - sent
+        self._held.waiting += len(data) - sent
         self._limit_writing(self._write_scope)
 
     def _limit_writing(self, scope: trio.CancelScope) -> None:
@@ -229,6 +261,12 @@ class Outbox:
         if not backed_up:
             scope.deadline = float("inf")
         elif scope.deadline == float("inf"):
+            scope.deadline = trio.current_time() + self._server.config.client_write_timeout
+
+    def hurry(self) -> None:
+        """Drops the client unless it takes some of what it has left unread, however little that is."""
+        scope = self._write_scope
+        if scope is not None and self._unsent_bytes > SMALL_REPLY and scope.deadline == float("inf"):
             scope.deadline = trio.current_time() + self._server.config.client_write_timeout
 
     async def write(self) -> None:
@@ -242,6 +280,7 @@ class Outbox:
                     data = self._next_write()
                     await self._transport.send_all(data)
                     self._unsent_bytes -= len(data)
+                    self._held.waiting -= len(data)
                     self._server.statistics.net_output_bytes += len(data)
                     self._written()
                     scope.deadline = float("inf")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import hypothesis
@@ -30,9 +30,9 @@ from engram.engine import Engine
 from engram.errors import CommandError
 from engram.files import DiskFiles
 from engram.index.builder import Builder
-from engram.index.search import SearchOptions
+from engram.index.search import SearchOptions, SearchResult
 from engram.index.segment import SegmentStore
-from engram.index.service import Done, SearchService
+from engram.index.service import AsFound, Encoding, SearchService
 from engram.index.vector_index import VectorIndex, View
 from engram.index.verification import Verification
 from engram.operations import InstallSegment, Operation
@@ -167,6 +167,9 @@ class ManualJournal:
         self._parked.unpark_all()
 
 
+_AS_FOUND = AsFound()
+
+
 class HeldSearches(SearchService):
     """Searches that a test answers, and work that it has done, when it likes.
 
@@ -175,7 +178,7 @@ class HeldSearches(SearchService):
 
     def __init__(self) -> None:
         super().__init__(1, 1)
-        self.held: list[Done] = []
+        self.held: list[Callable[[list[SearchResult] | Exception], None]] = []
         self.options: list[SearchOptions] = []
         self.work: list[Callable[[], None]] = []
         self.wanted: list[Callable[[], bool]] = []
@@ -186,11 +189,21 @@ class HeldSearches(SearchService):
         view: View,
         queries: np.ndarray,
         options: SearchOptions,
-        done: Done,
+        done: Callable[[Any], None],
         wanted: Callable[[], bool] = lambda: True,
         client: int = 0,
+        encoding: Encoding = _AS_FOUND,
     ) -> None:
-        self.held.append(done)
+        def answer(found: list[SearchResult] | Exception) -> None:
+            outcome: Any = found
+            if not isinstance(found, Exception):
+                try:
+                    outcome = encoding.join(list(map(encoding.encode, found)))
+                except CommandError as error:
+                    outcome = error
+            done(outcome)
+
+        self.held.append(answer)
         self.options.append(options)
         self.wanted.append(wanted)
 

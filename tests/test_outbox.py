@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Callable
 
 import attrs
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from engram.commands.allowance import HeldReplies
 from engram.commands.session import Slot
 from engram.config import Config
+from engram.operations import Flush
 from engram.outbox import Outbox
 from engram.rounds import Rounds
 from engram.statistics import Statistics
@@ -105,7 +108,7 @@ async def test_what_waits_leaves_in_one_send(bench: Bench) -> None:
     bench.outbox.send(b"c", 2)
     slot.fill(b"b")
     assert bench.pipe.sends == 0
-    assert bench.outbox.size == 2
+    assert bench.outbox.size == 3
     bench.journal.release(2)
     assert bench.pipe.taken == b"abc"
     assert bench.pipe.sends == 1
@@ -177,6 +180,80 @@ async def test_a_client_below_the_limit_is_not_hurried(bench: Bench, autojump_cl
     bench.pipe.drain(1000)
     await bench.outbox.drained()
     assert bench.pipe.taken == b"x" * 1000
+
+
+async def test_a_client_that_is_hurried_is_ended_unless_it_takes_something(
+    bench: Bench, autojump_clock: MockClock
+) -> None:
+    bench.outbox.hurry()
+    bench.pipe.room = 0
+    bench.outbox._server.config.client_output_buffer_limit = 1 << 30
+    bench.outbox.send(b"x" * 1_000_000, 0)
+    await trio.sleep(1000)
+    bench.outbox.hurry()
+    await trio.sleep(6)
+    bench.pipe.drain(256 << 10)
+    await trio.sleep(1000)
+    assert not bench.aborted
+    bench.outbox.hurry()
+    await trio.sleep(6)
+    bench.outbox.hurry()
+    assert not bench.aborted
+    await trio.sleep(2)
+    assert bench.aborted
+    assert bench.outbox._held.waiting == 0
+
+
+async def test_what_is_known_counts_as_it_is(bench: Bench) -> None:
+    """Not as what was thought of it."""
+    held = bench.outbox._held
+    first, second, third = Slot(3 << 20), Slot(), Slot()
+    for slot in (first, second, third):
+        bench.outbox.expect(slot, 0)
+    assert (bench.outbox.size, held.waiting, bench.outbox.congested) == (0, 0, False)
+    second.fill(bytes(5 << 20))
+    assert (bench.outbox.size, held.waiting, bench.outbox.congested) == (5 << 20, 5 << 20, True)
+    first.fill(b"a")
+    assert (bench.outbox.size, held.waiting, bench.outbox.congested) == (0, 0, False)
+    third.fill(b"c")
+    assert bench.pipe.taken == b"a" + bytes(5 << 20) + b"c"
+    assert (bench.outbox.size, held.waiting) == (0, 0)
+
+
+async def test_a_reply_that_has_been_sent_is_let_go(bench: Bench) -> None:
+    """At once, and not when the garbage collector comes."""
+    slot = Slot()
+    bench.outbox.expect(slot, 0)
+    slot.fill(b"a")
+    assert bench.pipe.taken == b"a"
+    assert gc.get_referrers(slot) == []
+
+
+@pytest.mark.parametrize("cause", ["slot", "log", "round"])
+async def test_an_error_on_the_way_ends_this_client_alone(bench: Bench, cause: str) -> None:
+    """Whoever moves replies along, a thread or the log, is none the worse for it."""
+    bench.outbox._transport = Failing()
+    if cause == "slot":
+        slot = Slot()
+        bench.outbox.expect(slot, 0)
+        slot.fill(b"a")
+    elif cause == "log":
+        bench.outbox.send(b"a", 1)
+        bench.journal.records.append((1, Flush()))
+        bench.journal.release(1)
+    else:
+        bench.outbox._rounds.under_way = True
+        bench.outbox.send_soon(b"a", 0)
+        bench.outbox._rounds._end_part()
+    assert bench.aborted == [True]
+    assert (bench.outbox.size, bench.outbox._held.waiting) == (0, 0)
+
+
+class Failing(Pipe):
+    """A transport that has no memory to send anything."""
+
+    def send_now(self, data: bytes | memoryview) -> int:
+        raise MemoryError
 
 
 async def test_a_peer_that_has_gone_ends_the_client(bench: Bench) -> None:
@@ -275,6 +352,7 @@ class SimpleServer:
         self.config = Config()
         self.statistics = Statistics()
         self.rounds = HeldRounds()
+        self.held_replies = HeldReplies(self.config)
 
 
 # Replies are numbered; an action sends the next one or moves the log, the slots or the socket on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from engram.commands.allowance import SMALL_REPLY, NoRoomError, reply_too_long
 from engram.commands.session import Session
 from engram.commands.table import Command
 from engram.config import Config
@@ -11,19 +12,33 @@ from engram.errors import CommandError
 from engram.index.filters import Filter, compile_filter
 
 
-def longest_reply(session: Session) -> int:
-    """Bytes of strings that one reply may have. A long one asked for many times would fill any memory."""
-    config = session.server.config
-    return max(config.client_output_buffer_limit, config.proto_max_bulk_len)
+def check_reply(session: Session, size: int) -> None:
+    """Raises CommandError when a large reply of `size` bytes must not be made.
 
-
-def check_reply_of_strings(session: Session, size: int) -> None:
-    """Raises CommandError when a reply has more than `longest_reply`."""
-    if size > longest_reply(session):
+    It may be as long as the longest string, and as all replies that are held leave room for.
+    """
+    if size > session.server.held_replies.longest:
         raise CommandError(
             f"ERR the reply would take {size} bytes, more than client-output-buffer-limit and"
             " proto-max-bulk-len"
         )
+    _check_room(session, size)
+
+
+def check_results(session: Session, size: int) -> None:
+    """As `check_reply`, for one that need not have a string of any length."""
+    if size > session.server.config.client_output_buffer_limit:
+        raise reply_too_long(size)
+    _check_room(session, size)
+
+
+def _check_room(session: Session, size: int) -> None:
+    if size > SMALL_REPLY:
+        try:
+            session.server.held_replies.check_room(size)
+        except NoRoomError:
+            session.server.hurry_clients()
+            raise
 
 
 def check(value: int, most: int, name: str) -> None:

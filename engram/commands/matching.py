@@ -42,12 +42,8 @@ def _count(session: Session, arguments: list[bytes]) -> bytes | Slot:
     slot = Slot()
 
     def done(count: int | Exception) -> None:
-        if isinstance(count, CommandError):
-            slot.fill(session.server.error(str(count)))
-        elif isinstance(count, Exception):
-            slot.fill(session.server.error(f"ERR counting failed: {count}"))
-        else:
-            slot.fill(replies.integer(count))
+        found = count if isinstance(count, Exception) else replies.integer(count)
+        session.fill(slot, found, "counting failed")
 
     view = index.view(session.database.lsn)
     session.server.searches.submit_work(

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from engram.commands.allowance import Allowance, NoRoomError, reply_too_long
 from engram.commands.arguments import NOT_AN_INTEGER, SYNTAX_ERROR, integer, number, options
 from engram.commands.indices import read_index, recall_target
 from engram.commands.limits import bounded_filter, check
 from engram.commands.session import Session, Slot
 from engram.commands.table import Command
-from engram.commands.vectors import check_reply_size
 from engram.errors import CommandError
 from engram.index.distances import Floats
 from engram.index.search import SearchOptions, SearchResult
-from engram.index.vector_index import VectorIndex
+from engram.index.vector_index import VectorIndex, View
 from engram.index.vectors import decode_vector, join_vectors
 from engram.protocol import replies
 from engram.protocol.replies import EMPTY_ARRAY, Encoder
 
-# About what a key and its distance take in a reply, and a JSON text.
+# About what a key and its distance take in a reply, and what stands around an attribute or a vector.
 _RESULT_BYTES = 64
-_ATTRIBUTES_BYTES = 256
+_FRAME_BYTES = 16
 
 _VALUED = (b"EF", b"RECALL", b"FILTER", b"RADIUS")
 _FLAGS = (b"EXACT", b"WITHATTRS", b"WITHVECTORS")
@@ -33,8 +33,9 @@ _LARGEST_RADIUS = 1e38
 
 
 def _options(session: Session, index: VectorIndex, k: int, words: Sequence[bytes]) -> SearchOptions:
+    most = session.server.config.client_output_buffer_limit
     if not words:
-        return SearchOptions(k)
+        return SearchOptions(k, most=most)
     given = options(words, _VALUED, _FLAGS)
     ef = recall = condition = radius = None
     if (word := given.get(b"EF")) is not None:
@@ -58,6 +59,7 @@ def _options(session: Session, index: VectorIndex, k: int, words: Sequence[bytes
         exact=b"EXACT" in given,
         attributes=b"WITHATTRS" in given,
         vectors=b"WITHVECTORS" in given,
+        most=most,
     )
 
 
@@ -76,8 +78,7 @@ def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
     search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:])
     if search.k == 0 or not len(index):
         return EMPTY_ARRAY
-    encoder = session.encoder
-    return _submit(session, index, query[None], search, lambda results: _encode(results[0], search, encoder))
+    return _submit(session, index, query[None], search, _One)
 
 
 def _search_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
@@ -94,72 +95,96 @@ def _search_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
     search = _options(session, index, k, rest)
     if k == 0 or not len(index):
         return replies.array([EMPTY_ARRAY] * count)
-    encoder = session.encoder
-    return _submit(
-        session,
-        index,
-        queries,
-        search,
-        lambda results: replies.array(_encode(result, search, encoder) for result in results),
-    )
+    return _submit(session, index, queries, search, _Many)
 
 
 def _submit(
-    session: Session,
-    index: VectorIndex,
-    queries: Floats,
-    search: SearchOptions,
-    encode: Callable[[list[SearchResult]], bytes],
+    session: Session, index: VectorIndex, queries: Floats, search: SearchOptions, reply: type[_One]
 ) -> Slot:
     lsn = max(session.readable_lsn, index.oldest_view)
-    slot = Slot(len(queries) * min(search.k, len(index)) * _result_size(index, search), lsn)
-    check_reply_size(session, slot.size)
-
+    view = index.view(lsn)
+    server = session.server
+    slot = Slot(len(queries) * min(search.k, len(index)) * _result_size(view, search), lsn)
+    allowance = server.held_replies.allowance(session, session.allowance)
+    encoding = reply(search, session.encoder, allowance, slot)
     began = time.perf_counter_ns()
 
-    def done(results: list[SearchResult] | Exception) -> None:
+    def done(outcome: bytes | Exception) -> None:
         taken = time.perf_counter_ns() - began
-        session.server.statistics.searches.record(len(queries), len(queries) * taken)
-        if isinstance(results, CommandError):
-            slot.fill(session.server.error(str(results)))
-        elif isinstance(results, Exception):
-            slot.fill(session.server.error(f"ERR search failed: {results}"))
-        else:
-            slot.fill(encode(results))
+        # From here on the outbox counts it.
+        allowance.release()
+        session.fill(slot, outcome, "search failed")
+        server.statistics.searches.record(len(queries), len(queries) * taken)
+        if isinstance(outcome, NoRoomError):
+            server.hurry_clients()
 
-    session.server.searches.submit(
-        index.id, index.view(lsn), queries, search, done, lambda: slot.awaited, session.id
+    server.searches.submit(
+        index.id, view, queries, search, done, lambda: slot.awaited, session.id, encoding=encoding
     )
     return slot
 
 
-def _result_size(index: VectorIndex, search: SearchOptions) -> int:
+def _result_size(view: View, search: SearchOptions) -> int:
     """About how many bytes one result takes in a reply."""
     size = _RESULT_BYTES
     if search.attributes:
-        size += _ATTRIBUTES_BYTES
+        size += _FRAME_BYTES + view.attribute_bytes // max(1, view.rows)
     if search.vectors:
-        size += 4 * index.parameters.dimension
+        size += _FRAME_BYTES + 4 * view.parameters.dimension
     return size
 
 
-def _encode(result: SearchResult, search: SearchOptions, encoder: Encoder) -> bytes:
-    """The flat array of keys, distances, and what else was asked for."""
-    columns = [result.keys, result.distances]
-    if search.attributes:
-        columns.append(result.attributes)
-    if search.vectors:
-        columns.append(result.vectors)
-    width = len(columns)
-    flat = [b""] * (width * len(result.keys))
-    for place, column in enumerate(columns):
-        flat[place::width] = column
-    if not search.attributes:
-        return replies.bulk_array(flat)
-    # Of all these, attributes alone are null when they are empty.
-    return replies.array(
-        replies.bulk(item) if item or place % width != 2 else encoder.null for place, item in enumerate(flat)
-    )
+class _One:
+    """The reply to one query. Its bytes are counted before they are joined."""
+
+    def __init__(self, search: SearchOptions, encoder: Encoder, allowance: Allowance, slot: Slot) -> None:
+        self._search = search
+        self._encoder = encoder
+        self._allowance = allowance
+        self._slot = slot
+
+    def encode(self, result: SearchResult) -> bytes:
+        """The flat array of keys, distances, and what else was asked for."""
+        if not self._slot.awaited:
+            return b""
+        if result.excess:
+            raise reply_too_long(result.excess)
+        parts = self._parts(result)
+        self._allowance.take(sum(map(len, parts)))
+        return b"".join(parts)
+
+    def _parts(self, result: SearchResult) -> list[bytes]:
+        search = self._search
+        columns = [result.keys, result.distances]
+        if search.attributes:
+            columns.append(result.attributes)
+        if search.vectors:
+            columns.append(result.vectors)
+        width = len(columns)
+        flat = [b""] * (width * len(result.keys))
+        for place, column in enumerate(columns):
+            flat[place::width] = column
+        parts = replies.bulk_array_parts(flat)
+        if search.attributes:
+            # Of all these, attributes alone are null when they are empty.
+            for place, text in enumerate(result.attributes):
+                if not text:
+                    start = 1 + 3 * (place * width + 2)
+                    parts[start : start + 3] = self._encoder.null, b"", b""
+        return parts
+
+    def join(self, encoded: list[bytes]) -> bytes:
+        """The reply to the only query."""
+        (reply,) = encoded
+        return reply
+
+
+class _Many(_One):
+    """The reply to several queries: an array for each."""
+
+    def join(self, encoded: list[bytes]) -> bytes:
+        """An array of them all."""
+        return replies.array(encoded)
 
 
 _KEY = (1, 1, 1)

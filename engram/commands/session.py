@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
@@ -11,8 +14,10 @@ import attrs
 import trio
 
 from engram.access import Access, User
+from engram.commands.allowance import Allowance, HeldReplies
 from engram.config import Config
 from engram.database import Database
+from engram.errors import CommandError
 from engram.exclusion import Exclusion
 from engram.index.builder import Builder
 from engram.index.service import SearchService
@@ -33,6 +38,8 @@ from engram.watches import Watch
 if TYPE_CHECKING:
     from engram.commands.table import Command
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 Queued = tuple["Command", list[bytes]]
@@ -42,14 +49,17 @@ _REQUEST_BYTES = 200
 
 # Freeing a million requests would hold every client up: more than these are freed bit by bit.
 _FREED_AT_ONCE = 512
+# Clients are hurried at most so often.
+_HURRY_SECONDS = 1.0
 
 
 class Slot:
     """The place of a reply that is not known yet; whoever finds it calls `fill`, once.
 
-    `size` is about how many bytes the reply will have, where that may be many. `lsn` is the state that it
-    will show, None for that of the moment at which it was asked for. `awaited` is false once nobody waits
-    for the reply: CLIENT REPLY silences it, or the client is gone. Any thread may look.
+    `size` is about how many bytes the reply will have, where that may be many: the client is not read from
+    while too much is expected for it. `lsn` is the state that it will show, None for that of the moment at
+    which it was asked for. `awaited` is false once nobody waits for the reply: CLIENT REPLY silences it, or
+    the client is gone. Any thread may look.
     """
 
     __slots__ = ("awaited", "lsn", "measure", "on_fill", "reply", "size")
@@ -68,8 +78,10 @@ class Slot:
         self.reply = reply
         if self.measure is not None:
             self.measure()
-        if self.on_fill is not None:
-            self.on_fill()
+        # What is called may hold this slot, and a long reply should go as soon as it has been sent.
+        on_fill, self.on_fill = self.on_fill, None
+        if on_fill is not None:
+            on_fill()
 
 
 @attrs.frozen(eq=False)
@@ -202,6 +214,9 @@ class Server:
     # Commands that rewrite a file of the operator's, or read it again, come one after the other.
     files_lock: trio.Lock = attrs.field(factory=trio.Lock)
     memory: MemoryLimit = attrs.field()
+    held_replies: HeldReplies = attrs.field()
+    # When clients were last hurried, by the monotonic clock.
+    _hurried: float = -math.inf
     last_client_id: int = 0
     # Whether commands of any client have more to pass than those of its own `guarded`.
     guarded: bool = False
@@ -221,6 +236,10 @@ class Server:
     @exclusion.default
     def _exclusion(self) -> Exclusion:
         return Exclusion(self.reconsider)
+
+    @held_replies.default
+    def _held_replies(self) -> HeldReplies:
+        return HeldReplies(self.config)
 
     @memory.default
     def _memory(self) -> MemoryLimit:
@@ -262,6 +281,14 @@ class Server:
                 break
         await trio.lowlevel.checkpoint_if_cancelled()
 
+    def hurry_clients(self) -> None:
+        """Replies held for clients leave no room for others: who takes none from here on is dropped."""
+        now = time.monotonic()
+        if now - self._hurried >= _HURRY_SECONDS:
+            self._hurried = now
+            for session in self.sessions.values():
+                session.hurry()
+
     def review_sessions(self, changing: Session | None = None) -> None:
         """Lets a change of users hold for every session; those whose user is gone end.
 
@@ -296,6 +323,8 @@ class Session:
     observed: Callable[[], int]
     # Sends what is no reply, after the replies so far.
     push: Callable[[bytes], None] = lambda data: None
+    # Drops the client unless it takes some of what waits for it within `client-write-timeout`.
+    hurry: Callable[[], None] = lambda: None
     # Whether a reply to this client is still being made: it is not idle then.
     awaiting: Callable[[], bool] = lambda: False
     encoder: Encoder = RESP2
@@ -322,8 +351,11 @@ class Session:
     # What CLIENT NO-EVICT and CLIENT NO-TOUCH asked for.
     no_evict: bool = False
     no_touch: bool = False
-    # Whether EXEC is carrying commands out, which see each other's changes.
-    executing: bool = False
+    # Bytes of replies that are being made for the client, beside those in its outbox.
+    reserved: int = 0
+    # What the replies of EXEC may take together, while it is carrying commands out, which see each other's
+    # changes.
+    allowance: Allowance | None = None
     # Whether a command of this client has more to pass than its arity: see `engram.commands.guard`.
     guarded: bool = False
 
@@ -337,6 +369,11 @@ class Session:
 
     def __attrs_post_init__(self) -> None:
         self.reconsider()
+
+    @property
+    def executing(self) -> bool:
+        """Whether EXEC is carrying commands out."""
+        return self.allowance is not None
 
     @property
     def reply_mode(self) -> ReplyMode:
@@ -397,6 +434,22 @@ class Session:
         else:
             self.server.statistics.keyspace_hits += 1
         return value
+
+    def fill(self, slot: Slot, outcome: bytes | Exception, failed: str) -> None:
+        """Answers with what has been found, or with the error why nothing was; `failed` says what has.
+
+        To be called from where an error would end the server. If no answer can be made, the client ends.
+        """
+        try:
+            if isinstance(outcome, MemoryError):
+                outcome = CommandError(f"OOM {failed}: there is not enough memory for it")
+            if isinstance(outcome, Exception):
+                text = str(outcome) if isinstance(outcome, CommandError) else f"ERR {failed}: {outcome}"
+                outcome = self.server.error(text)
+            slot.fill(outcome)
+        except Exception:
+            logger.exception("client %s ended by an error", self.address)
+            self.close()
 
     def would_write(self, command: Command) -> bool:
         """Whether a command changes data: by itself, or as EXEC does with what is queued."""

@@ -8,8 +8,9 @@ from functools import partial
 import attrs
 import xxhash
 
+from engram.commands.allowance import SMALL_REPLY
 from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
-from engram.commands.limits import check_reply_of_strings
+from engram.commands.limits import check_reply
 from engram.commands.session import Session
 from engram.commands.table import Command, wrong_arity
 from engram.errors import CommandError
@@ -48,6 +49,7 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
     reply = OK
     if options.get:
         previous = session.read_string(key)
+        check_reply(session, len(previous or b""))
         reply = session.encoder.null if previous is None else _bulk(previous)
     refused = reply if options.get else session.encoder.null
     if options.existence and (database.lookup(key) is None) is (options.existence == b"XX"):
@@ -192,12 +194,12 @@ def _set_many_new(session: Session, arguments: list[bytes]) -> bytes:
 
 def _get(session: Session, arguments: list[bytes]) -> bytes:
     value = session.database.string(arguments[1])
-    if type(value) is bytes:
-        return bulk(value)
     if value is None:
         session.server.statistics.get_misses += 1
         return session.encoder.null
-    return _bulk(value)
+    if len(value) > SMALL_REPLY:
+        check_reply(session, len(value))
+    return bulk(value) if type(value) is bytes else _bulk(value)
 
 
 def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
@@ -212,7 +214,7 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
             misses += 1
             found.append(null)
             continue
-        if type(value) is not bytes or size > _RUN_BYTES:
+        if type(value) is not bytes or max(size, len(value)) > _RUN_BYTES:
             break
         size += len(value)
         found.append(bulk(value))
@@ -224,13 +226,14 @@ def _get_many(session: Session, arguments: list[bytes]) -> bytes:
     null = session.encoder.null
     values = session.read_many(arguments[1:])
     strings = [value if isinstance(value, String) else None for value in values]
-    check_reply_of_strings(session, sum(len(value) for value in strings if value is not None))
+    check_reply(session, sum(len(value) for value in strings if value is not None))
     return replies.array(null if value is None else _bulk(value) for value in strings)
 
 
 def _get_and_set(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     value = session.read_string(arguments[1])
+    check_reply(session, len(value or b""))
     database.commit(SetString(arguments[1], arguments[2]))
     return session.encoder.null if value is None else _bulk(value)
 
@@ -240,6 +243,7 @@ def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
     value = session.read_string(arguments[1])
     if value is None:
         return session.encoder.null
+    check_reply(session, len(value))
     database.commit(DeleteKeys((arguments[1],)))
     return _bulk(value)
 
@@ -251,6 +255,7 @@ def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes:
     value = session.read_string(key)
     if value is None:
         return session.encoder.null
+    check_reply(session, len(value))
     if operand is not None:
         now = database.now()
         expires_at = expiry(lifetime, operand, now, "getex")
@@ -301,6 +306,7 @@ def _get_range(session: Session, arguments: list[bytes]) -> bytes:
     if value is None:
         return EMPTY_BULK
     start, stop = clamp_range(start, end, len(value))
+    check_reply(session, stop - start)
     return bulk(value[start:stop])
 
 

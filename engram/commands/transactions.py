@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import attrs
 import trio
 
+from engram.commands.allowance import Allowance
 from engram.commands.guard import show
-from engram.commands.limits import check_reply_of_strings, longest_reply
+from engram.commands.limits import check_reply
 from engram.commands.session import Barrier, Queued, Server, Session, Slot, Transaction
 from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Reply
 from engram.database import RECORD_OVERHEAD
@@ -129,13 +130,14 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     if not broken:
         queued, transaction.commands = transaction.commands, queued
     session.discard()
-    execution = _Execution(session, queued, transaction.writes)
+    allowance = session.server.held_replies.exec_allowance(session)
+    execution = _Execution(session, queued, transaction.writes, allowance)
     turns = execution.turns()
 
     def answer() -> bytes | Barrier:
         if monitors:
             monitors.feed(session, [name])
-        return session.encoder.null_array if broken else _answer(session, count, execution.found)
+        return session.encoder.null_array if broken else _answer(session, count, execution.found, allowance)
 
     if next(turns, None) is None:
         return answer()
@@ -174,17 +176,23 @@ def _go_on(server: Server, turns: Iterator[bool], answer: Callable[[], bytes | B
     return Barrier(wait)
 
 
-def _answer(session: Session, count: int, found: Sequence[Reply]) -> bytes | Barrier:
-    """The reply of an EXEC of `count` commands; `found` has theirs, several in one where they are known."""
+def _answer(session: Session, count: int, found: Sequence[Reply], allowance: Allowance) -> bytes | Barrier:
+    """The reply of an EXEC of `count` commands; `found` has theirs, several in one where they are known.
+
+    What they take of the allowance is held until it is handed on.
+    """
     header = replies.array_header(count)
     known = [reply for reply in found if isinstance(reply, bytes)]
     if len(known) == len(found):
-        return header + b"".join(known)
+        allowance.release()
+        return b"".join((header, *known))
+    allowance.hold()
 
     async def wait() -> bytes:
         try:
-            return header + b"".join([await _result(session, reply) for reply in found])
+            return b"".join([header, *[await _result(session, reply) for reply in found]])
         finally:
+            allowance.release()
             for reply in found:
                 if isinstance(reply, Slot):
                     reply.awaited = False
@@ -198,15 +206,14 @@ class _Execution:
 
     Attributes:
         found: the replies so far, those that are known already joined.
-        size: bytes that they take, about.
         single: commands before the next that can be carried out together, as far as has been looked at.
     """
 
     session: Session
     queued: deque[Queued]
     writes: bool
+    allowance: Allowance
     found: list[Reply] = attrs.field(factory=list)
-    size: int = 0
     single: int = 0
 
     def turns(self) -> Iterator[bool]:
@@ -215,7 +222,7 @@ class _Execution:
         What is changed in all of them is one change.
         """
         session, database = self.session, self.session.database
-        session.executing = True
+        session.allowance = self.allowance
         try:
             with database.together():
                 while self.queued:
@@ -223,9 +230,11 @@ class _Execution:
                     self._take_turn()
                     database.covered = False
                     if self.queued:
+                        self.allowance.hold()
                         yield True
         finally:
-            session.executing = database.covered = False
+            session.allowance = None
+            database.covered = False
 
     def _take_turn(self) -> None:
         """Carries out what takes a turn.
@@ -236,7 +245,7 @@ class _Execution:
         session, queued = self.session, self.queued
         server = session.server
         error, usage, monitors = server.error, server.statistics.usage, server.monitors
-        longest = longest_reply(session)
+        allowance = self.allowance
         slowest = server.config.slowlog_log_slower_than * 1000
         slow = slowest if slowest >= 0 else float("inf")
         clock = time.perf_counter_ns
@@ -250,7 +259,9 @@ class _Execution:
             unrestricted = session.user.unrestricted
             if self.single:
                 self.single -= 1
-            elif command.run is not None and unrestricted and not monitors and self.size <= longest:
+            elif (
+                command.run is not None and unrestricted and not monitors and allowance.used <= allowance.most
+            ):
                 run = _take_run(queued, command, request)
                 if len(run) > 1:
                     done, reply = command.run(session, run)
@@ -266,17 +277,18 @@ class _Execution:
                 try:
                     if not unrestricted:
                         _check_again(session, command, request)
-                    if self.size > longest and (not command.writes or _answers_values(command, request)):
-                        check_reply_of_strings(session, self.size)
+                    if allowance.used > allowance.most and (
+                        not command.writes or _answers_values(command, request)
+                    ):
+                        check_reply(session, allowance.used)
                     reply = command.handler(session, request)
                 except CommandError as failure:
                     usage[command.name].failed += 1
                     reply = error(str(failure))
             if isinstance(reply, bytes):
-                self.size += len(reply)
+                allowance.made += len(reply)
                 known.append(reply)
             else:
-                self.size += reply.size if isinstance(reply, Slot) else 0
                 self.found += (b"".join(known), reply)
                 known.clear()
             ended = clock()

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from engram.commands.arguments import options, scan_count, scan_cursor, scan_size
 from engram.commands.indices import existing_index, read_index
-from engram.commands.limits import check, check_members
+from engram.commands.limits import check, check_members, check_reply, check_results
 from engram.commands.session import Session
 from engram.commands.table import Command, wrong_arity
-from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
 from engram.index.vectors import decode_vector, join_vectors
 from engram.operations import AddVectors, DeleteVectors, SetAttributes
@@ -19,12 +18,6 @@ from engram.protocol.replies import ONE, ZERO
 
 _ATTRIBUTES = b"ATTRS"
 _SCAN_COUNT = 10
-
-
-def check_reply_size(session: Session, size: int) -> None:
-    """Raises CommandError when a reply of about `size` bytes is more than a client may have waiting."""
-    if size > session.server.config.client_output_buffer_limit:
-        raise CommandError(f"ERR the reply would take {size} bytes, more than client-output-buffer-limit")
 
 
 def _add(session: Session, arguments: list[bytes]) -> bytes:
@@ -95,7 +88,7 @@ def _get(session: Session, arguments: list[bytes]) -> bytes:
 def _get_many(session: Session, arguments: list[bytes]) -> bytes:
     index = read_index(session, arguments[1])
     keys = arguments[2:]
-    check_reply_size(session, 4 * index.parameters.dimension * len(keys))
+    check_results(session, 4 * index.parameters.dimension * sum(map(index.live.__contains__, keys)))
     found = map(index.vector, keys)
     return replies.array(session.encoder.null if vector is None else replies.bulk(vector) for vector in found)
 
@@ -126,6 +119,7 @@ def _set_attributes(session: Session, arguments: list[bytes]) -> bytes:
 def _get_attributes(session: Session, arguments: list[bytes]) -> bytes:
     index = session.read_index(arguments[1])
     attributes = b"" if index is None else index.attributes(arguments[2])
+    check_reply(session, len(attributes))
     return replies.bulk(attributes) if attributes else session.encoder.null
 
 

@@ -7,6 +7,7 @@ only a graph can miss a neighbour.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ _PASS_RESULTS = 1 << 16
 _SCAN_ROWS = 8192
 # Numbers of candidates' vectors that are gathered at once.
 _GATHER_NUMBERS = 1 << 17
+# Bytes of the strings of results that are copied at once; those of one result may be more.
+_COPIED_BYTES = 4 << 20
 
 # Share(call, count, worker) calls call(number, worker) once for each number below count, in whatever search
 # threads are free, each with its own worker number, and returns when all have returned.
@@ -53,6 +56,7 @@ class SearchOptions:
         radius: only rows at this distance or nearer, as results say it: to float32.
         exact: without graphs: none of the nearest is missed.
         attributes, vectors: whether results hold them.
+        most: a result whose strings would take more bytes is given without them.
     """
 
     k: int
@@ -63,6 +67,7 @@ class SearchOptions:
     exact: bool = False
     attributes: bool = False
     vectors: bool = False
+    most: int = attrs.field(default=sys.maxsize, eq=False)
 
 
 @attrs.frozen
@@ -71,13 +76,15 @@ class SearchResult:
 
     Distances are compared as float64 and given as float32.
     `attributes` (JSON texts, empty for rows without) and `vectors` (float32 bytes) are empty lists unless
-    they were asked for.
+    they were asked for. Where more than `SearchOptions.most` bytes would have to be copied, all lists are
+    empty, and `excess` is how many.
     """
 
     keys: list[bytes]
     distances: list[bytes]
     attributes: list[bytes] = attrs.field(factory=list)
     vectors: list[bytes] = attrs.field(factory=list)
+    excess: int = 0
 
 
 class _Candidates:
@@ -93,11 +100,12 @@ class _Candidates:
             self._sources.append(source)
             self._parts.append((which, source.row_ids[positions], positions, distances))
 
-    def best(self, queries: Queries, options: SearchOptions, k: int) -> list[SearchResult]:
+    def best(self, queries: Queries, options: SearchOptions, k: int) -> Iterator[SearchResult]:
         """The k nearest for each query."""
         count = len(queries.vectors)
         if not self._parts:
-            return [SearchResult([], []) for _ in range(count)]
+            yield from (SearchResult([], []) for _ in range(count))
+            return
         which, row_ids, positions, distances = map(np.concatenate, zip(*self._parts, strict=True))
         order = np.lexsort((row_ids, distances, which))
         if options.radius is not None:
@@ -105,8 +113,62 @@ class _Candidates:
         sorted_which = which[order]
         edges = np.searchsorted(sorted_which, np.arange(count + 1))
         order = order[np.arange(len(order)) - edges[sorted_which] < k]
-        lengths = np.minimum(edges[1:] - edges[:-1], k).tolist()
+        lengths = np.minimum(edges[1:] - edges[:-1], k)
+        if len(order) * self._longest_copied(options) <= _COPIED_BYTES:
+            yield from self._results(order, lengths.tolist(), positions, distances, queries, options)
+            return
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        copied = np.concatenate([[0], np.cumsum(self._copied(order, positions, options))])
+        sizes = np.diff(copied[bounds]).tolist()
+        first = 0
+        while first < count:
+            last, size = first + 1, sizes[first]
+            while last < count and size + sizes[last] <= _COPIED_BYTES:
+                size += sizes[last]
+                last += 1
+            if size > options.most and last == first + 1:
+                yield SearchResult([], [], excess=size)
+            else:
+                part = order[bounds[first] : bounds[last]]
+                yield from self._results(
+                    part, lengths[first:last].tolist(), positions, distances, queries, options
+                )
+            first = last
 
+    def _longest_copied(self, options: SearchOptions) -> int:
+        """Bytes that the strings of a candidate take at most where they are copied: chunks hold them."""
+        longest = 0
+        for source, _ in zip(self._sources, self._parts, strict=True):
+            size = 4 * source.vectors.shape[1] if options.vectors else 0
+            if isinstance(source, Segment):
+                size += source.keys.longest
+                size += source.attributes.longest if options.attributes else 0
+            longest = max(longest, size)
+        return longest
+
+    def _copied(self, order: Numbers, positions: Numbers, options: SearchOptions) -> Numbers:
+        """Bytes of the strings of each candidate that would be copied, (n,)."""
+        sizes = np.zeros(len(order), np.int64)
+        for source, members in self._by_source(order):
+            rows = positions[order[members]]
+            if options.vectors:
+                sizes[members] += 4 * source.vectors.shape[1]
+            if isinstance(source, Segment):
+                sizes[members] += source.keys.lengths(rows)
+                if options.attributes:
+                    sizes[members] += source.attributes.lengths(rows)
+        return sizes
+
+    def _results(
+        self,
+        order: Numbers,
+        lengths: Sequence[int],
+        positions: Numbers,
+        distances: Doubles,
+        queries: Queries,
+        options: SearchOptions,
+    ) -> Iterator[SearchResult]:
+        """The results of queries that have so many candidates each, `order` of them in all."""
         texts = format_distances(queries.rounded(distances[order]))
         keys = [b""] * len(order)
         attributes = [b""] * len(order) if options.attributes else []
@@ -118,13 +180,11 @@ class _Candidates:
                 _put(attributes, places, source.attributes_at(rows))
             if options.vectors:
                 _put(vectors, places, [row.tobytes() for row in source.vectors[rows].astype("<f4")])
-        results = []
         start = 0
         for length in lengths:
             part = slice(start, start + length)
-            results.append(SearchResult(keys[part], texts[part], attributes[part], vectors[part]))
+            yield SearchResult(keys[part], texts[part], attributes[part], vectors[part])
             start = part.stop
-        return results
 
     def _by_source(self, candidates: Numbers) -> Iterator[tuple[Source, Numbers]]:
         """Each source, and where among some candidates its own are."""
@@ -142,18 +202,18 @@ def _put(items: list[bytes], places: list[int], found: list[bytes]) -> None:
         items[place] = item
 
 
-def search_batch(
+def search_each(
     views: Sequence[View],
     queries: Floats,
     options: SearchOptions,
     worker: int,
     share: Share = call_in_turn,
-) -> list[SearchResult]:
+) -> Iterator[SearchResult]:
     """The k nearest live rows of each query, shape (n, dimension), as its view shows them.
 
     There is a view for each query, all of one index and one generation. With a filter there are k results
     wherever k rows match. No two calls with the same `worker` may run at once. The segments' graphs are
-    walked through `share`.
+    walked through `share`. Results are made as they are asked for, some at a time.
 
     Raises:
         ValueError: k is not positive.
@@ -162,11 +222,20 @@ def search_batch(
         raise ValueError("k must be positive")
     k = max(1, min(options.k, max(view.rows for view in views)))
     step = max(1, _PASS_RESULTS // k)
-    results: list[SearchResult] = []
     for start in range(0, len(views), step):
         part = slice(start, start + step)
-        results += _Pass(views[part], queries[part], k, options).run(worker, share)
-    return results
+        yield from _Pass(views[part], queries[part], k, options).run(worker, share)
+
+
+def search_batch(
+    views: Sequence[View],
+    queries: Floats,
+    options: SearchOptions,
+    worker: int,
+    share: Share = call_in_turn,
+) -> list[SearchResult]:
+    """All results of `search_each` at once."""
+    return list(search_each(views, queries, options, worker, share))
 
 
 @attrs.frozen(eq=False)
@@ -204,7 +273,7 @@ class _Pass:
         self._scan = Scan(self._queries, k, self._lsns, visible)
         self._candidates = _Candidates()
 
-    def run(self, worker: int, share: Share) -> list[SearchResult]:
+    def run(self, worker: int, share: Share) -> Iterator[SearchResult]:
         planned: list[tuple[InstalledSegment, Mask | None, Walk]] = []
         scanned: list[tuple[InstalledSegment, Mask | None, Numbers | None]] = []
         for installed in self._views[0].segments:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 import numpy as np
@@ -17,11 +19,11 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from engram.errors import CommandError
 from engram.index.distances import Floats
-from engram.index.search import SearchOptions, SearchResult, Share, call_in_turn, search_batch
+from engram.index.search import SearchOptions, SearchResult, Share, call_in_turn, search_each
 from engram.index.vector_index import View
 from engram.supervision import keep_running
 
-Done = Callable[[list[SearchResult] | Exception], None]
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -33,63 +35,110 @@ _LOOKS = 10
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
 
 
+class Encoding(Protocol):
+    """What becomes of the results of a search, in the search threads. What it raises is the outcome."""
+
+    def encode(self, result: SearchResult) -> Any:
+        """Takes the result of one query."""
+        ...
+
+    def join(self, encoded: list[Any]) -> Any:
+        """The outcome of the whole search, from what `encode` made of the result of each query."""
+        ...
+
+
+class AsFound:
+    """Leaves results as they are: the outcome is a list of SearchResult."""
+
+    def encode(self, result: SearchResult) -> SearchResult:
+        return result
+
+    def join(self, encoded: list[Any]) -> list[Any]:
+        return encoded
+
+
+_AS_FOUND = AsFound()
+
+
+@attrs.define(eq=False)
 class _Whole:
-    """What the parts of a search share."""
+    """What the parts of a search share: any thread may finish one."""
 
-    __slots__ = ("begun",)
+    encoding: Encoding
+    # Called on the loop with the outcome.
+    done: Callable[[Any], None]
+    # What there is of each part.
+    encoded: list[list[Any]]
+    left: int
+    begun: bool = False
+    # The outcome is known, perhaps because a part has failed: the other parts are not wanted.
+    over: bool = False
+    _lock: Lock = attrs.field(factory=Lock)
 
-    def __init__(self) -> None:
-        self.begun = False
+    def finish(self, number: int, outcome: list[Any] | Exception) -> Callable[[], None] | None:
+        """Notes the outcome of a part; returns what is to be called on the loop once all is known."""
+        with self._lock:
+            if self.over:
+                return None
+            if isinstance(outcome, list):
+                self.encoded[number] = outcome
+                self.left -= 1
+                if self.left:
+                    return None
+            self.over = True
+        if isinstance(outcome, list):
+            outcome = _attempt(self._join)
+        self.encoded = []
+        return partial(self.done, outcome)
+
+    def _join(self) -> Any:
+        parts = self.encoded
+        return self.encoding.join(parts[0] if len(parts) == 1 else list(chain.from_iterable(parts)))
 
 
 @attrs.define(eq=False)
 class _Search:
+    """A part of a search: all of it, unless it has many queries."""
+
     view: View
     queries: Floats
     options: SearchOptions
-    done: Done
-    wanted: Callable[[], bool]
+    asked_for: Callable[[], bool]
     queued: float
-    whole: _Whole | None = None
+    whole: _Whole
+    number: int = 0
 
     @property
     def size(self) -> int:
         return len(self.queries)
 
+    def finish(self, outcome: list[Any] | Exception) -> Callable[[], None] | None:
+        """Notes the outcome; returns what is to be called on the loop once that of the whole is known."""
+        return self.whole.finish(self.number, outcome)
+
     @property
     def begun(self) -> bool:
         """Whether it is the rest of a search that is under way."""
-        return self.whole is not None and self.whole.begun
+        return self.whole.begun
+
+    def wanted(self) -> bool:
+        return not self.whole.over and self.asked_for()
 
     def parts(self, size: int) -> Sequence[_Search]:
         """Searches of at most `size` queries each that together are this one."""
-        count = len(self.queries)
-        if count <= size:
+        starts = range(0, len(self.queries), size)
+        if len(starts) <= 1:
             return [self]
-        starts = range(0, count, size)
-        outcomes: list[list[SearchResult] | Exception] = [[]] * len(starts)
-        left = set(range(len(starts)))
-        whole = _Whole()
-
-        def done(number: int, outcome: list[SearchResult] | Exception) -> None:
-            outcomes[number] = outcome
-            left.discard(number)
-            if left:
-                return
-            results: list[SearchResult] = []
-            for part in outcomes:
-                if isinstance(part, Exception):
-                    self.done(part)
-                    return
-                results += part
-            self.done(results)
-
+        self.whole.encoded = [[] for _ in starts]
+        self.whole.left = len(starts)
         return [
-            attrs.evolve(
-                self, queries=self.queries[start : start + size], done=partial(done, number), whole=whole
-            )
+            attrs.evolve(self, queries=self.queries[start : start + size], number=number)
             for number, start in enumerate(starts)
         ]
+
+    def rest(self, done: int) -> _Search:
+        """This one without its first queries."""
+        return attrs.evolve(self, queries=self.queries[done:])
 
 
 @attrs.define(eq=False)
@@ -100,6 +149,10 @@ class _Work:
     queued: float
     size = 1
     begun = False
+
+    def finish(self, outcome: Any) -> Callable[[], None]:
+        """What is to be called on the loop."""
+        return partial(self.done, outcome)
 
 
 _Waiting = TypeVar("_Waiting", _Search, _Work)
@@ -240,16 +293,19 @@ class SearchService:
         view: View,
         queries: Floats,
         options: SearchOptions,
-        done: Done,
+        done: Callable[[Any], None],
         wanted: Callable[[], bool] = lambda: True,
         client: int = 0,
+        encoding: Encoding = _AS_FOUND,
     ) -> None:
         """Queues a search for each of `queries`, (n, dimension), all of which see the same view.
 
-        `done` is called once on the loop, with a result for each query, or with what went wrong. What is
-        not `wanted` any more when its turn comes is dropped; a search thread asks.
+        `done` is called once on the loop, with what `encoding` makes of the results, in a search thread, or
+        with what went wrong. What is not `wanted` any more when its turn comes is dropped; a search thread
+        asks.
         """
-        parts = _Search(view, queries, options, done, wanted, self._now()).parts(self._max_batch)
+        whole = _Whole(encoding, done, [[]], 1)
+        parts = _Search(view, queries, options, wanted, self._now(), whole).parts(self._max_batch)
         self._queue(("index", index_id), client, parts, len(queries))
 
     def submit_work(
@@ -321,14 +377,20 @@ class SearchService:
                 if not turns:
                     del self._queues[key]
             self.waiting -= sum(each.size for each in late)
-        for each in late:
-            if each.wanted():
-                self.refused += each.size
-                each.done(CommandError(BUSY))
+        for each in [each for each in late if each.wanted()]:
+            self.refused += each.size
+            _call(each.finish(CommandError(BUSY)))
 
     def _serve(self, worker: int, token: trio.lowlevel.TrioToken) -> None:
-        while self._run_next(worker, token) or self._calls.get():
-            pass
+        while True:
+            try:
+                more = self._run_next(worker, token)
+            except Exception:
+                # Whatever it was, the thread is needed for the next search.
+                logger.exception("an error between searches")
+                more = True
+            if not more and not self._calls.get():
+                return
 
     def _run_next(self, worker: int, token: trio.lowlevel.TrioToken) -> bool:
         """Does what is next; whether there was anything.
@@ -354,16 +416,30 @@ class SearchService:
         try:
             if isinstance(job, _Work):
                 if job.wanted():
-                    token.run_sync_soon(job.done, _attempt(job.function))
+                    token.run_sync_soon(_call, job.finish(_attempt(job.function)))
             elif job:
-                outcomes = _attempt(partial(_run_batch, job, worker, self._share))
-                if isinstance(outcomes, Exception):
-                    outcomes = [outcomes] * len(job)
-                token.run_sync_soon(self._finish, job, outcomes)
+                self._search(job, worker, token)
         finally:
             with self._lock:
                 self._busy -= 1
         return True
+
+    def _search(self, batch: Sequence[_Search], worker: int, token: trio.lowlevel.TrioToken) -> None:
+        """Runs a batch; those of one generation and with equal options are run together."""
+        finished: list[Callable[[], None] | None] = []
+        try:
+            groups: dict[tuple[int, SearchOptions], list[_Search]] = {}
+            for search in batch:
+                groups.setdefault((search.view.generation, search.options), []).append(search)
+            for members in groups.values():
+                outcomes = _run_group(members, worker, self._share)
+                for search, outcome in zip(members, outcomes, strict=True):
+                    finished.append(search.finish(outcome))
+        except Exception as error:
+            # Too little memory even for that: whoever has no answer yet has this one.
+            bare = _bare(error)
+            finished += [search.finish(bare) for search in batch]
+        token.run_sync_soon(self._finish, sum(search.size for search in batch), finished)
 
     def _share(self, call: Callable[[int, int], None], count: int, worker: int) -> None:
         """Calls `call(number, worker)` for each number below `count`, together with threads that are idle."""
@@ -377,11 +453,11 @@ class SearchService:
                 self._call()
         shared.finish(worker)
 
-    def _finish(self, batch: Sequence[_Search], outcomes: Sequence[list[SearchResult] | Exception]) -> None:
+    def _finish(self, queries: int, finished: Sequence[Callable[[], None] | None]) -> None:
         self.batches += 1
-        self.searches += sum(len(search.queries) for search in batch)
-        for search, outcome in zip(batch, outcomes, strict=True):
-            search.done(outcome)
+        self.searches += queries
+        for each in finished:
+            _call(each)
 
     def _take(self) -> list[_Search] | _Work:
         key = next(iter(self._queues))
@@ -394,8 +470,7 @@ class SearchService:
             if isinstance(item, _Work):
                 self._put_back(key, turns)
                 return item
-            if item.whole is not None:
-                item.whole.begun = True
+            item.whole.begun = True
             if item.wanted():
                 room -= item.size
                 batch.append(item)
@@ -412,33 +487,51 @@ def _attempt(function: Callable[[], T]) -> T | Exception:
     try:
         return function()
     except Exception as error:
-        return error
+        return _bare(error)
 
 
-def _run_batch(batch: Sequence[_Search], worker: int, share: Share) -> list[list[SearchResult] | Exception]:
-    """The outcome of each search; those of one generation and with equal options are run together."""
-    groups: dict[tuple[int, SearchOptions], list[int]] = {}
-    for number, search in enumerate(batch):
-        groups.setdefault((search.view.generation, search.options), []).append(number)
-    outcomes: list[list[SearchResult] | Exception] = [[]] * len(batch)
-    for members in groups.values():
-        found = _run_group([batch[number] for number in members], worker, share)
-        for number, outcome in zip(members, found, strict=True):
-            outcomes[number] = outcome
-    return outcomes
+def _bare(error: Exception) -> Exception:
+    """An error without what its frames hold, which may be most of the memory there is."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
-def _run_group(
-    searches: Sequence[_Search], worker: int, share: Share
-) -> Sequence[list[SearchResult] | Exception]:
+def _call(finished: Callable[[], None] | None) -> None:
+    """Tells an outcome, on the loop, where an error would end the server."""
+    try:
+        if finished is not None:
+            finished()
+    except Exception:
+        logger.exception("what was searched for cannot be told")
+
+
+def _run_group(searches: Sequence[_Search], worker: int, share: Share) -> Sequence[list[Any] | Exception]:
+    """What the encoding of each search makes of its results, or what went wrong with it."""
+    outcomes: list[list[Any] | Exception] = [[] for _ in searches]
+    failed = 0
     try:
         queries = np.concatenate([search.queries for search in searches])
         views = [search.view for search in searches for _ in search.queries]
-        results = search_batch(views, queries, searches[0].options, worker, share)
+        owners = [number for number, search in enumerate(searches) for _ in search.queries]
+        results = search_each(views, queries, searches[0].options, worker, share)
+        for number, result in zip(owners, results, strict=True):
+            outcome = outcomes[number]
+            if isinstance(outcome, Exception):
+                continue
+            try:
+                outcome.append(searches[number].whole.encoding.encode(result))
+            except Exception as error:
+                outcomes[number] = _bare(error)
+                failed += 1
+                if failed == len(searches):
+                    break
     except Exception as error:
         if len(searches) == 1:
-            return [error]
+            return [_bare(error)]
         # Whichever of them it was, the others have an answer.
-        return [outcome for search in searches for outcome in _run_group([search], worker, share)]
-    ends = np.cumsum([len(search.queries) for search in searches]).tolist()
-    return [results[end - len(search.queries) : end] for search, end in zip(searches, ends, strict=True)]
+        for number, search in enumerate(searches):
+            outcome = outcomes[number]
+            if isinstance(outcome, list) and len(outcome) < search.size:
+                (rest,) = _run_group([search.rest(len(outcome))], worker, share)
+                outcomes[number] = outcome + rest if isinstance(rest, list) else rest
+    return outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import attrs
 import numpy as np
@@ -86,6 +87,11 @@ class Texts:
         places += np.arange(start, stop)
         picked: Array = self.joined[places]
         return picked
+
+    @cached_property
+    def longest(self) -> int:
+        """The length of the longest string."""
+        return int(np.diff(self.ends, prepend=0).max(initial=0))
 
     def _bounds(self, positions: Positions) -> tuple[Array, Array]:
         return np.where(positions > 0, self.ends[positions - 1], 0), self.ends[positions]

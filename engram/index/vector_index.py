@@ -82,6 +82,12 @@ class View:
     rows: int
     next_row: int
 
+    @property
+    def attribute_bytes(self) -> int:
+        """About how many bytes the JSON texts of all rows take."""
+        segments = sum(installed.segment.attributes.joined.nbytes for installed in self.segments)
+        return segments + sum(chunk.attribute_bytes for chunk, _ in self.head)
+
 
 @attrs.frozen(eq=False)
 class Plan:

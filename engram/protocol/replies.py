@@ -71,6 +71,11 @@ def array(items: Iterable[bytes]) -> bytes:
 
 def bulk_array(values: Iterable[bytes]) -> bytes:
     """An array of bulk strings."""
+    return b"".join(bulk_array_parts(values))
+
+
+def bulk_array_parts(values: Iterable[bytes]) -> list[bytes]:
+    """What an array of bulk strings is made of when it is joined."""
     # As `bulk` of each, in half the time.
     parts = [b""]
     for value in values:
@@ -78,12 +83,14 @@ def bulk_array(values: Iterable[bytes]) -> bytes:
         header = _BULK_HEADERS[length] if length < _KNOWN_LENGTHS else b"$%d\r\n" % length
         parts += (header, value, b"\r\n")
     parts[0] = b"*%d\r\n" % (len(parts) // 3)
-    return b"".join(parts)
+    return parts
 
 
 def _aggregate(kind: bytes, items: Iterable[bytes]) -> bytes:
     parts = list(items)
-    return b"%b%d\r\n%b" % (kind, len(parts), b"".join(parts))
+    header = b"%b%d\r\n" % (kind, len(parts))
+    parts.insert(0, header)
+    return b"".join(parts)
 
 
 @attrs.frozen
@@ -106,7 +113,8 @@ class Encoder:
         """A map of encoded keys and values; in RESP2 a flat array of them."""
         parts = [key + value for key, value in pairs]
         if self.version == 2:
-            return b"*%d\r\n%b" % (2 * len(parts), b"".join(parts))
+            parts.insert(0, b"*%d\r\n" % (2 * len(parts)))
+            return b"".join(parts)
         return _aggregate(b"%", parts)
 
     def set(self, items: Iterable[bytes]) -> bytes:

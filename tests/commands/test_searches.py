@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import trio
 import trio.testing
+from trio.testing import lockstep_stream_pair
 
 from engram.index.filters import compile_filter
-from engram.index.search import SearchOptions
+from engram.index.search import SearchOptions, SearchResult
 from engram.index.service import BUSY, SearchService
+from engram.protocol import replies
+from engram.transport import SocketTransport
 from tests.commands.conftest import (
     EMPTY,
     NO_INDEX,
@@ -308,7 +316,7 @@ async def test_a_search_is_wanted_before_its_reply_has_a_place(
     searches = HeldSearches()
     answers = []
 
-    def submit(*arguments: Any) -> None:
+    def submit(*arguments: Any, encoding: object = None) -> None:
         *_, wanted, _ = arguments
         answers.append(wanted())
 
@@ -357,3 +365,212 @@ async def test_who_searches_behind_the_log_costs_nobody_anything(open_house: Ope
         assert await reader.call("VCOUNT a FILTER .g==1") == b":1000\r\n"
         journal.automatic = True
         assert await writer.call("VDELBY a FILTER .g==1") == b":1000\r\n"
+
+
+# How large a reply may be
+
+
+TOO_LONG = b" bytes, more than client-output-buffer-limit\r\n"
+
+
+@pytest.fixture
+def peak() -> Iterator[Callable[[], int]]:
+    """How many bytes more there have been at once since the last call than there were then."""
+    tracemalloc.start()
+    level = 0
+
+    def measure() -> int:
+        nonlocal level
+        before = level
+        level, most = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        return most - before
+
+    yield measure
+    tracemalloc.stop()
+
+
+async def fill_with_texts(client: Client, rows: int, size: int) -> None:
+    """An index "a" of members on a line with attributes of `size` bytes."""
+    await client.call("VNEW a 1 METRIC l2")
+    text = b'"%b"' % (b"x" * (size - 2))
+    words = [word for row in range(rows) for word in (b"m%d" % row, vector(row), text)]
+    assert await client.call([b"VMADD", b"a", *words, b"ATTRS"]) == b":%d\r\n" % rows
+
+
+async def test_a_reply_that_would_be_too_long_is_not_made(house: House, peak: Callable[[], int]) -> None:
+    """However little its request is, and however little is said about it beforehand."""
+    house.server.config.client_output_buffer_limit = 1 << 20
+    client = house.connect()
+    await fill_with_texts(client, 40, 50_000)
+    queries = [vector(n) for n in range(100)]
+    request = [b"VMSEARCH", b"a", b"40", b"100", *queries, b"WITHATTRS"]
+    peak()
+    reply = await client.call(request)
+    assert peak() < 4 << 20
+    assert reply.startswith(b"-ERR the reply would take ")
+    assert reply.endswith(TOO_LONG)
+    for k in (21, 40):
+        assert (await search(client, "a", vector(0), b"%d" % k, b"WITHATTRS")).endswith(TOO_LONG)
+    assert len(parse(await search(client, "a", vector(0), b"20", b"WITHATTRS"))) == 60
+    assert house.server.held_replies.reserved == 0
+
+
+async def test_a_reply_may_be_as_long_as_the_limit(house: House) -> None:
+    client = house.connect()
+    await fill_with_texts(client, 10, 1000)
+    request = [b"VMSEARCH", b"a", b"10", b"10", *[vector(0)] * 10, b"WITHATTRS", b"WITHVECTORS"]
+    reply = await client.call(request)
+    # What stands before the replies to the queries is not counted.
+    size = len(reply) - len(b"*10\r\n")
+    house.server.config.client_output_buffer_limit = size
+    assert await client.call(request) == reply
+    house.server.config.client_output_buffer_limit = size - 1
+    assert await client.call(request) == b"-ERR the reply would take %d" % size + TOO_LONG
+
+
+async def test_what_a_search_does_not_find_is_not_counted(house: House) -> None:
+    house.server.config.client_output_buffer_limit = 1 << 16
+    client = house.connect()
+    await client.call("VNEW a 256 METRIC l2")
+    for number in range(100):
+        await add(client, "a", f"{number}", *[number] * 256)
+    found = await search(client, "a", vector(*[7] * 256), b"100", b"RADIUS", b"0", b"WITHVECTORS")
+    assert found == bulks("7", "0", vector(*[7] * 256))
+
+
+async def test_replies_that_wait_for_one_client_are_bounded(open_house: OpenHouse) -> None:
+    """Also where each is much longer than anybody could think."""
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        house.server.config.client_output_buffer_limit = 1 << 20
+        client, other = house.connect(), house.connect()
+        await client.call("VNEW a 1")
+        await add(client, "a", "x", 1)
+        query = [b"VSEARCH", b"a", vector(1), b"1"]
+        await client.send(*[query] * 5)
+        await client.arrived()
+        first = searches.held.pop(0)
+        large = [SearchResult([b"k" * 700_000], [b"0"])]
+        while searches.held:
+            searches.held.pop(0)(large)
+        first([SearchResult([b"x"], [b"0"])])
+        got = [parse(await client.reply()) for _ in range(3)]
+        assert [len(reply[0]) for reply in got] == [1, 700_000, 700_000]
+        for _ in range(2):
+            refused = await client.reply()
+            assert refused.startswith(b"-ERR the replies that wait for this client would take ")
+        assert house.server.held_replies.waiting == house.server.held_replies.reserved == 0
+        await other.send(query)
+        await other.arrived()
+        searches.held.pop()(large)
+        assert len(parse(await other.reply())[0]) == 700_000
+
+
+@pytest.mark.parametrize("request_", ["GET k", "MGET k k", "GETRANGE k 0 -1", "VSEARCH", "GETDEL k"])
+async def test_replies_that_wait_for_all_clients_are_bounded(house: House, request_: str) -> None:
+    config = house.server.config
+    config.client_output_buffer_limit = config.proto_max_bulk_len = config.output_buffer_total_limit = 1 << 20
+    client = house.connect()
+    await client.call([b"SET", b"k", b"v" * 300_000])
+    await fill_with_texts(client, 1, 300_000)
+    request = request_.split() if request_ != "VSEARCH" else ["VSEARCH", "a", "?", "1", "WITHATTRS"]
+    words = [vector(0) if word == "?" else word.encode() for word in request]
+    streams = [lockstep_stream_pair() for _ in range(3)]
+    for pair in streams:
+        await house.connect(streams=pair, reads=False).send("GET k")
+        await trio.testing.wait_all_tasks_blocked()
+    assert house.server.held_replies.waiting > 900_000
+    refused = await client.call(words)
+    assert refused.startswith(b"-ERR the replies that wait for all clients would take ")
+    assert refused.endswith(b" bytes, more than output-buffer-total-limit\r\n")
+    assert await client.call("STRLEN k") == b":300000\r\n"
+    assert await search(client, "a", vector(0), b"1") == bulks("m0", "0")
+    for near, _ in streams:
+        await near.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    assert house.server.held_replies.waiting == 0
+    assert len(await client.call(words)) > 300_000
+
+
+async def test_who_reads_nothing_is_hurried_where_others_need_the_room(house: House) -> None:
+    config = house.server.config
+    config.client_output_buffer_limit = config.proto_max_bulk_len = config.output_buffer_total_limit = 1 << 20
+    client = house.connect()
+    await client.call([b"SET", b"k", b"v" * 900_000])
+    await house.connect(streams=lockstep_stream_pair(), reads=False).send("GET k")
+    await trio.testing.wait_all_tasks_blocked()
+    hurried: list[int] = []
+    for session in house.server.sessions.values():
+        session.hurry = partial(hurried.append, session.id)
+    for _ in range(2):
+        assert (await client.call("GET k")).startswith(b"-ERR the replies that wait for all clients")
+    # Not each time.
+    assert hurried == [1, 2]
+
+
+async def test_replies_of_exec_are_bounded_together(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        config = house.server.config
+        config.client_output_buffer_limit = config.proto_max_bulk_len = 1 << 20
+        client = house.connect()
+        await client.call("VNEW a 1")
+        await add(client, "a", "x", 1)
+        query = [b"VSEARCH", b"a", vector(1), b"1"]
+        await client.send([b"SET", b"k", b"v" * 300_000], "MULTI", "GET k", *[query] * 3, "INCR n", "EXEC")
+        for _ in range(7):
+            await client.reply()
+        await client.arrived()
+        for answer in searches.held:
+            answer([SearchResult([b"k" * 300_000], [b"0"])])
+        string, first, second, third, number = parse(await client.reply())
+        assert [len(string), len(first[0]), len(second[0]), number] == [300_000, 300_000, 300_000, 1]
+        assert str(third).startswith("ERR the reply would take 12000")
+        assert house.server.held_replies.waiting == house.server.held_replies.reserved == 0
+
+
+async def test_a_reply_that_memory_has_no_room_for_ends_nothing_else(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is encoded in a search thread, and fails there."""
+    client, other = house.connect(), house.connect()
+    await fill(client)
+    threads: list[threading.Thread] = []
+
+    def fail(values: object) -> list[bytes]:
+        threads.append(threading.current_thread())
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(replies, "bulk_array_parts", fail)
+        refused = b"-OOM search failed: there is not enough memory for it\r\n"
+        assert await search(client, "a", vector(0, 0), b"2") == refused
+        assert await client.call([b"VMSEARCH", b"a", b"2", b"1", vector(0, 0)]) == refused
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+    assert await search(client, "a", vector(0, 0), b"1") == bulks("w", "0")
+    assert await other.call("PING") == b"+PONG\r\n"
+
+
+@pytest.mark.parametrize("name", ["VSEARCH", "VCOUNT"])
+async def test_an_answer_that_cannot_be_sent_ends_its_client_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What threads have called on the loop may raise whatever it likes: Trio would end the server."""
+    client, other = house.connect_by_socket(), house.connect()
+    await fill(client)
+    words = {
+        "VSEARCH": [b"VSEARCH", b"a", vector(0, 0), b"1"],
+        "VCOUNT": [b"VCOUNT", b"a", b"FILTER", b".n"],
+    }
+
+    def fail(transport: object, data: bytes) -> int:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SocketTransport, "send_now", fail)
+        await client.send(words[name])
+        assert await client.ended() == b""
+    assert await other.call("PING") == b"+PONG\r\n"
+    assert await search(other, "a", vector(0, 0), b"1") == bulks("w", "0")

@@ -213,8 +213,8 @@ async def test_a_reply_larger_than_a_client_may_have_waiting_is_refused(house: H
     await client.call([b"VADD", b"a", b"x", vector(*[1] * 256)])
     for request in (
         [b"VMGET", b"a", *[b"x"] * 65],
-        [b"VMSEARCH", b"a", b"1", b"1025", *[vector(*[1] * 256)] * 1025],
-        [b"VMSEARCH", b"a", b"1", b"61", *[vector(*[1] * 256)] * 61, b"WITHVECTORS"],
+        [b"VMSEARCH", b"a", b"1", b"4000", *[vector(*[1] * 256)] * 4000],
+        [b"VMSEARCH", b"a", b"1", b"63", *[vector(*[1] * 256)] * 63, b"WITHVECTORS"],
     ):
         reply = await client.call(request)
         assert reply.startswith(b"-ERR the reply would take ")

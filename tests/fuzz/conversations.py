@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -24,7 +24,7 @@ from engram.engine import Engine
 from engram.files import DiskFiles
 from engram.index.search import SearchOptions
 from engram.index.segment import SegmentStore
-from engram.index.service import Done, SearchService
+from engram.index.service import AsFound, Encoding, SearchService
 from engram.index.vector_index import VectorIndex, View
 from engram.operations import Flush, Operation, decode, encode
 from tests.conftest import PATIENCE, Client, House, ManualJournal, encode_request, opened_house
@@ -156,6 +156,9 @@ class _Journal(ManualJournal):
         super().append(lsn, operation)
 
 
+_AS_FOUND = AsFound()
+
+
 class _Searches(SearchService):
     """Searches that begin when they are let go."""
 
@@ -175,12 +178,13 @@ class _Searches(SearchService):
         view: View,
         queries: np.ndarray,
         options: SearchOptions,
-        done: Done,
+        done: Callable[[Any], None],
         wanted: Callable[[], bool] = lambda: True,
         client: int = 0,
+        encoding: Encoding = _AS_FOUND,
     ) -> None:
         begin = super().submit
-        self._held.append(lambda: begin(index_id, view, queries, options, done, wanted, client))
+        self._held.append(lambda: begin(index_id, view, queries, options, done, wanted, client, encoding))
 
     def submit_work(
         self,
@@ -329,6 +333,8 @@ async def converse(folder: Path, steps: Iterable[Step]) -> None:
         conversation.house.database.commit(Flush())
         assert (len(engine.keyspace), engine.keyspace.expiries, engine.indices) == (0, {}, {})
         assert engine.bytes_held() <= _HELD_WHEN_EMPTY
+        held = conversation.house.server.held_replies
+        assert held.waiting == held.reserved == 0
     _check_replies(conversation.talkers)
 
 

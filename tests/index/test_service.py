@@ -82,7 +82,7 @@ class TestService:
             batches.append(queries[:, 0].tolist())
             return [SearchResult([], []) for _ in views]
 
-        monkeypatch.setattr(service_module, "search_batch", record)
+        monkeypatch.setattr(service_module, "search_each", record)
         service = SearchService(1, 4)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         answered: list[float] = []
@@ -116,7 +116,7 @@ class TestService:
             share(walk, options.k, worker)
             return [SearchResult([], [])]
 
-        monkeypatch.setattr(service_module, "search_batch", search)
+        monkeypatch.setattr(service_module, "search_each", search)
         service = SearchService(threads, 4, 3 - threads)
         await nursery.start(service.run)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
@@ -161,7 +161,7 @@ class TestService:
             running.remove(worker)
             return [SearchResult([], []) for _ in views]
 
-        monkeypatch.setattr(service_module, "search_batch", search)
+        monkeypatch.setattr(service_module, "search_each", search)
         service = SearchService(2, 1, helpers=3)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         outcomes: list[list[SearchResult] | Exception] = []
@@ -212,7 +212,7 @@ class TestService:
             ended.append(worker)
             return [SearchResult([], [])]
 
-        monkeypatch.setattr(service_module, "search_batch", slow)
+        monkeypatch.setattr(service_module, "search_each", slow)
         service = SearchService(1, 4)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         async with trio.open_nursery() as nursery:
@@ -255,7 +255,7 @@ class TestService:
         ) -> None:
             raise ValueError(f"{len(queries)} queries")
 
-        monkeypatch.setattr(service_module, "search_batch", fail)
+        monkeypatch.setattr(service_module, "search_each", fail)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         outcomes: list[list[SearchResult] | Exception] = []
         ended = trio.Event()
@@ -286,7 +286,7 @@ class TestTurns:
             batches.append(queries[:, 0].tolist())
             return [SearchResult([], []) for _ in views]
 
-        monkeypatch.setattr(service_module, "search_batch", record)
+        monkeypatch.setattr(service_module, "search_each", record)
         return batches
 
     @pytest.fixture
@@ -428,7 +428,7 @@ class TestTurns:
             assert release.wait(30)
             return [SearchResult([], []) for _ in views]
 
-        monkeypatch.setattr(service_module, "search_batch", search)
+        monkeypatch.setattr(service_module, "search_each", search)
         submit(1, list(range(100, 112)))
         submit(2, 200)
         await nursery.start(service.run)
@@ -456,7 +456,7 @@ class TestTurns:
             assert release.wait(30)
             return [SearchResult([], []) for _ in views]
 
-        monkeypatch.setattr(service_module, "search_batch", search)
+        monkeypatch.setattr(service_module, "search_each", search)
         service = SearchService(1, 1, now=trio.current_time)
         service.timeout = 5.0
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
