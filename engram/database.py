@@ -159,6 +159,13 @@ class Database:
         now = self.now()
         return [key for key in keys if (at := expiries.get(key)) is None or at > now]
 
+    def live_keys_later(self) -> Callable[[Sequence[bytes]], Sequence[bytes]]:
+        """What `live_keys` would answer now, of keys that are named later."""
+        if not self.keyspace.expiries:
+            return lambda keys: keys
+        expiries, now = self.keyspace.expiries.copy(), self.now()
+        return lambda keys: [key for key in keys if (at := expiries.get(key)) is None or at > now]
+
     def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
         """Deletes up to `limit` keys that have lapsed, as many as the log has room for; returns how many."""
         keys = self.keyspace.expired(self.now(), limit)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
+from engram.commands.limits import check_reply
 from engram.commands.session import ReplyMode, Session
 from engram.commands.table import Command, container, help_command
 from engram.commands.waiting import timeout
@@ -119,10 +120,14 @@ def _list(session: Session, arguments: list[bytes]) -> bytes:
         if option == b"TYPE" and len(arguments) == 4:
             sessions = sessions if _client_type(arguments[3]) == b"normal" else ()
         elif option == b"ID" and len(arguments) > 3:
+            known = session.server.sessions
             wanted = [integer(word, "ERR Invalid client ID") for word in arguments[3:]]
-            sessions = [
-                other for number in wanted if (other := session.server.sessions.get(number)) is not None
-            ]
+            lines = {
+                number: describe(known[number]) + "\n" for number in dict.fromkeys(wanted) if number in known
+            }
+            # As often as it is named.
+            check_reply(session, sum(len(lines.get(number, "")) for number in wanted))
+            return session.encoder.verbatim("".join(lines.get(number, "") for number in wanted))
         else:
             raise CommandError(SYNTAX_ERROR)
     return session.encoder.verbatim("".join(describe(other) + "\n" for other in sessions))

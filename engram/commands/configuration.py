@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 import trio
 
 from engram.commands.arguments import SYNTAX_ERROR, text
 from engram.commands.session import Barrier, Session
-from engram.commands.table import Command, container, help_command
+from engram.commands.table import Command, Reply, container, help_command
 from engram.config import SETTINGS
 from engram.config_file import rewrite
 from engram.errors import CommandError, ConfigError
@@ -15,19 +17,40 @@ from engram.protocol import replies
 from engram.protocol.glob import compile_glob
 from engram.protocol.replies import OK
 
+# Of more, others have turns between two patterns.
+_PATTERN_BYTES = 512
 
-def _get(session: Session, arguments: list[bytes]) -> bytes:
-    config = session.server.config
+
+def _get(session: Session, arguments: list[bytes]) -> Reply:
+    patterns = list(dict.fromkeys(arguments[2:]))
     found: dict[str, str] = {}
+    if sum(map(len, patterns)) <= _PATTERN_BYTES:
+        for pattern in patterns:
+            _find(session, pattern, found)
+        return _shown(session, found)
+
+    async def reply() -> bytes:
+        for pattern in patterns:
+            _find(session, pattern, found)
+            await trio.lowlevel.checkpoint()
+        return _shown(session, found)
+
+    return Barrier(reply)
+
+
+def _find(session: Session, pattern: bytes, found: dict[str, str]) -> None:
+    config = session.server.config
     # Redis's own clients ask for this one; it follows from `dir` and is no setting here.
     derived = {"appendonly": "no" if session.server.storage is None else "yes"}
-    for pattern in arguments[2:]:
-        matches = compile_glob(pattern.lower())
-        for name in (*SETTINGS, *derived):
-            if matches(name.encode()):
-                # One that is named in full comes back as it was written.
-                shown = text(pattern) if pattern.lower() == name.encode() else name
-                found[shown] = derived[name] if name in derived else config.get(name)
+    matches = compile_glob(pattern.lower())
+    for name in (*SETTINGS, *derived):
+        if matches(name.encode()):
+            # One that is named in full comes back as it was written.
+            shown = text(pattern) if pattern.lower() == name.encode() else name
+            found[shown] = derived[name] if name in derived else config.get(name)
+
+
+def _shown(session: Session, found: Mapping[str, str]) -> bytes:
     return session.encoder.map(
         (replies.bulk(name.encode()), replies.bulk(value.encode("utf-8", "surrogateescape")))
         for name, value in found.items()

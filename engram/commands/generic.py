@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engram.commands.arguments import (
     INTEGER_HIGH,
@@ -19,7 +19,8 @@ from engram.commands.arguments import (
     text,
 )
 from engram.commands.session import Session
-from engram.commands.table import Command
+from engram.commands.slices import View, bulk_array
+from engram.commands.table import Command, Reply
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
 from engram.operations import CopyKey, DeleteKeys, RenameKey, SetExpiry
@@ -210,13 +211,20 @@ def _persist(session: Session, arguments: list[bytes]) -> bytes:
     return ONE
 
 
-def _keys(session: Session, arguments: list[bytes]) -> bytes:
+def _keys(session: Session, arguments: list[bytes]) -> Reply:
     database = session.database
-    keys = database.keyspace.values.keys()
-    if arguments[1] != b"*":
-        matches = compile_glob(arguments[1])
-        return replies.bulk_array(database.live_keys(filter(matches, keys)))
-    return replies.bulk_array(database.live_keys(keys))
+    keyspace = database.keyspace
+    matches = None if arguments[1] == b"*" else compile_glob(arguments[1])
+
+    def look() -> View:
+        live = database.live_keys_later()
+
+        def pick(keys: Sequence[bytes]) -> Sequence[bytes]:
+            return live(keys if matches is None else list(filter(matches, keys)))
+
+        return list(keyspace.values), pick
+
+    return bulk_array(session, len(keyspace), look)
 
 
 def _scan(session: Session, arguments: list[bytes]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -10,7 +11,8 @@ from engram.commands.administration import save
 from engram.commands.arguments import integer, number, options
 from engram.commands.limits import check
 from engram.commands.session import Barrier, Session
-from engram.commands.table import Command
+from engram.commands.slices import View, bulk_array
+from engram.commands.table import Command, Reply
 from engram.errors import CommandError
 from engram.index.builder import BuildError
 from engram.index.parameters import Parameters, default_parameters
@@ -140,13 +142,22 @@ def _curves(statistics: IndexStatistics) -> str:
     )
 
 
-def _list(session: Session, arguments: list[bytes]) -> bytes:
+def _list(session: Session, arguments: list[bytes]) -> Reply:
     database = session.database
     if not database.engine.indices:
         return replies.EMPTY_ARRAY
-    values = database.keyspace.values
-    keys = (key for key, value in values.items() if type(value) is VectorIndex)
-    return replies.bulk_array(database.live_keys(keys))
+    keyspace = database.keyspace
+
+    def look() -> View:
+        keys, values = list(keyspace.values), list(keyspace.values.values())
+        live = database.live_keys_later()
+
+        def pick(numbers: Sequence[int]) -> Sequence[bytes]:
+            return live([keys[number] for number in numbers if type(values[number]) is VectorIndex])
+
+        return range(len(keys)), pick
+
+    return bulk_array(session, len(keyspace), look)
 
 
 def _optimize(session: Session, arguments: list[bytes]) -> Barrier:

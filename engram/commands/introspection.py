@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 
 import attrs
 
 from engram.commands.arguments import SYNTAX_ERROR, text
+from engram.commands.limits import check_reply
 from engram.commands.session import Session
 from engram.commands.syntax import Argument
 from engram.commands.table import Command, check_arity, container, help_command
@@ -120,24 +121,42 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
         command = table.get(head)
         return command.subcommands.get(tail) if command is not None and tail else command
 
+    @cache
+    def info_of(command: Command, encoder: Encoder) -> bytes:
+        return command_info(command, encoder)
+
+    @cache
+    def docs_of(command: Command, encoder: Encoder) -> bytes:
+        return _bulk(command.name) + command_docs(command, encoder)
+
+    def described(
+        session: Session, names: list[bytes], describe: Callable[[Command, Encoder], bytes], missing: bytes
+    ) -> list[bytes]:
+        """What is said of each command named, as often as it is; raises CommandError for too much."""
+        encoder = session.encoder
+        known = {
+            name: missing if (command := find(name)) is None else describe(command, encoder)
+            for name in dict.fromkeys(names)
+        }
+        found = [known[name] for name in names]
+        check_reply(session, sum(map(len, found)))
+        return found
+
     def everything(session: Session, arguments: list[bytes]) -> bytes:
-        return replies.array(command_info(each, session.encoder) for each in table.values())
+        return replies.array(info_of(each, session.encoder) for each in table.values())
 
     def info(session: Session, arguments: list[bytes]) -> bytes:
         if len(arguments) == 2:
             return everything(session, arguments)
-        found = (find(name) for name in arguments[2:])
-        return replies.array(
-            session.encoder.null if each is None else command_info(each, session.encoder) for each in found
-        )
+        return replies.array(described(session, arguments[2:], info_of, session.encoder.null))
 
     def docs(session: Session, arguments: list[bytes]) -> bytes:
-        found: Iterable[Command | None] = table.values()
-        if len(arguments) > 2:
-            found = (find(name) for name in arguments[2:])
-        return session.encoder.map(
-            (_bulk(each.name), command_docs(each, session.encoder)) for each in found if each is not None
-        )
+        if len(arguments) == 2:
+            found = [docs_of(each, session.encoder) for each in table.values()]
+        else:
+            found = list(filter(None, described(session, arguments[2:], docs_of, b"")))
+        # Each is a name with what is said of it.
+        return session.encoder.map((each, b"") for each in found)
 
     def count(session: Session, arguments: list[bytes]) -> bytes:
         return replies.integer(len(table))
@@ -163,10 +182,13 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
 
     def get_keys_and_flags(session: Session, arguments: list[bytes]) -> bytes:
         request = arguments[2:]
-        return replies.array(
-            replies.array((replies.bulk(request[position]), session.encoder.set(map(replies.simple, flags))))
-            for position, flags in keyed(request).key_uses(request)
-        )
+        encoded: dict[tuple[str, ...], bytes] = {}
+        found = []
+        for position, flags in keyed(request).key_uses(request):
+            if flags not in encoded:
+                encoded[flags] = session.encoder.set(map(replies.simple, flags))
+            found.append(b"*2\r\n" + replies.bulk(request[position]) + encoded[flags])
+        return replies.array(found)
 
     def listing(session: Session, arguments: list[bytes]) -> bytes:
         listed = [each for command in table.values() for each in (command, *command.subcommands.values())]

@@ -81,13 +81,15 @@ def _latency_histogram(session: Session, arguments: list[bytes]) -> bytes:
     usage = session.server.statistics.usage
     names: list[str] = sorted(usage)
     if len(arguments) > 2:
-        wanted = [text(word).lower() for word in arguments[2:]]
         # A container stands for its subcommands.
-        names = list(
-            dict.fromkeys(
-                name for word in wanted for name in names if name == word or name.startswith(f"{word}|")
-            )
-        )
+        meant: dict[str, list[str]] = {}
+        for name in names:
+            meant.setdefault(name, []).append(name)
+            container_name, bar, _ = name.partition("|")
+            if bar:
+                meant.setdefault(container_name, []).append(name)
+        wanted = dict.fromkeys(text(word).lower() for word in arguments[2:])
+        names = list(dict.fromkeys(name for word in wanted for name in meant.get(word, ())))
     encoder = session.encoder
     return encoder.map(
         (replies.bulk(name.encode()), encoder.map(_histogram(session, usage[name])))

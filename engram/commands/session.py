@@ -213,6 +213,8 @@ class Server:
     exclusion: Exclusion = attrs.field()
     # Commands that rewrite a file of the operator's, or read it again, come one after the other.
     files_lock: trio.Lock = attrs.field(factory=trio.Lock)
+    # What takes work in proportion to all keys comes one after the other.
+    slices_lock: trio.Lock = attrs.field(factory=trio.Lock)
     memory: MemoryLimit = attrs.field()
     held_replies: HeldReplies = attrs.field()
     # When clients were last hurried, by the monotonic clock.
