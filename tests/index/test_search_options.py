@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import trio
 import trio.testing
 
 from engram.index import planner
+from engram.index import search as search_module
 from engram.index.distances import METRICS
 from engram.index.filters import compile_filter
 from engram.index.graph import Graph
@@ -517,3 +519,55 @@ class TestWork:
         service.submit_work(lambda: "last", outcomes)
         await nursery.start(service.run)
         assert await outcomes.wait(3) == ["first", [SearchResult([], [])], "last"]
+
+
+class TestStrings:
+    """Strings of results are copied for as many of them at once as take little memory."""
+
+    ROWS = 1200
+
+    @pytest.fixture
+    def index(self, clustered: Clustered, build: Build) -> VectorIndex:
+        """One with attributes from none to 24 KB, in a segment and in the head."""
+        texts = [b'"%b"' % (b"x" * (20 * n)) if n % 7 else b"" for n in range(self.ROWS)]
+        return filled("l2", clustered(self.ROWS, DIMENSION), build, texts)
+
+    @pytest.mark.parametrize("copied", [0, 5000, 100_000])
+    @pytest.mark.parametrize(("attributes", "vectors"), [(True, True), (True, False), (False, True)])
+    def test_results_are_the_same_however_many_are_copied_at_once(
+        self,
+        index: VectorIndex,
+        clustered: Clustered,
+        monkeypatch: pytest.MonkeyPatch,
+        copied: int,
+        attributes: bool,
+        vectors: bool,
+    ) -> None:
+        queries = clustered(30, DIMENSION, seed=3)
+        options = SearchOptions(20, exact=True, attributes=attributes, vectors=vectors, radius=4.0)
+        expected = ask(index, queries, options)
+        monkeypatch.setattr(search_module, "_COPIED_BYTES", copied)
+        assert ask(index, queries, options) == expected
+
+    def test_what_would_be_too_much_is_not_copied(self, index: VectorIndex, clustered: Clustered) -> None:
+        queries = clustered(40, DIMENSION, seed=3)
+        options = SearchOptions(self.ROWS, exact=True, attributes=True, most=1 << 20)
+        tracemalloc.start()
+        results = ask(index, queries, options)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        in_segment = index.segments[0].segment
+        copied = in_segment.keys.joined.nbytes + in_segment.attributes.joined.nbytes
+        assert results == [SearchResult([], [], excess=copied)] * 40
+        # A single result would be as much.
+        assert copied > 5 << 20
+        assert peak < 5 << 20
+
+    def test_one_result_may_be_more_than_is_copied_at_once(
+        self, index: VectorIndex, clustered: Clustered
+    ) -> None:
+        queries = clustered(2, DIMENSION, seed=3)
+        for result in ask(index, queries, SearchOptions(self.ROWS, exact=True, attributes=True)):
+            assert len(result.attributes) == self.ROWS
+            for key, text in zip(result.keys, result.attributes, strict=True):
+                assert len(text) == (20 * int(key) + 2 if int(key) % 7 else 0)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ import trio.testing
 
 from engram.index import service as service_module
 from engram.index.parameters import default_parameters
-from engram.index.search import SearchOptions, SearchResult, Share
+from engram.index.search import SearchOptions, SearchResult, Share, search_each
 from engram.index.service import BUSY, SearchService
 from engram.index.vector_index import VectorIndex, View
 
@@ -267,6 +269,168 @@ class TestService:
                 await trio.lowlevel.checkpoint()
         await trio.testing.wait_all_tasks_blocked()
         assert [str(outcome) for outcome in outcomes] == ["8 queries"]
+
+
+class Counted:
+    """An encoding that notes the threads it runs in, and fails for some keys."""
+
+    def __init__(self, *failing: bytes) -> None:
+        self.threads: set[threading.Thread] = set()
+        self.taken: list[bytes] = []
+        self._failing = failing
+
+    def encode(self, result: SearchResult) -> bytes:
+        self.threads.add(threading.current_thread())
+        (key,) = result.keys
+        self.taken.append(key)
+        if key in self._failing:
+            raise MemoryError(key)
+        return key
+
+    def join(self, encoded: list[bytes]) -> bytes:
+        self.threads.add(threading.current_thread())
+        return b" ".join(encoded)
+
+
+class TestEncoding:
+    """What is made of results is made in the search threads, and what fails there fails alone."""
+
+    @pytest.fixture
+    def view(self) -> View:
+        return filled("l2", np.eye(8, dtype=np.float32)).view(2)
+
+    async def ask(
+        self, nursery: trio.Nursery, service: SearchService, view: View, *asked: tuple[Floats, Counted]
+    ) -> list[object]:
+        """What is answered to searches, all of which are there when the service begins."""
+        outcomes: list[object] = [None] * len(asked)
+        for place, (queries, encoding) in enumerate(asked):
+            done = partial(outcomes.__setitem__, place)
+            service.submit(1, view, queries, SearchOptions(1), done, encoding=encoding)
+        await nursery.start(service.run)
+        with trio.fail_after(30):
+            while None in outcomes or service.waiting:
+                await trio.lowlevel.checkpoint()
+        return outcomes
+
+    async def test_it_happens_in_a_search_thread(self, nursery: trio.Nursery, view: View) -> None:
+        encoding = Counted()
+        queries = np.tile(np.eye(8, dtype=np.float32), (3, 1))
+        assert await self.ask(nursery, SearchService(2, 4), view, (queries, encoding)) == [
+            b"0 1 2 3 4 5 6 7 " * 2 + b"0 1 2 3 4 5 6 7"
+        ]
+        assert encoding.threads
+        assert threading.main_thread() not in encoding.threads
+
+    async def test_one_that_fails_fails_alone(self, nursery: trio.Nursery, view: View) -> None:
+        """Also beside others in a batch, and no more than needed is done for it."""
+        queries = np.eye(8, dtype=np.float32)
+        first, second, third = Counted(), Counted(b"1"), Counted()
+        outcomes = await self.ask(
+            nursery,
+            SearchService(1, 8),
+            view,
+            (queries[:2], first),
+            (queries[:4], second),
+            (queries[4:6], third),
+        )
+        assert [outcomes[0], str(outcomes[1]), outcomes[2]] == [b"0 1", "b'1'", b"4 5"]
+        assert second.taken == [b"0", b"1"]
+
+    async def test_the_rest_of_one_that_has_failed_is_not_searched(
+        self, nursery: trio.Nursery, view: View
+    ) -> None:
+        encoding = Counted(b"1")
+        queries = np.tile(np.eye(8, dtype=np.float32), (10, 1))
+        service = SearchService(1, 4)
+        (outcome,) = await self.ask(nursery, service, view, (queries, encoding))
+        assert isinstance(outcome, MemoryError)
+        assert outcome.__traceback__ is None
+        await trio.testing.wait_all_tasks_blocked()
+        assert (encoding.taken, service.waiting) == ([b"0", b"1"], 0)
+
+    async def test_after_an_error_nothing_is_made_twice(
+        self, nursery: trio.Nursery, view: View, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A batch that fails half-way is taken up again where it was."""
+        failures = [MemoryError()]
+
+        def fail(*arguments: Any) -> Iterator[SearchResult]:
+            for number, result in enumerate(search_each(*arguments)):
+                if number == 3 and failures:
+                    raise failures.pop()
+                yield result
+
+        monkeypatch.setattr(service_module, "search_each", fail)
+        queries = np.eye(8, dtype=np.float32)
+        first, second, third = Counted(), Counted(), Counted()
+        outcomes = await self.ask(
+            nursery,
+            SearchService(1, 8),
+            view,
+            (queries[:2], first),
+            (queries[2:6], second),
+            (queries[6:], third),
+        )
+        assert outcomes == [b"0 1", b"2 3 4 5", b"6 7"]
+        assert [first.taken, second.taken, third.taken] == [
+            [b"0", b"1"],
+            [b"2", b"3", b"4", b"5"],
+            [b"6", b"7"],
+        ]
+
+    @pytest.mark.parametrize("kind", ["search", "work", "late"])
+    async def test_who_is_told_may_fail(
+        self, nursery: trio.Nursery, view: View, caplog: pytest.LogCaptureFixture, kind: str
+    ) -> None:
+        """Trio would end the server for what is raised there."""
+        clock = [0.0]
+        service = SearchService(1, 8, now=lambda: clock[-1])
+        service.timeout = 1.0
+        told: list[object] = []
+
+        def fail(outcome: object) -> None:
+            told.append(outcome)
+            raise MemoryError
+
+        query = np.zeros((1, 8), np.float32)
+        if kind == "work":
+            service.submit_work(lambda: 7, fail)
+        else:
+            service.submit(1, view, query, SearchOptions(1), fail)
+        if kind == "late":
+            clock.append(2.0)
+            service.refuse_late()
+        await nursery.start(service.run)
+        outcomes: list[object] = []
+        service.submit(1, view, query, SearchOptions(1), outcomes.append)
+        with trio.fail_after(30):
+            while not (outcomes and told):
+                await trio.lowlevel.checkpoint()
+        assert len(outcomes) == len(told) == 1
+        assert caplog.messages == ["what was searched for cannot be told"]
+
+    async def test_a_thread_outlives_errors_between_searches(
+        self, nursery: trio.Nursery, view: View, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        service = SearchService(1, 8)
+        query = np.zeros((1, 8), np.float32)
+        failures = [MemoryError(), MemoryError()]
+
+        def wanted() -> bool:
+            if failures:
+                raise failures.pop()
+            return True
+
+        outcomes: list[object] = []
+        for _ in range(3):
+            service.submit(1, view, query, SearchOptions(1), outcomes.append, wanted)
+        await nursery.start(service.run)
+        service.submit(2, view, query, SearchOptions(1), outcomes.append)
+        with trio.fail_after(30):
+            while not outcomes:
+                await trio.lowlevel.checkpoint()
+        assert set(caplog.messages) == {"an error between searches"}
 
 
 Submitted = Callable[..., None]
