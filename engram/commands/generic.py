@@ -18,6 +18,7 @@ from engram.commands.arguments import (
     small_integer,
     text,
 )
+from engram.commands.limits import check_reply
 from engram.commands.session import Session
 from engram.commands.slices import View, bulk_array
 from engram.commands.table import Command, Reply
@@ -252,6 +253,7 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
         keys = list(filter(compile_glob(pattern), keys))
     if kind is not None:
         keys = [key for key in keys if type_name(keyspace.values.get(key)) == kind]
+    check_reply(session, sum(map(len, keys)))
     return replies.array((replies.bulk(b"%d" % cursor), replies.bulk_array(keys)))
 
 

@@ -132,6 +132,7 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
     cursor, keys = index.scan(cursor, count, scan_size(pattern))
     if pattern is not None:
         keys = list(filter(compile_glob(pattern), keys))
+    check_reply(session, sum(map(len, keys)))
     return replies.array((replies.bulk(b"%d" % cursor), replies.bulk_array(keys)))
 
 

@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from engram.commands import slices
 from tests.commands.conftest import add, bulks, parse
-from tests.conftest import Client, House
+from tests.conftest import Client, House, vector
 
 KEYS = 10 * slices.SLICE + 1
 
@@ -219,3 +219,22 @@ async def test_a_few_keys_are_looked_at_at_once(house: House) -> None:
     await add(client, "i", "x", 1)
     await client.send("KEYS a*", "SET aa 1", "KEYS a*", "VLIST")
     assert await client.arrived() == bulks("a") + b"+OK\r\n" + bulks("a", "aa") + bulks("i")
+
+
+@pytest.mark.parametrize("scan", ["SCAN", "VSCAN index"])
+async def test_a_page_of_a_scan_is_bounded(house: House, full: Client, scan: str) -> None:
+    """However much is asked for, and all of it is there in the end."""
+    if scan != "SCAN":
+        rows = [word for n in range(KEYS) for word in (b"k%d" % n, vector(n))]
+        await full.call([b"VMADD", b"index", *rows])
+    cursor, found = b"0", []
+    while True:
+        cursor, keys = parse(await full.call(f"{scan} {cursor.decode()} COUNT 1000000000"))
+        assert len(keys) <= 8192
+        found += keys
+        if cursor == b"0":
+            break
+    assert set(found) | {b"index"} == {b"index", *(b"k%d" % number for number in range(KEYS))}
+    house.server.config.client_output_buffer_limit = house.server.config.proto_max_bulk_len = 1000
+    assert (await full.call(f"{scan} 0 COUNT 1000")).startswith(b"-ERR the reply would take ")
+    assert len(parse(await full.call(f"{scan} 0 COUNT 10"))[1]) == 10

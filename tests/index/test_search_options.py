@@ -559,9 +559,8 @@ class TestStrings:
         in_segment = index.segments[0].segment
         copied = in_segment.keys.joined.nbytes + in_segment.attributes.joined.nbytes
         assert results == [SearchResult([], [], excess=copied)] * 40
-        # A single result would be as much.
-        assert copied > 5 << 20
-        assert peak < 5 << 20
+        # Not even one of them was.
+        assert peak < copied
 
     def test_one_result_may_be_more_than_is_copied_at_once(
         self, index: VectorIndex, clustered: Clustered
