@@ -42,7 +42,7 @@ class Simulation:
     live_limit: int = 1 << 62
     head: int = 0
     segments: list[list[int]] = attrs.Factory(list)
-    pace: Pace = attrs.Factory(Pace)
+    pace: Pace = attrs.Factory(lambda: Pace(lambda: LIMIT))
     added: int = 0
     built: int = 0
     most_segments: int = 0
@@ -50,6 +50,15 @@ class Simulation:
     most_held: int = 0
     segment_seconds: float = 0.0
     loaded: bool = False
+    id: int = 1
+
+    @property
+    def rows_unindexed(self) -> int:
+        return self.head
+
+    @property
+    def seal_wanted(self) -> bool:
+        return self.rows_to_seal > 0
 
     @property
     def rows_to_seal(self) -> int:
@@ -78,6 +87,7 @@ class Simulation:
                 self.head -= rows
                 self.built += rows
                 self.pace.record(rows, trio.current_time() - began, waited=True)
+                self.pace.review(self.id)
             elif self.loaded:
                 return
             else:
@@ -89,8 +99,10 @@ class Simulation:
         while total > 0:
             began = trio.current_time()
             count = min(batch, total)
-            delay = self.pace.delay(self.head, LIMIT, count)
-            await trio.sleep(max(delay, count / self.speed - (trio.current_time() - began)))
+            wait = self.pace.admit(self, count)
+            if wait is not None:
+                await wait()
+            await trio.sleep(max(0.0, count / self.speed - (trio.current_time() - began)))
             total -= count
             self.added += count
             self.head += count

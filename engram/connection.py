@@ -420,11 +420,12 @@ class Connection:
         """What a request has to wait for that nothing else forbids; None when it may be carried out now."""
         if not command.writes:
             return None
-        delay = command.throttle(self.session, request) if command.throttle is not None else 0.0
+        adds = None if command.throttle is None else command.throttle(self.session, request)
+        wait = None if adds is None else self._server.builder.admit(*adds)
         journal = self._database.journal
-        if not delay and (admitted or journal is None or journal.has_room(log_room(command, request))):
+        if wait is None and (admitted or journal is None or journal.has_room(log_room(command, request))):
             return None
-        return partial(self._clear, command, request, delay)
+        return partial(self._clear, command, request, wait)
 
     async def _wait_for_pause(self, writes: bool) -> None:
         """Waits until a pause is over that holds the next request, which is looked at afresh then."""
@@ -440,11 +441,11 @@ class Connection:
         await self._server.exclusion.wait()
         self._position -= 1
 
-    async def _clear(self, command: Command, request: list[bytes], delay: float) -> None:
-        """Waits until a write may be carried out: `delay` seconds, and as long as the log has no room."""
+    async def _clear(self, command: Command, request: list[bytes], wait: Obstacle | None) -> None:
+        """Waits until a write may be carried out: for the builder, and as long as the log has no room."""
         try:
-            if delay:
-                await trio.sleep(delay)
+            if wait is not None:
+                await wait()
             await self._server.admit(log_room(command, request))
             # Its user may have changed meanwhile.
             check_rights(self.session, command, request)

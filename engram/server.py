@@ -209,7 +209,12 @@ async def _serve(
 
     searches = SearchService(threads, config.search_batch, helpers)
     searches.timeout = config.search_queue_timeout / 1000
-    builder = Builder(store, install, settings=BuilderSettings(builds_at_once=config.builds_at_once))
+    builder = Builder(
+        store,
+        install,
+        settings=BuilderSettings(builds_at_once=config.builds_at_once),
+        limit=lambda: config.max_unindexed_rows,
+    )
     database.changed = builder.consider
 
     def reconfigure() -> None:
@@ -220,6 +225,7 @@ async def _serve(
             persistence.reconsider()
         searches.timeout = config.search_queue_timeout / 1000
         server.memory.reconfigure()
+        builder.reconsider()
         set_level(config.loglevel)
         access.require(config.requirepass.encode("utf-8", "surrogateescape"))
         server.review_sessions()

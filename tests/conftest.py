@@ -336,15 +336,16 @@ async def opened_house(
 
     held = searches is not None
     searches = searches or SearchService(1, 64)
+    config = config or Config()
     async with trio.open_nursery() as nursery:
         if not held:
             await nursery.start(searches.run)
         server = Server(
-            config=config or Config(),
+            config=config,
             database=database,
             storage=storage,
             searches=searches,
-            builder=Builder(store, install),
+            builder=Builder(store, install, limit=lambda: config.max_unindexed_rows),
             verification=Verification(store, []),
             run_id="0" * 40,
             started=START / 1000,

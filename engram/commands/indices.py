@@ -131,6 +131,7 @@ def _info(session: Session, arguments: list[bytes]) -> bytes:
         "bytes-in-memory": statistics.bytes_in_memory,
         "bytes-mapped": statistics.bytes_mapped,
         "recall-curve": _curves(statistics),
+        "last-build-error": session.server.builder.last_error_of(index),
     }
     return replies.bulk_array(str(item).encode() for field in fields.items() for item in field)
 
@@ -195,8 +196,9 @@ COMMANDS = (
         _info,
         2,
         "index",
-        "Returns the parameters of a vector index, what it holds, and the recall measured in its graphs: for"
-        " each segment its rows, and what each width (EF) of a search found of the nearest.",
+        "Returns the parameters of a vector index, what it holds, the recall measured in its graphs (for"
+        " each segment its rows, and what each width (EF) of a search found of the nearest), and why the last"
+        " graph could not be built, if so.",
         "vector",
         ("readonly", "fast"),
         _KEY,

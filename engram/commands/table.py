@@ -11,12 +11,13 @@ from engram.commands.session import Barrier, Session, Slot
 from engram.commands.syntax import Argument, parse_usage
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
+from engram.index.vector_index import VectorIndex
 from engram.protocol import replies
 
 Reply = bytes | Slot | Barrier
 Handler = Callable[[Session, list[bytes]], Reply]
 Run = Callable[[Session, Sequence[list[bytes]]], tuple[int, bytes]]
-Throttle = Callable[[Session, list[bytes]], float]
+Throttle = Callable[[Session, list[bytes]], tuple[VectorIndex, int] | None]
 
 # A client makes way for others after so much time.
 TURN_NANOSECONDS: Final = 2_000_000
@@ -68,7 +69,7 @@ class Command:
     # outcome as `handler` one by one. Returns how many, and their replies: it may leave out the last of them,
     # or all, which are then carried out one by one.
     run: Run | None = None
-    # Seconds to wait before a call is carried out, when the server cannot keep up with its kind.
+    # The index that a call adds rows to, and how many, if many rows there have no graph: it may have to wait.
     throttle: Throttle | None = None
     # Bytes that a call may log beyond what its request has.
     logs_beyond: int = 0

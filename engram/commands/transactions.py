@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
 import attrs
@@ -16,6 +16,8 @@ from engram.commands.session import Barrier, Queued, Server, Session, Slot, Tran
 from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Reply
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
+from engram.index.pace import Wait
+from engram.index.vector_index import VectorIndex
 from engram.permissions import Reason
 from engram.protocol import replies
 from engram.protocol.replies import OK
@@ -83,18 +85,20 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     name = arguments[0]
     room = transaction.room + RECORD_OVERHEAD if transaction.writes else 0
     journal = session.database.journal
-    delay = _delay(session, transaction.throttled[:_THROTTLED_A_TURN])
+    rows: Counter[VectorIndex] = Counter()
+    _count_rows(session, transaction.throttled[:_THROTTLED_A_TURN], rows)
     rest = transaction.throttled[_THROTTLED_A_TURN:]
-    if not (delay or rest) and (not room or journal is None or journal.has_room(room)):
+    waits = [] if rest else _waits(session, rows)
+    if not (waits or rest) and (not room or journal is None or journal.has_room(room)):
         return _execute(session, transaction, name)
 
     async def execute() -> bytes:
-        longest = delay
         try:
             for start in range(0, len(rest), _THROTTLED_A_TURN):
-                longest = max(longest, _delay(session, rest[start : start + _THROTTLED_A_TURN]))
                 await trio.lowlevel.checkpoint()
-            await trio.sleep(longest)
+                _count_rows(session, rest[start : start + _THROTTLED_A_TURN], rows)
+            for wait in _waits(session, rows) if rest else waits:
+                await wait()
             if room:
                 await session.server.admit(room)
         except CommandError as error:
@@ -106,16 +110,17 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     return Barrier(execute)
 
 
-def _delay(session: Session, throttled: Sequence[Queued]) -> float:
-    """Seconds to wait for a builder that cannot keep up with these commands."""
-    return max(
-        (
-            command.throttle(session, request)
-            for command, request in throttled
-            if command.throttle is not None
-        ),
-        default=0.0,
-    )
+def _count_rows(session: Session, throttled: Sequence[Queued], rows: Counter[VectorIndex]) -> None:
+    """Adds the rows that these commands bring to indices where many have no graph."""
+    for command, request in throttled:
+        if command.throttle is not None and (adds := command.throttle(session, request)) is not None:
+            rows[adds[0]] += adds[1]
+
+
+def _waits(session: Session, rows: Counter[VectorIndex]) -> list[Wait]:
+    """What to wait for where the builder cannot keep up."""
+    admitted = [session.server.builder.admit(index, count) for index, count in rows.items()]
+    return [wait for wait in admitted if wait is not None]
 
 
 def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Barrier:

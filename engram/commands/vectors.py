@@ -68,16 +68,13 @@ def _rows(arguments: list[bytes], dimension: int) -> tuple[Sequence[bytes], Sequ
     return words[::width], words[1::width], words[2::3] if width == 3 else ()
 
 
-def _throttle(session: Session, arguments: list[bytes]) -> float:
+def _throttle(session: Session, arguments: list[bytes]) -> tuple[VectorIndex, int] | None:
     value = session.database.keyspace.values.get(arguments[1])
-    if not isinstance(value, VectorIndex):
-        return 0.0
-    limit = session.server.config.max_unindexed_rows
-    if value.rows_unindexed < limit:
-        return 0.0
+    if type(value) is not VectorIndex or value.rows_unindexed < session.server.config.max_unindexed_rows:
+        return None
     # Only VMADD has more words than one row takes.
     rows = 1 if len(arguments) == 4 else len(_rows(arguments, value.parameters.dimension)[0])
-    return session.server.builder.delay(value, limit, rows)
+    return value, rows
 
 
 def _get(session: Session, arguments: list[bytes]) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import msgspec
 import numpy as np
 
 from engram.columns import write_columns
-from engram.errors import EngramError
+from engram.errors import EngramError, one_line
 from engram.files import DiskFiles, Files
 from engram.index.attributes import decode_columns, pack_attributes
 from engram.index.distances import row_norms
@@ -25,6 +26,9 @@ from engram.index.parameters import Parameters
 from engram.index.recall import Sample
 from engram.index.segment import GRAPH, ROW_FILES, SegmentStore
 from engram.index.texts import Texts
+
+# The exit code for a failure that would come again: nothing but the rows and the code has a part in it.
+CERTAIN_FAILURE = os.EX_SOFTWARE
 
 _NICENESS = 10
 _CHECKED_ROWS = 128
@@ -119,9 +123,13 @@ def main() -> int:
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         result = build_segment(job)
-    except (EngramError, OSError) as error:
-        print(error, file=sys.stderr)
+    except (EngramError, OSError, MemoryError) as error:
+        print(one_line(error), file=sys.stderr)
         return 1
+    except Exception as error:
+        traceback.print_exc()
+        print(one_line(error), file=sys.stderr)
+        return CERTAIN_FAILURE
     sys.stdout.buffer.write(msgspec.json.encode(result))
     return 0
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
+import signal
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from subprocess import PIPE
 from typing import TypeVar
 
@@ -15,35 +18,50 @@ import numpy as np
 import trio
 
 from engram.child_process import module_command, module_environment
-from engram.errors import EngramError, LogFailureError
-from engram.index.build_process import BuildJob, BuildResult
+from engram.errors import EngramError, LogFailureError, one_line
+from engram.index.build_process import CERTAIN_FAILURE, BuildJob, BuildResult
 from engram.index.head import ALIVE
-from engram.index.pace import Pace
+from engram.index.pace import Pace, Wait
 from engram.index.segment import RowSource, SegmentStore
 from engram.index.texts import Positions
 from engram.index.vector_index import Plan, VectorIndex
 from engram.operations import InstallSegment
+from engram.supervision import keep_running, run_contained
 
 logger = logging.getLogger(__name__)
 
 _ERROR_BYTES = 4096
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 T = TypeVar("T")
 
 Install = Callable[[VectorIndex, InstallSegment], Awaitable[None]]
 
 
+# The quantization that has the least to go wrong.
+_PLAIN = "f32"
+
+
 class BuildError(EngramError):
-    """The process that builds a segment failed."""
+    """The process that builds a segment failed; `certain` says that it would again with the same rows."""
+
+    def __init__(self, reason: str, *, certain: bool = False) -> None:
+        super().__init__(reason)
+        self.certain = certain
 
 
 @attrs.frozen
 class BuilderSettings:
-    """`command` is the process that builds; times are in seconds, and double from retry to retry."""
+    """`command` is the process that builds; times are in seconds.
+
+    The time to a retry doubles up to the longest. An index that cannot be built at all is tried again after
+    `hopeless_retry`.
+    """
 
     builds_at_once: int = 1
     first_retry: float = 1.0
     longest_retry: float = 60.0
+    hopeless_retry: float = 3600.0
     command: tuple[str, ...] = tuple(module_command("engram.index.build_process"))
 
 
@@ -55,18 +73,41 @@ class _Optimization:
     error: str = "the server is shutting down"
 
 
+@attrs.define(eq=False)
+class _Failures:
+    """Those of an index since its last build that was done.
+
+    `certain` is how many of the last ones would come again and were the same; with two in both ways of
+    building it is `hopeless`.
+    """
+
+    count: int = 0
+    error: str = ""
+    certain: int = 0
+    hopeless: bool = False
+
+
 class Builder:
     """Builds what indices need, the one that has waited longest first.
 
     `install` logs and applies the operation that puts a finished, durable segment in its place; it may
-    find that the index has been dropped, and then does nothing. A build that fails is tried again later.
+    find that the index has been dropped, and then does nothing. A build that fails is tried again later. One
+    that has failed twice in the same way, by nothing but its rows, is tried with float32 in the graph; when
+    that fails so, too, the rows stay without a graph, and nobody waits for it.
 
-    Counters: `running` and `waiting` builds, `builds` done, `failures`, and the text of the `last_error`.
+    `limit` tells how many rows of an index may be without a graph before more of them have to wait.
+
+    Counters: `running` and `waiting` builds, `builds` done, `failures`, and the `last_error`, in one line.
     `on_built` is called after each that is done, with the seconds that it took.
     """
 
     def __init__(
-        self, store: SegmentStore, install: Install, *, settings: BuilderSettings | None = None
+        self,
+        store: SegmentStore,
+        install: Install,
+        *,
+        settings: BuilderSettings | None = None,
+        limit: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
         self._store = store
         self._install = install
@@ -74,13 +115,16 @@ class Builder:
         self._waiting: deque[VectorIndex] = deque()
         # Ids of the indices that wait, are built for, or failed and will wait again.
         self._known: set[int] = set()
-        self._failed: dict[int, int] = {}
+        self._failed: dict[int, _Failures] = {}
+        # Those whose graphs hold float32 whatever was asked for.
+        self._plain: set[int] = set()
+        self._building: dict[int, trio.CancelScope] = {}
         self._retrying: dict[int, trio.CancelScope] = {}
         # Asked for and not begun.
         self._optimizations: dict[int, _Optimization] = {}
         self._idle = trio.lowlevel.ParkingLot()
         self._limiter = trio.CapacityLimiter(self._settings.builds_at_once)
-        self._pace = Pace()
+        self._pace = Pace(limit)
         self.running = 0
         self.builds = 0
         self.failures = 0
@@ -103,6 +147,7 @@ class Builder:
         # Those who wait for an index that has been dropped are let go of when its turn comes.
         if (needed or index.id in self._optimizations) and index.id not in self._known:
             self._known.add(index.id)
+            index.on_drop = partial(self._forget, index.id)
             self._waiting.append(index)
             self._idle.unpark()
 
@@ -127,16 +172,44 @@ class Builder:
         if optimization.error:
             raise BuildError(optimization.error)
 
-    def delay(self, index: VectorIndex, limit: int, rows: int = 1) -> float:
-        """Seconds that `rows` for `index` should wait when `limit` rows or more have no graph yet."""
-        return self._pace.delay(index.rows_unindexed, limit, rows)
+    def admit(self, index: VectorIndex, rows: int = 1) -> Wait | None:
+        """What waits until so many rows may be added to an index; None when they may be now.
+
+        Rows wait when too many have no graph, and waiting helps: see `pace`.
+        """
+        if index.dropped or self._is_hopeless(index.id):
+            return None
+        index.on_drop = partial(self._forget, index.id)
+        return self._pace.admit(index, rows)
+
+    def reconsider(self) -> None:
+        """Lets those go on who need not wait any more; to be called when the limit has changed."""
+        self._pace.review_all()
+
+    def last_error_of(self, index: VectorIndex) -> str:
+        """Why the last build of an index failed, in one line; empty when it did not."""
+        failed = self._failed.get(index.id)
+        return "" if failed is None else failed.error
+
+    def _is_hopeless(self, index_id: int) -> bool:
+        failed = self._failed.get(index_id)
+        return failed is not None and failed.hopeless
+
+    def _forget(self, index_id: int) -> None:
+        """Of an index that has been dropped nothing is kept, and nobody waits for it."""
+        self._pace.give_up(index_id)
+        self._failed.pop(index_id, None)
+        self._plain.discard(index_id)
+        for scopes in (self._building, self._retrying):
+            if index_id in scopes:
+                scopes[index_id].cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Builds until cancelled; a process under way is then killed, and its folder removed."""
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(self._settings.builds_at_once):
-                    nursery.start_soon(self._work, nursery)
+                    nursery.start_soon(keep_running, "building graphs", partial(self._work, nursery))
                 task_status.started()
         finally:
             for optimization in self._optimizations.values():
@@ -158,27 +231,46 @@ class Builder:
             raise
         except Exception as error:
             # Whatever it was: rows without a graph are still found, only slower.
-            logger.warning("building a segment of index %d failed: %s", index.id, error)
-            self.failures += 1
-            self.last_error = str(error)
-            nursery.start_soon(self._retry, index)
-        else:
-            self._failed.pop(index.id, None)
-            self._known.discard(index.id)
-            self.consider(index)
+            if not index.dropped:
+                pause = self._fail(index, error)
+                nursery.start_soon(
+                    run_contained, "a pause of the builder", partial(self._retry, index, pause)
+                )
+                return
         finally:
             self.running -= 1
-
-    async def _retry(self, index: VectorIndex) -> None:
-        failed = self._failed.get(index.id, 0)
-        self._failed[index.id] = failed + 1
-        with trio.CancelScope() as self._retrying[index.id]:
-            await trio.sleep(min(self._settings.longest_retry, self._settings.first_retry * 2.0**failed))
-        del self._retrying[index.id]
+        self._failed.pop(index.id, None)
         self._known.discard(index.id)
         self.consider(index)
-        if index.dropped:
-            del self._failed[index.id]
+
+    def _fail(self, index: VectorIndex, error: Exception) -> float:
+        """Notes that a build has failed; returns in how many seconds it is tried again."""
+        settings, text = self._settings, one_line(error)
+        logger.warning("building a segment of index %d failed: %s", index.id, text)
+        self.failures += 1
+        self.last_error = text
+        failed = self._failed.setdefault(index.id, _Failures())
+        certain = isinstance(error, BuildError) and error.certain
+        failed.certain = (failed.certain if failed.error == text else 0) + 1 if certain else 0
+        failed.count += 1
+        failed.error = text
+        if failed.certain > 1:
+            if index.id in self._plain or index.parameters.quantization == _PLAIN:
+                failed.hopeless = True
+                self._pace.give_up(index.id)
+                return settings.hopeless_retry
+            self._plain.add(index.id)
+            failed.certain = 0
+        return min(settings.longest_retry, settings.first_retry * 2.0 ** (failed.count - 1))
+
+    async def _retry(self, index: VectorIndex, pause: float) -> None:
+        try:
+            with trio.CancelScope() as self._retrying[index.id]:
+                await trio.sleep(pause)
+        finally:
+            del self._retrying[index.id]
+            self._known.discard(index.id)
+            self.consider(index)
 
     async def _build_next(self, index: VectorIndex) -> None:
         optimization = self._optimizations.pop(index.id, None)
@@ -188,15 +280,14 @@ class Builder:
         optimization = optimization or _Optimization()
         try:
             if plan is not None:
-                with trio.CancelScope() as scope:
-                    index.on_drop = scope.cancel
+                with trio.CancelScope() as self._building[index.id]:
                     await self._build(index, plan)
             optimization.error = ""
         except Exception as error:
-            optimization.error = str(error)
+            optimization.error = one_line(error)
             raise
         finally:
-            index.on_drop = None
+            self._building.pop(index.id, None)
             optimization.done.set()
 
     async def _build(self, index: VectorIndex, plan: Plan) -> None:
@@ -216,6 +307,7 @@ class Builder:
                     index,
                     InstallSegment(index.id, name if rows else "", checksum, plan.through, replaced),
                 )
+                self._pace.review(index.id)
                 self.builds += 1
                 self.on_built(trio.current_time() - began)
         finally:
@@ -238,7 +330,10 @@ class Builder:
 
     async def _run_process(self, index: VectorIndex, name: str) -> int:
         """Has the graph built; returns the checksum of the finished folder."""
-        job = BuildJob(str(self._store.folder), name, index.id, **attrs.asdict(index.parameters))
+        parameters = index.parameters
+        if index.id in self._plain:
+            parameters = attrs.evolve(parameters, quantization=_PLAIN)
+        job = BuildJob(str(self._store.folder), name, index.id, **attrs.asdict(parameters))
         output, errors = bytearray(), bytearray()
         process = await trio.lowlevel.open_process(
             list(self._settings.command),
@@ -265,9 +360,13 @@ class Builder:
                     await process.wait()
                 for stream in (process.stdin, process.stdout, process.stderr):
                     await stream.aclose()
-        if process.returncode != 0:
-            reason = errors[-_ERROR_BYTES:].decode(errors="replace").strip()
-            raise BuildError(f"the building process ended with code {process.returncode}: {reason}")
+        if code := process.returncode:
+            text = errors[-_ERROR_BYTES:].decode(errors="replace").strip()
+            logger.debug("the process that builds segment %s of index %d: %s", name, index.id, text)
+            reason = (text.splitlines() or ["it has not said why"])[-1]
+            # Whoever kills it, such as the system without memory, has reasons of his own.
+            certain = code == CERTAIN_FAILURE or -code in _CRASHES
+            raise BuildError(f"the building process ended with code {code}: {reason}", certain=certain)
         return msgspec.json.decode(output, type=BuildResult).checksum
 
 

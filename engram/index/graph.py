@@ -12,21 +12,26 @@ from pathlib import Path
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 from usearch.compiled import MetricKind, ScalarKind
 from usearch.index import Index
 
 from engram.columns import Array
-from engram.index.distances import TINY_NORM, Doubles, Floats, row_norms
+from engram.index.distances import TINY_NORM, Doubles, Floats
 from engram.index.parameters import Parameters
 from engram.index.texts import Positions
 
 # The rest of the numbers are held finer when the largest few are clipped.
 _PERCENTILE = 99.95
+# No more of the squares of all numbers is lost by that; of the normal distribution it is 0.0001.
+_MOST_CLIPPED = 0.01
 # Rows so many times longer than most are clipped.
 _LONGEST = 16.0
 _SAMPLE_ROWS = 4096
 _SAMPLE_NUMBERS = 1 << 22
 _ADD_NUMBERS = 1 << 20
+# Of bf16 and f32: the products of 65,536 such numbers have a sum in float32.
+_LARGEST = np.float32(1e16)
 
 _SCALARS = {"int8": ScalarKind.I8, "bf16": ScalarKind.BF16, "f32": ScalarKind.F32}
 
@@ -49,7 +54,8 @@ class Quantizer:
     def fit(cls, parameters: Parameters, rows: Floats, norms: Doubles) -> Quantizer:
         """The quantizer for these rows, shape (n, dimension), with their norms (n,)."""
         step = max(1, len(rows) // min(_SAMPLE_ROWS, max(64, _SAMPLE_NUMBERS // parameters.dimension)))
-        sample, sample_norms = rows[::step], norms[::step]
+        # In float64 nothing overflows that float32 holds.
+        sample, sample_norms = rows[::step].astype(np.float64), norms[::step]
         center = np.zeros(parameters.dimension, np.float32)
         if parameters.metric == "l2":
             # Unlike the mean it is near the rows even if a few are far from all others.
@@ -57,46 +63,65 @@ class Quantizer:
         quantizer = cls(parameters.metric, parameters.quantization, 1.0, center)
         if parameters.quantization != "int8":
             return quantizer
-        prepared = quantizer._prepare(sample, sample_norms)
-        lengths = row_norms(prepared)
+        prepared = _unit(sample, sample_norms) if parameters.metric == "cosine" else sample - center
+        lengths = np.sqrt(np.vecdot(prepared, prepared))
         long = lengths > TINY_NORM
         if not long.any():
             return quantizer
         lengths = lengths[long]
         # Clipping would hurt the longest rows, which win dot, and of which l2 tells the neighbours apart by
         # as much as they are long.
-        longest = min(lengths.max(), _LONGEST * float(np.median(lengths)))
-        shares = np.abs(prepared[long]) / lengths[:, None]
-        return attrs.evolve(quantizer, scale=127.0 / float(np.percentile(shares, _PERCENTILE) * longest))
+        longest = min(float(lengths.max()), _LONGEST * float(np.median(lengths)))
+        shares = (np.abs(prepared[long]) / lengths[:, None]).astype(np.float32)
+        return attrs.evolve(quantizer, scale=127.0 / (_greatest_share(shares) * longest))
 
     def encode(self, rows: Floats, norms: Doubles) -> Array:
         """Rows, shape (n, dimension), with their norms (n,), as the graph takes them."""
-        return self._round(self._prepare(rows, norms), self.scale)
+        with np.errstate(over="ignore"):
+            return self._round(self._prepare(rows, norms), self.scale)
 
     def encode_queries(self, queries: Floats, norms: Doubles) -> Array:
         """Queries, shape (n, dimension), with their norms (n,), as the graph takes them."""
-        prepared = self._prepare(queries, norms)
         if self.metric != "dot":
-            return self._round(prepared, self.scale)
+            return self.encode(queries, norms)
+        prepared = self._prepare(queries, norms)
         # However long a query is, it orders the rows in the same way.
-        largest = np.abs(prepared).max(axis=1, keepdims=True)
-        scales = np.divide(127.0, largest, out=np.ones_like(largest), where=largest > TINY_NORM)
-        return self._round(prepared, scales)
+        return self._round(_unit(prepared, np.abs(prepared).max(axis=1).astype(np.float64)), 127.0)
 
     def _prepare(self, rows: Floats, norms: Doubles) -> Floats:
         if self.metric == "cosine":
-            scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > TINY_NORM)
-            return rows * scale.astype(np.float32)[:, None]
+            return _unit(rows, norms)
         if self.metric == "l2":
             return rows - self.center
         return np.ascontiguousarray(rows)
 
-    def _round(self, prepared: Floats, scale: float | Floats) -> Array:
+    def _round(self, prepared: Floats, scale: float) -> Array:
         if self.quantization != "int8":
-            return prepared
+            # Sums of their products are numbers.
+            return np.clip(prepared, -_LARGEST, _LARGEST)
         scaled = prepared * np.float32(scale)
         np.rint(scaled, out=scaled)
         return np.clip(scaled, -127.0, 127.0, out=scaled).astype(np.int8)
+
+
+def _unit(rows: npt.NDArray[np.floating], lengths: Doubles) -> Floats:
+    """Rows divided by their lengths, zeros for those without."""
+    unit: Floats = np.divide(rows, lengths[:, None], out=np.zeros(rows.shape), where=lengths[:, None] > 0.0)
+    return unit.astype(np.float32)
+
+
+def _greatest_share(shares: Floats) -> float:
+    """The part of a row's length from which on numbers are clipped, in (0, 1].
+
+    `shares` holds the numbers of rows, as parts of the lengths of these: the squares of a row's have the
+    sum 1. Zeros say nothing: of sparse rows nearly all numbers are.
+    """
+    share = float(np.percentile(shares[shares > 0.0], _PERCENTILE))
+    clipped = np.maximum(shares - np.float32(share), np.float32(0.0))
+    if np.vdot(clipped, clipped) > _MOST_CLIPPED * len(shares):
+        # It is not a few that are large: what is left would not be these rows any more.
+        share = float(shares.max())
+    return share
 
 
 def _empty_index(parameters: Parameters) -> Index:

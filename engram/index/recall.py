@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from engram.index.distances import Doubles, Floats, Queries
+from engram.index.distances import TINY_NORM, Doubles, Floats, Queries
 from engram.index.graph import Graph
 from engram.index.texts import Positions
 
@@ -47,6 +47,10 @@ _BLOCK_ROWS = 4096
 _CANDIDATES = 64
 # What rounding to float32 may add to a distance, relative to it.
 _ROUNDING = 1e-6
+
+# Norms for which products with a unit vector, and their own squares, are float32 with all digits.
+_LARGEST_PRODUCT = 1e37
+_LEAST_SQUARED, _LARGEST_SQUARED = 1e-16, 1e16
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -85,11 +89,12 @@ class Sample:
     @classmethod
     def choose(cls, metric: str, rows: Floats, norms: Doubles) -> Sample:
         """Chooses among rows of shape (n, dimension) with their norms (n,); always the same ones."""
+        if not _measurable(metric, norms):
+            return cls._without_queries(metric, rows)
         count = min(len(rows) // 16, max(_FEWEST_QUERIES, min(_MOST_QUERIES, len(rows) // _ROWS_PER_QUERY)))
         if count < 2 or len(rows) <= _EXPANSIONS[0] * SCAN_ROWS_PER_EXPANSION:
             # It is scanned anyhow.
-            everything = np.arange(len(rows))
-            return cls(Queries.of(metric, rows[:0]), np.empty(0, np.float32), everything, everything[:0])
+            return cls._without_queries(metric, rows)
         chosen = np.sort(np.random.default_rng(len(rows)).choice(len(rows), count, replace=False))
         queries = Queries.of(metric, rows[chosen])
         # The nearest by dot are the longest rows, which are the same for many queries.
@@ -111,6 +116,11 @@ class Sample:
         # Where so many rows are alike that too few are left, there is no telling what is right.
         told = np.flatnonzero(np.isfinite(farthest))
         return cls(queries.select(told), farthest[told], np.flatnonzero(inside), np.flatnonzero(~inside))
+
+    @classmethod
+    def _without_queries(cls, metric: str, rows: Floats) -> Sample:
+        everything = np.arange(len(rows))
+        return cls(Queries.of(metric, rows[:0]), np.empty(0, np.float32), everything, everything[:0])
 
     def measure(self, graph: Graph, rows: Floats, norms: Doubles) -> Curve:
         """The recall at growing ef of a graph of the rows `inside`: what it is with good confidence.
@@ -140,6 +150,16 @@ class Sample:
         right = (found >= 0) & (distances <= self.farthest[:, None])
         recalls: Doubles = np.minimum(np.count_nonzero(right, axis=1), NEIGHBORS) / NEIGHBORS
         return recalls
+
+
+def _measurable(metric: str, norms: Doubles) -> bool:
+    """Whether ranks, which are float32, tell which of these rows are nearest; else these are scanned."""
+    norms = norms[norms > 0.0]
+    if not len(norms):
+        return True
+    if metric == "cosine":
+        return bool(norms.min() >= TINY_NORM and norms.max() <= _LARGEST_PRODUCT)
+    return bool(_LEAST_SQUARED <= norms.max() <= _LARGEST_SQUARED)
 
 
 def _nearest(queries: Queries, rows: Floats, norms: Doubles, count: int) -> Positions:

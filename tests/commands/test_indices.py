@@ -143,6 +143,7 @@ async def test_vinfo_of_a_new_index(client: Client) -> None:
         b"bytes-in-memory",
         b"bytes-mapped",
         b"recall-curve",
+        b"last-build-error",
     ]
     found = await info(client, "a")
     assert (found["dim"], found["count"], found["recall"], found["recall-curve"]) == ("3", "0", "0.99", "")
@@ -270,3 +271,18 @@ async def test_string_commands_on_an_index(client: Client) -> None:
     assert await client.call("TYPE a") == b"+vectorset\r\n"
     assert await client.call("DEL a") == b":1\r\n"
     assert await client.call("EXISTS a") == b":0\r\n"
+
+
+async def test_vinfo_says_why_a_graph_could_not_be_built(
+    house: House, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.call("VNEW a 3")
+    assert (await info(client, "a"))["last-build-error"] == ""
+    index = house.database.index(b"a")
+    assert index is not None
+    house.server.builder._fail(index, BuildError("the building process ended with code 70:\nKeyError: 'x'"))
+    assert (await info(client, "a"))["last-build-error"] == "KeyError: 'x'"
+    assert b"\r\nvectors_last_build_error:KeyError: 'x'\r\n" in await client.call("INFO vectors")
+    await client.call("DEL a")
+    await client.call("VNEW a 3")
+    assert (await info(client, "a"))["last-build-error"] == ""

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
+from engram.config import Config
+from engram.index.pace import Wait
 from engram.index.vector_index import VectorIndex
 from engram.operations import AddVectors, SetAttributes
 from tests.commands.conftest import (
@@ -311,12 +315,12 @@ async def test_rows_without_a_graph_slow_their_writer_down_only(
 ) -> None:
     asked = []
 
-    def delay(index: VectorIndex, limit: int, rows: int) -> float:
-        asked.append((index.rows_unindexed, limit, rows))
-        return 1.0
+    def admit(index: VectorIndex, rows: int) -> Wait:
+        asked.append((index.rows_unindexed, rows))
+        return partial(trio.sleep, 1.0)
 
     async with open_house(ManualJournal(automatic=True), searches=HeldSearches()) as house:
-        monkeypatch.setattr(house.server.builder, "delay", delay)
+        monkeypatch.setattr(house.server.builder, "admit", admit)
         house.server.config.max_unindexed_rows = 2
         writer, other = house.connect(), house.connect()
         await writer.call("VNEW a 1")
@@ -329,7 +333,7 @@ async def test_rows_without_a_graph_slow_their_writer_down_only(
         assert trio.current_time() == began
         assert [await writer.reply() for _ in range(3)] == [b":1\r\n", b":1\r\n", b"+PONG\r\n"]
         assert trio.current_time() - began == pytest.approx(2.0)
-        assert asked == [(2, 2, 1), (3, 2, 1)]
+        assert asked == [(2, 1), (3, 1)]
 
 
 async def test_many_rows_at_once_wait_as_long_as_one_by_one(
@@ -337,11 +341,11 @@ async def test_many_rows_at_once_wait_as_long_as_one_by_one(
 ) -> None:
     asked = []
 
-    def delay(index: VectorIndex, limit: int, rows: int) -> float:
+    def admit(index: VectorIndex, rows: int) -> Wait:
         asked.append(rows)
-        return float(rows)
+        return partial(trio.sleep, rows)
 
-    monkeypatch.setattr(house.server.builder, "delay", delay)
+    monkeypatch.setattr(house.server.builder, "admit", admit)
     house.server.config.max_unindexed_rows = 1
     client = house.connect()
     await client.call("VNEW a 1")
@@ -352,3 +356,34 @@ async def test_many_rows_at_once_wait_as_long_as_one_by_one(
     await client.call([b"VSETATTR", b"a", b"x", b"{}"])
     assert asked == [2, 1, 1]
     assert trio.current_time() - began == pytest.approx(4.0)
+    # What a transaction adds to an index, it waits for once.
+    await client.call("MULTI")
+    for _ in range(2):
+        await client.call([b"VMADD", b"a", b"x", vector(1), b"y", vector(1)])
+    assert (await client.call("EXEC")).startswith(b"*2\r\n")
+    assert asked[3:] == [4]
+    assert trio.current_time() - began == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("wish", ["FLUSHALL", "DEL a", "CONFIG SET max-unindexed-rows 1000"])
+async def test_who_waits_for_the_builder_goes_on_when_there_is_nothing_to_wait_for(
+    open_house: OpenHouse, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, wish: str
+) -> None:
+    async with open_house(config=Config(max_unindexed_rows=2)) as house:
+        # Rows would be sealed, had anybody the time.
+        monkeypatch.setattr(VectorIndex, "seal_wanted", True)
+        monkeypatch.setattr(house.server, "reconfigure", house.server.builder.reconsider)
+        gone, writer, other = house.connect(), house.connect(), house.connect()
+        await other.call("VNEW a 1")
+        await other.call([b"VMADD", b"a", b"x", vector(1), b"y", vector(1)])
+        # So far beyond the limit that one row takes a while.
+        house.server.builder._pace.record(1, 1e6, waited=True)
+        await gone.send([b"VADD", b"a", b"g", vector(2)])
+        await writer.send([b"VADD", b"a", b"z", vector(1)])
+        await wait_all_tasks_blocked()
+        await gone.stream.aclose()
+        began = trio.current_time()
+        assert await other.call(wish) in (b"+OK\r\n", b":1\r\n")
+        reply = await writer.reply()
+        assert reply == (b":1\r\n" if "CONFIG" in wish else b"-ERR no such index\r\n")
+        assert trio.current_time() == began

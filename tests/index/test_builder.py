@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from engram.errors import CommandError, LogFailureError
+from engram.errors import CommandError, DamagedDataError, LogFailureError
 from engram.index.builder import Builder, BuildError, BuilderSettings
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, search_batch
@@ -300,10 +302,44 @@ async def test_a_log_that_fails_ends_the_builder(engine: Engine, index: VectorIn
             builder.consider(index)
 
 
-async def test_rows_wait_once_too_many_have_no_graph(engine: Engine, index: VectorIndex) -> None:
-    builder = Builder(engine.store, engine.install)
-    assert builder.delay(index, 71) == 0.0
-    assert builder.delay(index, 70, 3000) == pytest.approx(3000 / builder.rate, abs=1e-3)
+async def test_rows_wait_once_too_many_have_no_graph_until_they_have(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    limit = 71
+    builder = Builder(engine.store, engine.install, limit=lambda: limit)
+    await nursery.start(builder.run)
+    assert builder.admit(index, 1 << 40) is None
+    limit = 70
+    wait = builder.admit(index, 1 << 40)
+    assert wait is not None
+    # It would take ages, were it for a time.
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(wait)
+        builder.consider(index)
+    assert index.rows_unindexed == 0
+    assert builder.admit(index, 1 << 40) is None
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+async def test_who_waits_for_an_index_that_is_dropped_or_for_another_limit_goes_on(
+    engine: Engine, index: VectorIndex, dropped: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    limit = 70
+    builder = Builder(engine.store, engine.install, limit=lambda: limit)
+    wait = builder.admit(index, 1 << 40)
+    assert wait is not None
+    began = trio.current_time()
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(waiting.child_tasks) == 1
+        if dropped:
+            index.drop()
+        else:
+            limit = 71
+            builder.reconsider()
+    assert trio.current_time() == began
+    assert builder.admit(index, 1 << 40) is None
 
 
 async def test_an_optimization_makes_one_segment_for_all_who_wait(
@@ -438,3 +474,145 @@ async def test_dropping_an_index_ends_its_build(
         os.kill(pid, 0)
     assert (builder.failures, builder.builds) == (0, 0)
     assert list(engine.store.folder.iterdir()) == []
+
+
+# The process that builds, with a fault.
+UNLUCKY = """
+import sys
+from engram.index import build_process
+
+def build(job, build=build_process.build_segment):
+    if job.quantization == "int8":
+        raise ValueError("some words\\nno luck")
+    return build(job)
+
+build_process.build_segment = build
+sys.exit(build_process.main())
+"""
+CERTAIN = "read job; echo Traceback >&2; echo ValueError: {reason} >&2; exit 70"
+
+
+async def test_a_build_that_fails_the_same_way_twice_is_tried_with_float32(
+    engine: Engine,
+    clustered: Clustered,
+    nursery: trio.Nursery,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    index = VectorIndex(1, default_parameters(8, "cosine"), seal_rows=64)
+    index.add(2, [b"%d" % row for row in range(64)], clustered(64, 8))
+    settings = BuilderSettings(command=(sys.executable, "-c", UNLUCKY))
+    builder = Builder(engine.store, engine.install, settings=settings, limit=lambda: 1)
+    await nursery.start(builder.run)
+    began = trio.current_time()
+    builder.consider(index)
+    await engine.wait(1)
+    assert trio.current_time() - began == pytest.approx(1.0 + 2.0)
+    assert (builder.failures, builder.builds) == (2, 1)
+    assert builder.last_error == "the building process ended with code 70: ValueError: no luck"
+    assert builder.last_error_of(index) == ""
+    assert [installed.segment.parameters.quantization for installed in index.segments] == ["f32"]
+    # It is not tried again what has failed for certain.
+    index.add(engine.lsn + 1, [b"%d" % row for row in range(64)], clustered(64, 8, seed=1))
+    builder.consider(index)
+    await engine.wait(2)
+    assert builder.failures == 2
+
+
+async def failing(builder: Builder, index: VectorIndex, count: int) -> list[float]:
+    """Has an index built; the times of the first failures, so many. No other time may be waited for."""
+    times: list[float] = []
+    enough = trio.Event()
+    fail = builder._fail
+
+    def note(failed: VectorIndex, error: Exception) -> float:
+        times.append(trio.current_time())
+        if len(times) == count:
+            enough.set()
+        return fail(failed, error)
+
+    builder._fail = note  # type: ignore[method-assign, assignment]
+    builder.consider(index)
+    await enough.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    return times
+
+
+async def test_a_build_that_cannot_be_done_is_said_and_rarely_tried_again(
+    engine: Engine,
+    index: VectorIndex,
+    nursery: trio.Nursery,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    settings = shell(CERTAIN.format(reason="no luck"))
+    builder = Builder(engine.store, engine.install, settings=settings, limit=lambda: 1)
+    await nursery.start(builder.run)
+    times = await failing(builder, index, 6)
+    # Twice as it is asked for, twice with float32; then its rows may be others.
+    assert np.diff(times) == pytest.approx([1.0, 2.0, 4.0, 3600.0, 3600.0])
+    assert builder.last_error_of(index) == "the building process ended with code 70: ValueError: no luck"
+    (result,) = search_batch([index.view(10)], np.ones((1, 8), np.float32), SearchOptions(100), 0)
+    assert len(result.keys) == 70
+    # Who asks for it has it tried at once.
+    with pytest.raises(BuildError, match="no luck"):
+        await builder.optimize(index)
+    assert builder.failures == 7
+    index.drop()
+    await trio.testing.wait_all_tasks_blocked()
+    assert builder.last_error_of(index) == ""
+    assert (builder._failed, builder._plain, builder._retrying, builder._known) == ({}, set(), {}, set())
+
+
+async def test_nobody_waits_for_a_build_that_cannot_be_done(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery
+) -> None:
+    command = ("sh", "-c", CERTAIN.format(reason="no luck"))
+    settings = BuilderSettings(command=command, first_retry=0.001)
+    builder = Builder(engine.store, engine.install, settings=settings, limit=lambda: 1)
+    await nursery.start(builder.run)
+    wait = builder.admit(index, 1 << 40)
+    assert wait is not None
+    builder.consider(index)
+    await wait()
+    assert builder.failures == 4
+    assert builder.admit(index, 1 << 40) is None
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "read job; echo out of memory >&2; exit 1",
+        "kill -9 $$",
+        "read job; date +%N >&2; exit 70",
+    ],
+)
+async def test_what_may_pass_is_tried_again_as_it_was(
+    engine: Engine,
+    index: VectorIndex,
+    nursery: trio.Nursery,
+    autojump_clock: trio.testing.MockClock,
+    script: str,
+) -> None:
+    builder = Builder(engine.store, engine.install, settings=shell(script), limit=lambda: 1)
+    await nursery.start(builder.run)
+    times = await failing(builder, index, 8)
+    assert np.diff(times) == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0])
+    assert not builder._plain
+    assert builder.admit(index, 1 << 40) is not None
+
+
+async def test_a_damaged_segment_of_an_index_that_is_dropped_is_no_failure(
+    engine: Engine, index: VectorIndex, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = trio.lowlevel.current_trio_token()
+
+    def vanish(*_: object) -> int:
+        trio.from_thread.run_sync(index.drop, trio_token=token)
+        raise DamagedDataError(Path("segments/1/vectors.npy"), "missing")
+
+    monkeypatch.setattr(engine.store, "write_rows", vanish)
+    builder = Builder(engine.store, engine.install)
+    await nursery.start(builder.run)
+    builder.consider(index)
+    while builder.waiting or builder.running:
+        await trio.lowlevel.checkpoint()
+    assert (builder.failures, builder.last_error) == (0, None)

@@ -12,6 +12,7 @@ from usearch.index import Index
 from engram.index.distances import METRICS, Queries, row_norms
 from engram.index.graph import Graph, GraphBuilder, Quantizer
 from engram.index.parameters import QUANTIZATIONS, Parameters, default_parameters
+from engram.index.recall import Sample
 
 Floats = npt.NDArray[np.float32]
 Clustered = Callable[..., Floats]
@@ -161,3 +162,78 @@ def test_l2_does_not_lose_precision_far_from_the_origin(clustered: Clustered) ->
     found_far = shifted.search(far, row_norms(far), 1, 64)[:, 0]
     assert (found == np.arange(1000)).mean() > 0.98
     assert (found_far == np.arange(1000)).mean() > 0.98
+
+
+def sparse(rows: int, dimension: int, filled: int) -> Floats:
+    """Rows of which so few numbers are not zero."""
+    random = np.random.default_rng(5)
+    made = np.zeros((rows, dimension), np.float32)
+    for row in made:
+        row[random.choice(dimension, filled, replace=False)] = random.uniform(0.5, 1.5, filled)
+    return made
+
+
+def normal(rows: int, dimension: int) -> Floats:
+    return np.random.default_rng(6).normal(size=(rows, dimension)).astype(np.float32)
+
+
+ODD_ROWS: dict[str, Callable[[], Floats]] = {
+    "one number of 4,096": lambda: sparse(300, 4096, 1),
+    "twenty numbers of 8,192": lambda: sparse(300, 8192, 20),
+    "one number, and noise": lambda: sparse(300, 4096, 1) + np.float32(1e-10) * normal(300, 4096),
+    "what differs in one number": lambda: np.hstack([normal(300, 1), np.ones((300, 4095), np.float32)]),
+    "zeros": lambda: np.zeros((300, 16), np.float32),
+    "nearly all zeros": lambda: np.vstack([np.zeros((297, 16), np.float32), normal(3, 16)]),
+    "all the same": lambda: np.ones((300, 16), np.float32),
+    "denormal numbers": lambda: np.float32(1e-40) * normal(300, 16),
+    "large numbers": lambda: np.float32(1e30) * normal(300, 16),
+    "the largest numbers": lambda: np.float32(3.4e38) * np.sign(normal(300, 16)),
+    "numbers of all sizes": lambda: (
+        (10.0 ** np.linspace(-40, 37, 300)).astype(np.float32)[:, None] * normal(300, 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ODD_ROWS)
+def test_a_graph_is_built_of_any_rows(kind: str, metric: str, quantization: str) -> None:
+    rows = ODD_ROWS[kind]()
+    parameters = Parameters(rows.shape[1], metric, 8, 16, quantization)
+    norms = row_norms(rows)
+    quantizer = Quantizer.fit(parameters, rows, norms)
+    assert 0.0 < quantizer.scale < np.inf
+    assert type(quantizer.scale) is float
+    for encoded in (quantizer.encode(rows, norms), quantizer.encode_queries(rows, norms)):
+        assert np.isfinite(encoded).all()
+    found = built(parameters, rows).graph.search(rows[:5], norms[:5], 10, 64)
+    assert found.min() >= 0
+    # What is measured is true, or nothing is.
+    sample = Sample.choose(metric, rows, norms)
+    assert np.isfinite(sample.farthest).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["one number of 4,096", "twenty numbers of 8,192", "one number, and noise"])
+def test_sparse_rows_keep_their_numbers(kind: str, metric: str) -> None:
+    rows = ODD_ROWS[kind]()
+    norms = row_norms(rows)
+    quantizer = Quantizer.fit(int8(metric, rows.shape[1]), rows, norms)
+    unit = (rows / norms[:, None]).astype(np.float32) if metric == "cosine" else rows
+    error = quantizer.encode(rows, norms) / quantizer.scale - unit
+    assert row_norms(error.astype(np.float32)).max() < 0.02 * row_norms(unit).max()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_how_long_a_query_is_makes_no_difference(metric: str, clustered: Clustered) -> None:
+    rows = clustered(500, 16)
+    graph = built(default_parameters(16, metric), rows).graph
+    queries = clustered(20, 16, seed=1)
+    expected = graph.search(queries, row_norms(queries), 10, 64)
+    for length in (1e-30, 1e30):
+        other = np.float32(length) * queries
+        found = graph.search(other, row_norms(other), 10, 64)
+        assert (
+            np.mean([len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)])
+            > 9
+        )

@@ -174,3 +174,23 @@ def test_a_higher_target_never_has_a_lesser_width(
     assert high == 0 or 0 < low <= high
     for ef, recall in curve:
         assert 0 < expansion_for(curve, recall) <= ef
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_of_equal_distances_any_row_is_a_right_answer(metric: str) -> None:
+    rows = np.zeros((2000, 16), np.float32)
+    [(width, recall)] = measured(metric, rows)[1]
+    assert (width, recall > 0.99) == (24, True)
+    # One number of each row, the same in all: every two rows are as far from each other, or the same.
+    rows[np.arange(2000), np.random.default_rng(7).integers(0, 16, 2000)] = 1.0
+    [(width, recall)] = measured(metric, rows)[1]
+    assert (width, recall > 0.99) == (24, True)
+
+
+@pytest.mark.parametrize(
+    ("metric", "factor"),
+    [("l2", 1e30), ("dot", 1e30), ("cosine", 3e38), ("l2", 1e-40), ("dot", 1e-40), ("cosine", 1e-40)],
+)
+def test_what_cannot_be_measured_is_scanned(metric: str, factor: float, clustered: Clustered) -> None:
+    rows = np.float32(factor) * clustered(2000, 16)
+    assert measured(metric, rows)[1] == ()
