@@ -221,7 +221,16 @@ class Builder:
                 await self._idle.park()
                 continue
             # Only the callee holds the index: one that is dropped is let go of before a worker idles.
-            await self._work_on(self._waiting.popleft(), nursery)
+            await self._take_on(self._waiting.popleft(), nursery)
+
+    async def _take_on(self, index: VectorIndex, nursery: trio.Nursery) -> None:
+        try:
+            await self._work_on(index, nursery)
+        except Exception:
+            # Something beside the build has failed; the index still wants it.
+            self._known.discard(index.id)
+            self.consider(index)
+            raise
 
     async def _work_on(self, index: VectorIndex, nursery: trio.Nursery) -> None:
         self.running += 1
