@@ -139,6 +139,10 @@ class ScanOrder:
         """Of these keys so many have come, which are the last of `held` by now."""
         if new < len(keys):
             keys = list(islice(reversed(self._held), new))[::-1]
+        elif not self._dead and len(self._tail) + new < BLOCK_KEYS and len(b"".join(keys)) <= _LONG_KEY:
+            # The loop below, for what is asked most often.
+            self._tail += keys
+            return
         start = 0
         while start < new:
             tail, dead = self._tail, self._dead

@@ -180,7 +180,7 @@ def test_a_scan_ends_though_others_change_keys_between_its_pages(word: str) -> N
         cursor, more = keyspace.scan(cursor, 10)
         pages += 1
         found += more
-    assert pages == 2
+        assert pages <= 2
     if word not in ("rename", "delete", "clear"):
         assert {key for key in found if not key.startswith(b"new")} == {
             b"%d" % number for number in range(20)

@@ -266,6 +266,7 @@ async def test_vscan(client: Client) -> None:
         following, keys = parse(await client.call(f"VSCAN a {cursor} COUNT 7"))
         assert len(keys) <= 7
         found += keys
+        assert len(found) <= 50
         cursor = following.decode()
         if cursor == "0":
             break
@@ -289,9 +290,9 @@ async def test_vscan_ends_whatever_others_do(client: Client, change: str) -> Non
         following, _ = parse(await client.call(f"VSCAN a {cursor} COUNT 10"))
         cursor = following.decode()
         calls += 1
+        assert calls <= 2
         for number in range(1 if change.startswith("DEL") else 20):
             assert not (await client.call(change.format(number))).startswith(b"-")
-    assert calls == 2
 
 
 async def test_vscan_options(client: Client) -> None:
