@@ -35,6 +35,7 @@ from redis import Connection, Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
+from tests.crash import loading
 from tests.crash.killing import CHILD_ONLY, FAULTS, MODULE, RECOVERY_POINTS, RUNNING_POINTS
 from tests.crash.server_process import (
     DEADLINE_SECONDS,
@@ -1017,6 +1018,9 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=None, help="of the writes and the moments; default: random"
     )
+    parser.add_argument(
+        "--loads", type=int, default=10, help="indices loaded beside readers, with a kill after each"
+    )
     parser.add_argument("--dir", type=Path, help="an empty or missing folder; default: a temporary one")
     arguments = parser.parse_args()
     seed = random.SystemRandom().getrandbits(32) if arguments.seed is None else arguments.seed
@@ -1031,6 +1035,7 @@ def main() -> int:
                 number += 1
                 print(f"{number:>4}  {torture.kill_once()}", flush=True)
             torture.finish()
+            loading.run(Path(scratch) / "loaded", seed, arguments.loads)
         except (AssertionError, RedisError, StartError) as error:
             print(f"FAILED with seed {seed}: {error}")
             if arguments.dir is None:
