@@ -541,11 +541,13 @@ def _run(requests: Sequence[list[bytes]], start: int, command: Command) -> Seque
 
     Those of a long run are left for another one.
     """
-    name = requests[start][0]
-    size = command.minimum
-    longest = min(len(requests), start + LONGEST_RUN)
+    first = requests[start]
+    name, size = first[0], command.minimum
+    longest = len(requests)
+    if longest - start > LONGEST_RUN:
+        longest = start + LONGEST_RUN
     for end in range(start, longest):
         request = requests[end]
-        if request[0] != name or len(request) != size:
+        if len(request) != size or request[0] != name:
             return requests[start:end]
     return requests[start:longest]

@@ -37,7 +37,7 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     A key that lapses some day is left to `_add`: setting many strings at once makes them stay.
     """
     database = session.database
-    expiries = database.keyspace.expiries
+    values, expiries = database.keyspace.values, database.keyspace.expiries
     numbers: dict[bytes, int] = {}
     found: list[int] = []
     try:
@@ -47,11 +47,13 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
             if total is None:
                 if key in expiries:
                     break
-                value = database.string(key)
+                value = values.get(key)
                 if value is None:
                     total = 0
+                elif type(value) is bytes:
+                    total = integer(value)
                 else:
-                    total = integer(value) if type(value) is bytes else stored_integer(value)
+                    break
             total += increment(request)
             if not INTEGER_LOW <= total <= INTEGER_HIGH:
                 break

@@ -138,11 +138,11 @@ async def test_help_of_memory(client: Client) -> None:
 
 async def test_overwrites_without_attributes_take_no_memory_for_any(house: House) -> None:
     client = house.connect()
-    await client.call("VNEW i 2")
-    for _ in range(50):
+    await client.send("VNEW i 2", "VNEW j 2")
+    for number in range(50):
         await client.call([b"VADD", b"i", b"00", vector(1, 2)])
-    index = house.server.database.index(b"i")
-    assert index is not None
-    view = index.view(house.server.database.lsn)
-    assert view.head_rows == 50
-    assert view.attribute_bytes == 0
+        await client.call([b"VADD", b"j", b"%02d" % number, vector(1, 2)])
+    await client.send(*([b"VDEL", b"j", b"%02d" % number] for number in range(1, 50)))
+    await client.arrived()
+    overwritten, deleted = [int((await client.call(f"MEMORY USAGE {key}"))[1:-2]) for key in ("i", "j")]
+    assert overwritten <= deleted
