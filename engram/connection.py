@@ -309,7 +309,6 @@ class Connection:
                     ):
                         run = _run(requests, position - 1, command)
                         if len(run) > 1:
-                            end = position - 1 + len(run)
                             done, replies = command.run(session, run)
                             if done:
                                 reply = replies
@@ -318,11 +317,11 @@ class Connection:
                                 latest = run[done - 1]
                                 if done > _REQUESTS_A_LOOK:
                                     turn_over = clock() > turn_ends
-                            if done < len(run):
-                                self._looked_at = end
-                            else:
+                            if done == len(run):
                                 # Another run may follow.
                                 known = None
+                            else:
+                                self._looked_at = position + len(run) - max(done, 1)
                 if len(request) != arity:
                     check_arity(command, request)
                 if special:
@@ -543,10 +542,12 @@ def _run(requests: Sequence[list[bytes]], start: int, command: Command) -> Seque
     """
     first = requests[start]
     name, size = first[0], command.minimum
+    if len(first) != size:
+        return ()
     longest = len(requests)
     if longest - start > LONGEST_RUN:
         longest = start + LONGEST_RUN
-    for end in range(start, longest):
+    for end in range(start + 1, longest):
         request = requests[end]
         if len(request) != size or request[0] != name:
             return requests[start:end]
