@@ -13,12 +13,15 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import attrs
 import numpy as np
 import trio
 import trio.testing
 
+from engram import large_string
+from engram.commands import transactions
 from engram.config import Config
 from engram.engine import Engine
 from engram.files import DiskFiles
@@ -305,12 +308,18 @@ def _talker(house: House) -> _Talker:
 async def _conversation(folder: Path, journal: ManualJournal) -> AsyncIterator[_Conversation]:
     config = Config(proto_max_bulk_len=1 << 20)
     searches = _Searches()
-    async with opened_house(folder, journal=journal, config=config, searches=searches) as house:
-        await house.nursery.start(searches.run)
-        house.engine.keyspace.counting = True
-        yield _Conversation(folder, house, journal, searches, [_talker(house) for _ in range(CLIENTS)])
-        assert not house.database.watches.by_key
-        assert not house.server.monitors
+    with (
+        # Each command of EXEC has a turn of its own, and strings of a few bytes are in blocks.
+        mock.patch.object(transactions, "TURN_NANOSECONDS", 0),
+        mock.patch.object(large_string, "LONGEST_PLAIN", 8),
+        mock.patch.object(large_string, "BLOCK_SIZE", 4),
+    ):
+        async with opened_house(folder, journal=journal, config=config, searches=searches) as house:
+            await house.nursery.start(searches.run)
+            house.engine.keyspace.counting = True
+            yield _Conversation(folder, house, journal, searches, [_talker(house) for _ in range(CLIENTS)])
+            assert not house.database.watches.by_key
+            assert not house.server.monitors
 
 
 async def converse(folder: Path, steps: Iterable[Step]) -> None:
