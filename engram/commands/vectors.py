@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from engram.commands.arguments import options, scan_count, scan_cursor, scan_size
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import check, check_members, check_reply, check_results
-from engram.commands.session import Session
+from engram.commands.session import Session, Slot
 from engram.commands.table import Command, wrong_arity
 from engram.index.vector_index import VectorIndex
 from engram.index.vectors import decode_vector, join_vectors
@@ -18,6 +18,9 @@ from engram.protocol.replies import ONE, ZERO
 
 _ATTRIBUTES = b"ATTRS"
 _SCAN_COUNT = 10
+
+# Vectors that VMGET reads itself; a thread reads more.
+_GOT_AT_ONCE = 1024
 
 
 def _add(session: Session, arguments: list[bytes]) -> bytes:
@@ -82,12 +85,31 @@ def _get(session: Session, arguments: list[bytes]) -> bytes:
     return session.encoder.null if vector is None else replies.bulk(vector)
 
 
-def _get_many(session: Session, arguments: list[bytes]) -> bytes:
+def _get_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
     index = read_index(session, arguments[1])
     keys = arguments[2:]
-    check_results(session, 4 * index.parameters.dimension * sum(map(index.live.__contains__, keys)))
-    found = map(index.vector, keys)
-    return replies.array(session.encoder.null if vector is None else replies.bulk(vector) for vector in found)
+    live = index.live
+    check_results(session, 4 * index.parameters.dimension * sum(map(live.__contains__, keys)))
+    null = session.encoder.null
+    if len(keys) <= _GOT_AT_ONCE:
+        found = map(index.vector, keys)
+        return replies.array(null if vector is None else replies.bulk(vector) for vector in found)
+
+    view, row_ids = index.view(session.database.lsn), [live.get(key, -1) for key in keys]
+    allowance = session.server.held_replies.allowance(session, session.allowance)
+    slot = Slot(4 * index.parameters.dimension * len(keys))
+
+    def encode() -> bytes:
+        found = [null if vector is None else replies.bulk(vector) for vector in view.vectors_of(row_ids)]
+        allowance.take(sum(map(len, found)))
+        return replies.array(found)
+
+    def done(outcome: bytes | Exception) -> None:
+        allowance.release()
+        session.fill(slot, outcome, "reading vectors failed")
+
+    session.server.searches.submit_work(encode, done, lambda: slot.awaited, session.id)
+    return slot
 
 
 def _delete(session: Session, arguments: list[bytes]) -> bytes:

@@ -32,6 +32,8 @@ _CHUNK_BYTES = 8 << 20
 # large backlog get their graph soon.
 _LARGEST_SEAL = 4
 
+# Rows whose vectors are copied in one go.
+_COPIED_ROWS = 1024
 # One key in so many is measured to estimate what keys take; and what CPython takes for a key in a
 # dictionary of row ids beyond its bytes and the table: the objects of the key and of the number.
 _KEY_SAMPLING = 32
@@ -87,6 +89,24 @@ class View:
         """About how many bytes the JSON texts of all rows take."""
         segments = sum(installed.segment.attributes.joined.nbytes for installed in self.segments)
         return segments + sum(chunk.attribute_bytes for chunk, _ in self.head)
+
+    def vectors_of(self, row_ids: Sequence[int]) -> list[bytes | None]:
+        """The vectors of these rows, little-endian float32, in the order given; None where the id is -1.
+
+        The other rows are in this view.
+        """
+        wanted = np.array(row_ids, np.int64)
+        found: list[bytes | None] = [None] * len(row_ids)
+        sources: list[tuple[Chunk | Segment, int]] = [(each.segment, each.rows) for each in self.segments]
+        for source, count in (*sources, *self.head):
+            held = source.row_ids[:count]
+            (places,) = ((wanted >= held[0]) & (wanted <= held[-1])).nonzero()
+            for start in range(0, len(places), _COPIED_ROWS):
+                part = places[start : start + _COPIED_ROWS]
+                rows = source.vectors[held.searchsorted(wanted[part])].astype("<f4")
+                for place, row in zip(part.tolist(), rows, strict=True):
+                    found[place] = row.tobytes()
+        return found
 
 
 @attrs.frozen(eq=False)

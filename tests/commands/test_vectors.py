@@ -210,6 +210,26 @@ async def test_vget_and_vmget(client: Client) -> None:
     assert await client.call("VGET a x") == null
 
 
+async def test_many_vectors_are_read_by_a_thread_as_they_were(open_house: OpenHouse) -> None:
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        client = house.connect()
+        await client.call("VNEW a 2")
+        rows = [word for n in range(3000) for word in (b"k%d" % n, vector(n, 1))]
+        await client.call([b"VMADD", b"a", *rows])
+        await client.call("VDEL a k7")
+        keys = [b"k%d" % (n * 7 % 3100) for n in range(2000)]
+        expected = [None if key == b"k7" or int(key[1:]) >= 3000 else vector(int(key[1:]), 1) for key in keys]
+        requests = [[b"VMGET", b"a", *keys], [b"VADD", b"a", b"k14", vector(0, 0)], b"DEL a".split()]
+        await client.send(*requests)
+        await client.arrived()
+        (work,) = searches.work
+        work()
+        assert parse(await client.reply()) == expected
+        assert house.server.held_replies.reserved == 0
+        assert [await client.reply() for _ in range(2)] == [b":0\r\n", b":1\r\n"]
+
+
 async def test_a_reply_larger_than_a_client_may_have_waiting_is_refused(house: House) -> None:
     client = house.connect()
     house.server.config.client_output_buffer_limit = 1 << 16

@@ -502,3 +502,19 @@ def test_the_past_before_a_segment_cannot_be_viewed(clustered: Clustered, build:
     assert index.oldest_view == index.id
     build(index).install(9, index)
     assert index.oldest_view == 9
+
+
+def test_vectors_of_rows_come_in_the_order_asked_for(clustered: Callable[..., Floats], build: Build) -> None:
+    """From segments and the head, as they were in the view."""
+    rows = clustered(300, 4)
+    index = VectorIndex(1, default_parameters(4, "l2"), seal_rows=64)
+    index.add(2, [b"%d" % row for row in range(250)], rows[:250])
+    build(index).install(3, index)
+    assert index.segments
+    index.add(4, [b"%d" % row for row in range(250, 290)], rows[250:290])
+    view = index.view(4)
+    index.add(5, [b"%d" % row for row in range(290, 300)], rows[290:])
+    order = [289, -1, 3, 250, 3, 249, 0]
+    expected = [None if row < 0 else rows[row].tobytes() for row in order]
+    assert view.vectors_of(order) == expected
+    assert VectorIndex(1, default_parameters(4, "l2")).view(1).vectors_of([-1]) == [None]
