@@ -168,7 +168,7 @@ def compare(arguments: argparse.Namespace) -> list[Comparison]:
 def describe(comparisons: Sequence[Comparison], version: str) -> str:
     """The figures, then the failures with their reasons."""
     lines = [
-        "`python -m tests.compat.redis_py_suite` runs redis-py's own tests against Redis 8 and against "
+        "`python -m tests.compat.redis_py_suite` runs redis-py's own tests against Redis 8.6 and against "
         "engram, both with one database, and writes what follows.",
         "",
         f"Of redis-py {version}'s tests for commands, pipelines, encoding, connection and connection pools, "
