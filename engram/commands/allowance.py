@@ -93,20 +93,22 @@ class HeldReplies:
 class Allowance:
     """The bytes that a reply may take, or all those of one EXEC together: `most`.
 
-    Threads take of it what they are about to make, and what was taken counts as held until `release`, or
-    until nobody refers to the allowance any more: whoever drops a search need not know what was made for it.
-    What is made on the loop is added to `made`. An allowance within another takes of both.
+    Threads take of it what they are about to make. As soon as that is more than a small reply it counts as
+    held, until `release`, or until nobody refers to the allowance any more: whoever drops a search need not
+    know what was made for it. What is made on the loop is added to `made`. An allowance within another takes
+    of both.
     """
 
-    __slots__ = ("_client", "_held", "_taken", "_within", "made", "most")
+    __slots__ = ("_client", "_held", "_most", "_reserved", "_within", "made", "taken")
 
     def __init__(self, held: HeldReplies, client: Client, most: int, within: Allowance | None = None) -> None:
-        self.most = most
         self.made = 0
-        self._taken = 0
+        self.taken = 0
+        self._most = most
         self._held = held
         self._client = client
         self._within = within
+        self._reserved = 0
 
     def __del__(self) -> None:
         self.release()
@@ -114,32 +116,38 @@ class Allowance:
     @property
     def used(self) -> int:
         """Bytes of what has been made, or is being made."""
-        return self._taken + self.made
+        return self.taken + self.made
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more has been made than should be."""
+        return self.used > self._most
 
     def take(self, size: int) -> None:
         """Takes bytes that are about to be made. Raises CommandError when they are too many."""
-        used = self.used + size
-        if used > self.most:
+        used = self.taken + self.made + size
+        if used > self._most:
             raise reply_too_long(used)
         if self._within is not None:
             self._within.take(size)
         elif used > SMALL_REPLY:
-            self._held.check_client(self._client, size, self.most)
+            self._held.check_client(self._client, size, self._most)
             self._held.check_room(size)
-        self._reserve(size)
+            self._reserve(self.taken + size - self._reserved)
+        self.taken += size
 
     def hold(self) -> None:
         """What was made on the loop is held from here on, too."""
-        made, self.made = self.made, 0
-        self._reserve(made)
+        self.taken, self.made = self.used, 0
+        self._reserve(self.taken - self._reserved)
 
     def release(self) -> None:
         """What was made has been handed on, or is gone."""
-        self._reserve(-self._taken)
+        if self._reserved:
+            self._reserve(-self._reserved)
 
     def _reserve(self, size: int) -> None:
         with self._held.lock:
-            self._taken += size
-            if self._within is None:
-                self._held.reserved += size
-                self._client.reserved += size
+            self._reserved += size
+            self._held.reserved += size
+            self._client.reserved += size

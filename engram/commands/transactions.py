@@ -264,9 +264,7 @@ class _Execution:
             unrestricted = session.user.unrestricted
             if self.single:
                 self.single -= 1
-            elif (
-                command.run is not None and unrestricted and not monitors and allowance.used <= allowance.most
-            ):
+            elif command.run is not None and unrestricted and not monitors and not allowance.exceeded:
                 run = _take_run(queued, command, request)
                 if len(run) > 1:
                     done, reply = command.run(session, run)
@@ -282,9 +280,7 @@ class _Execution:
                 try:
                     if not unrestricted:
                         _check_again(session, command, request)
-                    if allowance.used > allowance.most and (
-                        not command.writes or _answers_values(command, request)
-                    ):
+                    if allowance.exceeded and (not command.writes or _answers_values(command, request)):
                         check_reply(session, allowance.used)
                     reply = command.handler(session, request)
                 except CommandError as failure:

@@ -167,7 +167,7 @@ class _Candidates:
         distances: Doubles,
         queries: Queries,
         options: SearchOptions,
-    ) -> Iterator[SearchResult]:
+    ) -> list[SearchResult]:
         """The results of queries that have so many candidates each, `order` of them in all."""
         texts = format_distances(queries.rounded(distances[order]))
         keys = [b""] * len(order)
@@ -180,11 +180,13 @@ class _Candidates:
                 _put(attributes, places, source.attributes_at(rows))
             if options.vectors:
                 _put(vectors, places, [row.tobytes() for row in source.vectors[rows].astype("<f4")])
+        results = []
         start = 0
         for length in lengths:
             part = slice(start, start + length)
-            yield SearchResult(keys[part], texts[part], attributes[part], vectors[part])
+            results.append(SearchResult(keys[part], texts[part], attributes[part], vectors[part]))
             start = part.stop
+        return results
 
     def _by_source(self, candidates: Numbers) -> Iterator[tuple[Source, Numbers]]:
         """Each source, and where among some candidates its own are."""
