@@ -8,6 +8,7 @@ from itertools import islice, takewhile
 
 import trio
 
+from engram.commands.failures import excuse
 from engram.commands.guard import show
 from engram.commands.limits import check_reply_of_strings, longest_reply
 from engram.commands.session import Barrier, Session, Slot, Transaction
@@ -105,6 +106,7 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     database = session.database
     queued = transaction.commands
     results: list[Reply] = []
+    failures: list[Exception] = []
     position = size = 0
     longest = longest_reply(session)
     database.covered = transaction.writes
@@ -122,7 +124,7 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
                 if size <= longest:
                     done, result = _carry_out_run(session, queued, position)
                 if not done:
-                    done, result = 1, _carry_out(session, *queued[position], size)
+                    done, result = 1, _carry_out(session, *queued[position], size, failures)
                 size += _size(result)
                 results.append(result)
                 position += done
@@ -132,6 +134,8 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
         session.server.monitors.feed(session, [name])
     if broken:
         return session.encoder.null_array
+    if failures:
+        raise failures[0]
     header = replies.array_header(len(queued))
     known = [result for result in results if isinstance(result, bytes)]
     if len(known) == len(results):
@@ -163,7 +167,14 @@ def _carry_out_run(
     if len(requests) < 2:
         return 0, b""
     began = time.perf_counter_ns()
-    done, joined = run(session, requests)
+    lsn = session.database.lsn
+    try:
+        done, joined = run(session, requests)
+    except Exception:
+        if session.database.failure is not None or session.database.lsn != lsn:
+            raise
+        # Each by itself learns why.
+        return 0, b""
     if done:
         _count(session, command, requests[done - 1], done, time.perf_counter_ns() - began)
     return done, joined
@@ -176,12 +187,16 @@ def _size(result: Reply) -> int:
     return result.size if isinstance(result, Slot) else 0
 
 
-def _carry_out(session: Session, command: Command, request: list[bytes], size: int) -> Reply:
+def _carry_out(
+    session: Session, command: Command, request: list[bytes], size: int, failures: list[Exception]
+) -> Reply:
     """Carries out one command, behind `size` bytes of replies: when that is too much, it may only write.
 
-    Those that write what they also answer are refused as those that only read.
+    Those that write what they also answer are refused as those that only read. What fails by an error of ours
+    after its change is in `failures` then: no reply may deny it, and the commands behind it belong to it.
     """
     server = session.server
+    lsn = session.database.lsn
     if server.monitors:
         show(session, command, request)
     began = time.perf_counter_ns()
@@ -193,6 +208,13 @@ def _carry_out(session: Session, command: Command, request: list[bytes], size: i
     except CommandError as error:
         server.statistics.usage[command.name].failed += 1
         return server.error(str(error))
+    except Exception as error:
+        if session.database.failure is not None:
+            raise
+        if session.database.lsn != lsn:
+            failures.append(error)
+        server.statistics.usage[command.name].failed += 1
+        return server.error(excuse(error, session))
     finally:
         _count(session, command, request, 1, time.perf_counter_ns() - began)
 

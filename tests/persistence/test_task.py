@@ -63,6 +63,18 @@ def snapshot_command(directory: Path) -> Callable[[int], list[str]]:
     return lambda last_file: [sys.executable, "-c", SNAPSHOT_PROGRAM, str(directory), str(last_file)]
 
 
+def append(persistence: Persistence, *operations: Operation) -> None:
+    """What `Database.commit` does with the log, or with several `Database.together`."""
+    first_lsn = persistence.appended_lsn + 1
+    payloads: list[bytes] = []
+    for each in operations:
+        payloads.append(persistence.reserve(first_lsn, each, sum(map(len, payloads))))
+    if len(operations) == 1:
+        persistence.append(first_lsn, operations[0], payloads[0])
+    else:
+        persistence.append_together(first_lsn, payloads)
+
+
 @attrs.define
 class Running:
     """A persistence task, and what a client of it does in a line."""
@@ -73,7 +85,7 @@ class Running:
     def append(self, count: int = 1, size: int = 5) -> None:
         for _ in range(count):
             lsn = self.persistence.appended_lsn + 1
-            self.persistence.append(lsn, operation(lsn, size))
+            append(self.persistence, operation(lsn, size))
             self.persistence.on_release(lsn, lambda lsn=lsn: self.released.append(lsn))  # type: ignore[misc]
 
     async def durable(self, lsn: int) -> None:
@@ -155,7 +167,7 @@ async def test_what_is_appended_together_is_in_one_record(directory: Path, files
         for _ in range(3):
             # The second time the rest of the file does not hold all three.
             await persistence.admit(2500)
-            persistence.append_together(persistence.appended_lsn + 1, together)
+            append(persistence, *together)
         lsn = persistence.appended_lsn
         persistence.on_release(lsn, partial(running.released.append, lsn))
         await running.durable(lsn)
@@ -214,7 +226,7 @@ async def test_a_callback_for_what_is_released_runs_at_once(directory: Path, fil
 async def test_an_lsn_out_of_turn_is_a_mistake(directory: Path, files: HookedFiles) -> None:
     async with started(directory, files) as running:
         with pytest.raises(ValueError, match="LSN 2 does not follow 0"):
-            running.persistence.append(2, operation(2))
+            running.persistence.reserve(2, operation(2))
 
 
 async def test_closing_writes_and_records_all(directory: Path, files: HookedFiles) -> None:
@@ -580,7 +592,7 @@ async def test_no_space_for_what_was_not_admitted_is_final(directory: Path, file
 
 
 def install(persistence: Persistence, segment: str, *replaces: str) -> None:
-    persistence.append(persistence.appended_lsn + 1, InstallSegment(1, segment, 0, 0, replaces))
+    append(persistence, InstallSegment(1, segment, 0, 0, replaces))
 
 
 def restored(directory: Path) -> list[Operation]:
@@ -912,7 +924,7 @@ def test_whatever_is_written_is_there_after_each_restart(
                     await running.persistence.admit(step)
                     lsn = running.persistence.appended_lsn + 1
                     written.append(operation(lsn, step))
-                    running.persistence.append(lsn, written[-1])
+                    append(running.persistence, written[-1])
                 else:
                     released = trio.Event()
                     running.persistence.on_release(len(written), released.set)
