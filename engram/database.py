@@ -170,17 +170,20 @@ class Database:
         self._together = True
         self._reserve, self._append = group.reserve, group.append
         try:
-            yield
-        finally:
-            self._together = False
-            # Without the change that has failed, those before it are no whole.
-            if self.failure is None:
-                self._reserve, self._append = reserve, append
-                try:
+            try:
+                yield
+            finally:
+                self._together = False
+                # Without the change that has failed, those before it are no whole.
+                if self.failure is None:
+                    self._reserve, self._append = reserve, append
                     if group.payloads:
                         journal.append_together(group.first_lsn, group.payloads)
-                except BaseException as error:
-                    self._fail(error)
+                        group.payloads = []
+        except BaseException as error:
+            if group.payloads:
+                self._fail(error)
+            raise
 
     def lookup(self, key: bytes) -> bytes | VectorIndex | None:
         """What a key holds now; a key found to have lapsed is deleted."""

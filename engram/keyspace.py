@@ -84,8 +84,12 @@ class Keyspace(Generic[Other]):
         if self._text_bytes is None:
             self.values.update(zip(keys, values, strict=True))
         else:
-            for key, value in zip(keys, values, strict=True):
-                self._set_counted(key, value)
+            try:
+                for key, value in zip(keys, values, strict=True):
+                    self._set_counted(key, value)
+            except NothingChangedError as error:
+                # Those before it have.
+                raise MemoryError from error
         if self.expiries:
             for key in keys:
                 self.expiries.pop(key, None)
