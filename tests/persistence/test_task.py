@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from engram.columns import unpack_bytes
 from engram.errors import CommandError, LogFailureError
 from engram.operations import InstallSegment, Operation, SetString, decode, encode
+from engram.persistence import task
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import read_manifest
 from engram.persistence.task import AppendFsync, Persistence, PersistenceSettings
@@ -939,3 +940,45 @@ def test_whatever_is_written_is_there_after_each_restart(
             recovered = read_back(directory)
             assert [each for _, each in recovered.operations] == written
             assert recovered.recovery.torn_bytes == 0
+
+
+# What fits into a record
+
+
+def whole_log(directory: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(directory.glob("wal-*.log")))
+
+
+async def test_what_is_recovered_together_fits_into_a_record(
+    directory: Path, files: HookedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "LARGEST_TOGETHER", 1000)
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        refused = "^ERR what would be changed at once does not fit into one record"
+        with pytest.raises(CommandError, match=refused):
+            persistence.reserve(1, SetString(b"k", bytes(1000)))
+        with pytest.raises(CommandError, match=refused):
+            persistence.reserve(1, SetString(b"k", bytes(500)), 500)
+        # Nothing came of it; and what is gathered goes into as many records as it takes.
+        running.append(5, size=900)
+        append(persistence, SetString(b"a", bytes(400)), SetString(b"b", bytes(400)))
+        await running.durable(persistence.appended_lsn)
+        assert persistence.status.queued_bytes == 0
+    assert len(read_back(directory).operations) == 7
+    log = whole_log(directory)
+    together = b"".join(map(encode, (SetString(b"a", bytes(400)), SetString(b"b", bytes(400)))))
+    assert log.count(together) == 1
+
+
+async def test_a_place_in_the_log_that_is_not_used_costs_nothing(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        running.append()
+        before = persistence.status.queued_bytes
+        for size in (10, 1 << 15, 1 << 17, 10):
+            persistence.reserve(2, SetString(b"k", bytes(size)))
+        assert persistence.status.queued_bytes - before < 200
+        running.append(3)
+        await running.durable(4)
+    assert len(read_back(directory).operations) == 4
