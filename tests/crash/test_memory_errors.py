@@ -9,6 +9,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 
 from tests.crash.server_process import ServerProcess, running_server, start_server
+from tests.crash.shortage import Shortage
 
 
 def server_with_error(folder: Path, module: str, function: str, word: str) -> ServerProcess:
@@ -69,3 +70,10 @@ def test_an_error_before_it_or_in_a_read_ends_one_request(tmp_path: Path, module
         server.close()
     with running_server("--dir", str(tmp_path / "data")) as again, again.client() as client:
         assert client.mget("a", "before-trip", "b") == [b"1", None, b"2"]
+
+
+def test_what_was_acknowledged_survives_a_lack_of_memory(tmp_path: Path) -> None:
+    shortage = Shortage(tmp_path / "data", 2026)
+    shortage.round()
+    # Or the limit was none.
+    assert shortage.errors or shortage.ended
