@@ -29,6 +29,10 @@ _OTHER_POLICIES = frozenset(
 )
 
 _NO_LIMIT = 1 << 50
+# What is recovered together is one record of the log, whose length is a number of 32 bits. Beside the longest
+# value there is some room for its key and the like.
+_LARGEST_RECORD = 1 << 32
+_LONGEST_VALUE = _LARGEST_RECORD - (1 << 20)
 LONGEST_PASSWORD = 16_384
 """Bytes of a password; the longest argument that Redis takes of a client that is not authenticated."""
 _LARGEST_INT = (1 << 31) - 1
@@ -235,7 +239,7 @@ class Config:
     )
     save: str = _setting("", _empty, "always empty: snapshots follow the growth of the log", mutable=True)
     databases: int = _setting(1, _integer(1, 1), "always 1")
-    log_file_size: int = _setting(64 << 20, _size(1 << 16), "size of one file of the log")
+    log_file_size: int = _setting(64 << 20, _size(1 << 16, _LARGEST_RECORD), "size of one file of the log")
     log_queue_size: int = _setting(
         64 << 20, _size(1 << 16), "bytes of writes that may wait for the log", mutable=True
     )
@@ -251,8 +255,12 @@ class Config:
         "growth of the log, in percent of the last snapshot, that starts the next; 0: none is made by itself",
         mutable=True,
     )
-    proto_max_bulk_len: int = _setting(512 << 20, _size(1 << 20), "longest argument of a request")
-    client_query_buffer_limit: int = _setting(1 << 30, _size(1 << 20), "longest request of a client")
+    proto_max_bulk_len: int = _setting(
+        512 << 20, _size(1 << 20, _LONGEST_VALUE), "longest argument of a request"
+    )
+    client_query_buffer_limit: int = _setting(
+        1 << 30, _size(1 << 20, _LARGEST_RECORD), "longest request of a client"
+    )
     transaction_max_commands: int = _setting(
         1 << 18,
         _integer(1, _LARGEST_INT),

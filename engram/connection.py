@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import trio
 
+from engram.commands.failures import excuse
 from engram.commands.guard import admit, check, check_rights
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
@@ -165,6 +167,7 @@ class Connection:
         self._finished = True
         self._server.sessions.pop(self.session.id, None)
         self._transport.hang_up()
+        self._outbox.discard()
         self._scope.cancel()
 
     async def _answer_requests(self) -> None:
@@ -192,7 +195,12 @@ class Connection:
             return False
         self._touch()
         self._server.statistics.net_input_bytes += len(data)
-        self._parse(data)
+        try:
+            self._parse(data)
+        except Exception:
+            # Where in the stream the next request begins is not known any more.
+            self._give_up()
+            return False
         return self._carry_on()
 
     def _parse(self, data: bytes) -> None:
@@ -231,9 +239,22 @@ class Connection:
 
     def _give_up(self) -> None:
         """Ends this client alone for the error at hand; it still learns what was done before."""
-        logger.exception("client %s ended by an error", self.session.address)
-        self._release(self._burst)
         self._finished = True
+        # There may be no memory for either.
+        with suppress(MemoryError):
+            logger.exception("client %s ended by an error", self.session.address)
+        with suppress(MemoryError):
+            self._release(self._burst)
+
+    def _excuse(self, error: Exception, command: Command | None, lsn: int, *, rejected: bool) -> bytes:
+        """The reply to a request that failed by an error of ours, the state at `lsn` being as it was before.
+
+        Raises:
+            Exception: the error, if the request has changed something: an error reply would deny that.
+        """
+        if self._database.failure is not None or self._database.lsn != lsn:
+            raise error
+        return self._refuse(excuse(error, self.session), command, rejected=rejected)
 
     async def _read_on(self) -> None:
         """Has the parser go on with what it was given."""
@@ -248,7 +269,7 @@ class Connection:
     def _execute(self) -> Obstacle | None:
         """Carries out the requests that are left, up to one that has to wait; returns what for."""
         session, database, outbox, server = self.session, self._database, self._outbox, self._server
-        journal = database.journal
+        journal, engine = database.journal, database.engine
         # One look at the log for the whole burst; only without room is each write looked at alone.
         admitted = journal is None or journal.has_room(self._room)
         obstacle: Obstacle | None = None
@@ -277,6 +298,7 @@ class Connection:
             position += 1
             reply: Reply | None = None
             command = None
+            lsn = engine.lsn
             try:
                 found = spellings.get(request[0])
                 if found is not None and found is known:
@@ -342,6 +364,9 @@ class Connection:
             except CommandError as error:
                 shows_data = True
                 reply = self._refuse(str(error), command, rejected=True)
+            except Exception as error:
+                shows_data = True
+                reply = self._excuse(error, command, lsn, rejected=True)
             if reply is None:
                 calls += 1
                 latest = request
@@ -350,6 +375,9 @@ class Connection:
                 except CommandError as error:
                     shows_data = True
                     reply = self._refuse(str(error), command, rejected=False)
+                except Exception as error:
+                    shows_data = True
+                    reply = self._excuse(error, command, lsn, rejected=False)
             if timed:
                 ended = clock()
                 if ended - began > slow and latest is request and command is not None:
@@ -514,6 +542,11 @@ class Connection:
             reply = await barrier.reply()
         except CommandError as error:
             reply = self._refuse(str(error), command, rejected=False)
+        except Exception as error:
+            # Others may have changed something meanwhile, too.
+            if command is None or command.writes or command.name == "exec":
+                raise
+            reply = self._excuse(error, command, self._database.lsn, rejected=False)
         if command is not None:
             self._server.statistics.usage[command.name].record(1, time.perf_counter_ns() - began)
         self._answer(reply)

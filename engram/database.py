@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NoReturn, Protocol
+
+import attrs
 
 from engram.engine import Engine
-from engram.errors import CommandError
+from engram.errors import ChangeFailureError, CommandError, NothingChangedError
 from engram.index.vector_index import VectorIndex
 from engram.large_string import LargeString, String
-from engram.operations import DeleteKeys, Operation
+from engram.operations import LARGEST_TOGETHER, DeleteKeys, Operation
 from engram.watches import Watches
 
 WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
 
 # What a record takes in the log beyond the bytes a client sent for it, generously.
 RECORD_OVERHEAD = 256
+
+# What a key takes in a record beside its bytes.
+_KEY_BYTES = 8
 
 EXPIRY_BATCH = 512
 
@@ -32,9 +37,11 @@ class Journal(Protocol):
 
     async def admit(self, size: int) -> None: ...
 
-    def append(self, lsn: int, operation: Operation) -> None: ...
+    def reserve(self, lsn: int, operation: Operation, size: int = 0) -> bytes: ...
 
-    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None: ...
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None: ...
+
+    def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None: ...
 
     def released(self, lsn: int) -> bool: ...
 
@@ -46,6 +53,23 @@ class Journal(Protocol):
 def clock() -> int:
     """Milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
+
+
+@attrs.define
+class _Group:
+    """Changes that go to the log together."""
+
+    journal: Journal
+    first_lsn: int
+    payloads: list[bytes] = attrs.Factory(list)
+    size: int = 0
+
+    def reserve(self, lsn: int, operation: Operation) -> bytes:
+        return self.journal.reserve(self.first_lsn, operation, self.size)
+
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
+        self.payloads.append(payload)
+        self.size += len(payload)
 
 
 class Database:
@@ -73,10 +97,18 @@ class Database:
         # Whether the log has room for the end of every lapsed key that what is being carried out may find.
         self.covered = False
         self.watches = Watches(engine.keyspace)
+        # Why nothing can be changed, or may be shown, any more; and what is called when that has come.
+        self.failure: ChangeFailureError | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        # Made ahead, for it is most likely when there is no memory.
+        self._possible_failure = ChangeFailureError()
         self._watched = self.watches.by_key
-        self._apply = engine.apply
+        self._changes = engine.changes
         # Where changes go: to the log, or inside `together` to what is given to it at the end.
-        self._append = None if journal is None else journal.append
+        self._reserve: Callable[[int, Operation], bytes] | None = None
+        self._append: Callable[[int, Operation, bytes], None] | None = None
+        if journal is not None:
+            self._reserve, self._append = journal.reserve, journal.append
         self._together = False
 
     @property
@@ -87,33 +119,72 @@ class Database:
     def commit(self, operation: Operation) -> int:
         """Applies a change and queues it for the log; returns its LSN.
 
-        Room in the log must have been admitted before.
+        Room in the log must have been admitted before. All that can fail for a cause comes before the first
+        step that changes anything.
+
+        Raises:
+            ChangeFailureError: it has failed after that step, or one before it has. `failure` holds the error
+                from then on, and whoever runs the database ends.
+            CommandError: it is too large for the log. Nothing has changed.
+            Exception: any other, such as MemoryError. Nothing has changed.
         """
-        lsn = self.engine.lsn + 1
+        engine = self.engine
+        lsn = engine.lsn + 1
+        reserve = self._reserve
+        payload = b"" if reserve is None else reserve(lsn, operation)
+        prepare, carry_out = self._changes[type(operation)]
+        prepared = None if prepare is None else prepare(lsn, operation)
         if self._watched:
             self.watches.about_to_change(operation)
-        self._apply(lsn, operation)
-        if self._append is not None:
-            self._append(lsn, operation)
+        try:
+            carry_out(lsn, operation, prepared)
+            engine.lsn = lsn
+            if (append := self._append) is not None:
+                append(lsn, operation, payload)
+        except NothingChangedError:
+            raise
+        except BaseException as error:
+            self._fail(error)
         return lsn
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Refuses everything from here on."""
+        self._reserve = self._refuse
+        if self.failure is None:
+            self.failure = self._possible_failure
+            self.failure.__cause__ = error
+            self.on_failure()
+        raise self.failure
+
+    def _refuse(self, lsn: int, operation: Operation) -> bytes:
+        assert self.failure is not None
+        raise self.failure
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Changes made inside are recovered all or none. Inside another one it changes nothing."""
-        append, journal = self._append, self.journal
-        if append is None or journal is None or self._together:
+        reserve, append, journal = self._reserve, self._append, self.journal
+        if append is None or journal is None or self._together or self.failure is not None:
             yield
             return
-        first_lsn = self.engine.lsn + 1
-        operations: list[Operation] = []
+        group = _Group(journal, self.engine.lsn + 1)
         self._together = True
-        self._append = lambda lsn, operation: operations.append(operation)
+        self._reserve, self._append = group.reserve, group.append
         try:
-            yield
-        finally:
-            self._append, self._together = append, False
-            if operations:
-                journal.append_together(first_lsn, operations)
+            try:
+                yield
+            finally:
+                self._together = False
+                # Without the change that has failed, those before it are no whole.
+                if self.failure is None:
+                    self._reserve, self._append = reserve, append
+                    if group.payloads:
+                        journal.append_together(group.first_lsn, group.payloads)
+                        group.payloads = []
+        except BaseException as error:
+            if group.payloads:
+                self._fail(error)
+            raise
 
     def lookup(self, key: bytes) -> String | VectorIndex | None:
         """What a key holds now; a key found to have lapsed is deleted."""
@@ -168,20 +239,24 @@ class Database:
 
     def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
         """Deletes up to `limit` keys that have lapsed, as many as the log has room for; returns how many."""
-        keys = self.keyspace.expired(self.now(), limit)
-        while keys and not self._has_room_to_delete(keys):
-            keys = keys[: len(keys) // 2]
+        keys = self.deletable(self.keyspace.expired(self.now(), limit))
         if keys:
             self._expire(tuple(keys))
         return len(keys)
+
+    def deletable(self, keys: list[bytes]) -> list[bytes]:
+        """As many of `keys`, from the first on, as the log has room for the deletion of."""
+        while keys and not self._has_room_to_delete(keys):
+            keys = keys[: len(keys) // 2]
+        return keys
 
     def _has_room_to_delete(self, keys: Sequence[bytes]) -> bool:
         journal = self.journal
         if journal is None:
             return True
         # The log does not know yet what is changed together.
-        size = RECORD_OVERHEAD + sum(map(len, keys)) + 8 * len(keys)
-        return not self._together and journal.has_room(size)
+        size = RECORD_OVERHEAD + sum(map(len, keys)) + _KEY_BYTES * len(keys)
+        return not self._together and size <= LARGEST_TOGETHER and journal.has_room(size)
 
     def _expire(self, keys: tuple[bytes, ...]) -> None:
         self.commit(DeleteKeys(keys))

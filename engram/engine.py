@@ -13,7 +13,14 @@ import numpy as np
 from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
-from engram.index.vector_index import IndexState, VectorIndex
+from engram.index.vector_index import (
+    Addition,
+    Deletion,
+    IndexState,
+    Installation,
+    OneAddition,
+    VectorIndex,
+)
 from engram.keyspace import Collected, Keyspace
 from engram.large_string import String, with_range
 from engram.operations import (
@@ -34,7 +41,10 @@ from engram.operations import (
     SetStrings,
 )
 
-Apply = Callable[[int, Any], None]
+Prepare = Callable[[int, Any], Any]
+CarryOut = Callable[[int, Any, Any], None]
+
+_FLOATS = np.dtype("<f4")
 
 # Entries of a map in a snapshot. Other threads, which open segments, wait while one is decoded.
 _MAP_ENTRIES = 1 << 14
@@ -79,73 +89,95 @@ class Engine:
         self._totals = _NO_COUNTS
         self._counted: dict[int, tuple[int, int, int, int, int]] = {}
         self._uncounted: set[int] = set()
-        self._apply: dict[type[Operation], Apply] = {
-            SetString: self._set_string,
-            AppendString: self._append_string,
-            DeleteKeys: self._delete_keys,
-            SetExpiry: self._set_expiry,
-            Flush: self._flush,
-            CreateIndex: self._create_index,
-            AddVectors: self._add_vectors,
-            DeleteVectors: self._delete_vectors,
-            InstallSegment: self._install_segment,
-            SetAttributes: self._set_attributes,
-            SetStrings: self._set_strings,
-            SetRange: self._set_range,
-            RenameKey: self._rename_key,
-            CopyKey: self._copy_key,
+        self.changes: dict[type[Operation], tuple[Prepare | None, CarryOut]] = {
+            SetString: (None, self._set_string),
+            AppendString: (self._appended, self._update_string),
+            DeleteKeys: (None, self._delete_keys),
+            SetExpiry: (None, self._set_expiry),
+            Flush: (None, self._flush),
+            CreateIndex: (self._new_index, self._create_index),
+            AddVectors: (self._addition, self._add_vectors),
+            DeleteVectors: (self._deletion, self._delete_vectors),
+            InstallSegment: (self._installation, self._install_segment),
+            SetAttributes: (self._described, self._add_vectors),
+            SetStrings: (self._replaced, self._set_strings),
+            SetRange: (self._overwritten, self._update_string),
+            RenameKey: (None, self._rename_key),
+            CopyKey: (None, self._copy_key),
         }
 
     def apply(self, lsn: int, operation: Operation) -> None:
-        """Makes the change that is number `lsn`, the successor of the last one."""
-        self._apply[type(operation)](lsn, operation)
+        """Makes the change that is number `lsn`, the successor of the last one.
+
+        `changes` has its two steps. What the first, if any, raises has changed nothing; it is called with LSN
+        and operation, and what it returns is for the second, which is called at once, with all three. What
+        that raises, but for a NothingChangedError, leaves the state between two operations. The caller of
+        both steps sets `lsn` then.
+        """
+        prepare, carry_out = self.changes[type(operation)]
+        prepared = None if prepare is None else prepare(lsn, operation)
+        carry_out(lsn, operation, prepared)
         self.lsn = lsn
 
-    def _set_string(self, lsn: int, operation: SetString) -> None:
-        if self.indices:
-            self._drop(self.keyspace.values.get(operation.key))
+    # Where a table may have to grow, that comes first: it is done as a whole or not at all.
+
+    def _set_string(self, lsn: int, operation: SetString, prepared: None) -> None:
+        replaced = self.keyspace.values.get(operation.key) if self.indices else None
         self.keyspace.set(operation.key, operation.value, operation.expires_at)
+        if replaced is not None:
+            self._drop(replaced)
 
-    def _append_string(self, lsn: int, operation: AppendString) -> None:
+    def _appended(self, lsn: int, operation: AppendString) -> String:
         value = self.keyspace.values.get(operation.key, b"")
         assert not isinstance(value, VectorIndex)
-        self.keyspace.update(operation.key, with_range(value, len(value), operation.suffix))
+        return with_range(value, len(value), operation.suffix)
 
-    def _set_strings(self, lsn: int, operation: SetStrings) -> None:
-        if self.indices:
-            for key in set(operation.keys):
-                self._drop(self.keyspace.values.get(key))
+    def _overwritten(self, lsn: int, operation: SetRange) -> String:
+        value = self.keyspace.values.get(operation.key, b"")
+        assert not isinstance(value, VectorIndex)
+        return with_range(value, operation.offset, operation.data)
+
+    def _update_string(self, lsn: int, operation: AppendString | SetRange, value: String) -> None:
+        self.keyspace.update(operation.key, value)
+
+    def _replaced(self, lsn: int, operation: SetStrings) -> list[VectorIndex]:
+        """The indices in place of which there will be strings."""
+        if not self.indices:
+            return []
+        values = map(self.keyspace.values.get, set(operation.keys))
+        return [value for value in values if isinstance(value, VectorIndex)]
+
+    def _set_strings(self, lsn: int, operation: SetStrings, replaced: list[VectorIndex]) -> None:
         self.keyspace.set_many(operation.keys, operation.values)
+        for index in replaced:
+            self._drop(index)
 
-    def _set_range(self, lsn: int, operation: SetRange) -> None:
-        value = self.keyspace.values.get(operation.key, b"")
-        assert not isinstance(value, VectorIndex)
-        self.keyspace.update(operation.key, with_range(value, operation.offset, operation.data))
-
-    def _rename_key(self, lsn: int, operation: RenameKey) -> None:
+    def _rename_key(self, lsn: int, operation: RenameKey, prepared: None) -> None:
         if operation.source != operation.destination:
-            self._drop(self.keyspace.values.get(operation.destination))
+            replaced = self.keyspace.values.get(operation.destination)
             self.keyspace.rename(operation.source, operation.destination)
+            self._drop(replaced)
 
-    def _copy_key(self, lsn: int, operation: CopyKey) -> None:
+    def _copy_key(self, lsn: int, operation: CopyKey, prepared: None) -> None:
         value = self.keyspace.values[operation.source]
         assert not isinstance(value, VectorIndex)
-        self._drop(self.keyspace.values.get(operation.destination))
+        replaced = self.keyspace.values.get(operation.destination)
         self.keyspace.set(operation.destination, value, self.keyspace.expiries.get(operation.source))
+        self._drop(replaced)
 
-    def _delete_keys(self, lsn: int, operation: DeleteKeys) -> None:
+    def _delete_keys(self, lsn: int, operation: DeleteKeys, prepared: None) -> None:
         for key in operation.keys:
             self._drop(self.keyspace.delete(key))
 
-    def _set_expiry(self, lsn: int, operation: SetExpiry) -> None:
+    def _set_expiry(self, lsn: int, operation: SetExpiry, prepared: None) -> None:
         self.keyspace.set_expiry(operation.key, operation.expires_at)
 
-    def _flush(self, lsn: int, operation: Flush) -> None:
+    def _flush(self, lsn: int, operation: Flush, prepared: None) -> None:
         for index in list(self.indices.values()):
             self._drop(index)
         self.dropped += self.keyspace.clear()
 
-    def _create_index(self, lsn: int, operation: CreateIndex) -> None:
+    def _new_index(self, lsn: int, operation: CreateIndex) -> VectorIndex:
         parameters = Parameters(
             dimension=operation.dimension,
             metric=operation.metric,
@@ -154,18 +186,23 @@ class Engine:
             quantization=operation.quantization,
             recall=operation.recall,
         )
-        self._drop(self.keyspace.values.get(operation.key))
-        index = VectorIndex(lsn, parameters, seal_rows=self._seal_rows, first_serial=self._first_serial)
+        return VectorIndex(lsn, parameters, seal_rows=self._seal_rows, first_serial=self._first_serial)
+
+    def _create_index(self, lsn: int, operation: CreateIndex, index: VectorIndex) -> None:
+        replaced = self.keyspace.values.get(operation.key)
+        self.keyspace.set(operation.key, index)
         self.indices[lsn] = index
         self._uncounted.add(lsn)
-        self.keyspace.set(operation.key, index)
+        self._drop(replaced)
 
-    def _add_vectors(self, lsn: int, operation: AddVectors) -> None:
+    def _addition(self, lsn: int, operation: AddVectors) -> tuple[VectorIndex, Addition | OneAddition]:
         index = self.indices[operation.index]
-        self._uncounted.add(index.id)
         keys = operation.keys
         attributes: Sequence[bytes | None] = operation.attributes
-        vectors = np.frombuffer(operation.vectors, "<f4").reshape(len(keys), -1)
+        vectors = np.frombuffer(operation.vectors, _FLOATS)
+        if len(keys) == 1:
+            return index, index.prepare_one(keys[0], vectors, attributes[0] if attributes else None)
+        vectors = vectors.reshape(len(keys), -1)
         if not attributes and not index.live.keys().isdisjoint(keys):
             attributes = (None,) * len(keys)
         if attributes:
@@ -173,28 +210,47 @@ class Engine:
                 text if text is not None else index.attributes(key)
                 for key, text in zip(keys, attributes, strict=True)
             ]
-        index.add(lsn, keys, vectors, attributes)
+        return index, index.prepare_addition(keys, vectors, attributes)
 
-    def _set_attributes(self, lsn: int, operation: SetAttributes) -> None:
+    def _described(self, lsn: int, operation: SetAttributes) -> tuple[VectorIndex, Addition | OneAddition]:
         index = self.indices[operation.index]
-        self._uncounted.add(index.id)
         found = [index.vector(key) for key in operation.keys]
-        vectors = np.frombuffer(b"".join(vector for vector in found if vector is not None), "<f4")
-        index.add(lsn, operation.keys, vectors.reshape(len(found), -1), operation.attributes)
+        vectors = np.frombuffer(b"".join(vector for vector in found if vector is not None), _FLOATS)
+        vectors = vectors.reshape(len(found), -1)
+        return index, index.prepare_addition(operation.keys, vectors, operation.attributes)
 
-    def _delete_vectors(self, lsn: int, operation: DeleteVectors) -> None:
+    def _add_vectors(
+        self,
+        lsn: int,
+        operation: AddVectors | SetAttributes,
+        prepared: tuple[VectorIndex, Addition | OneAddition],
+    ) -> None:
+        index, addition = prepared
+        index.add_prepared(lsn, addition)
+        self._uncounted.add(index.id)
+
+    def _deletion(self, lsn: int, operation: DeleteVectors) -> Deletion:
+        return self.indices[operation.index].prepare_deletion(operation.keys)
+
+    def _delete_vectors(self, lsn: int, operation: DeleteVectors, deletion: Deletion) -> None:
+        self.indices[operation.index].delete_prepared(lsn, deletion)
         self._uncounted.add(operation.index)
-        self.indices[operation.index].delete(lsn, operation.keys)
 
-    def _install_segment(self, lsn: int, operation: InstallSegment) -> None:
+    def _installation(self, lsn: int, operation: InstallSegment) -> Installation | None:
         index = self.indices.get(operation.index)
         if index is None:
-            if operation.segment:
-                self.released_segments.append(operation.segment)
-            return
-        self._uncounted.add(index.id)
+            return None
         segment = self._segments.take(operation.segment, operation.checksum) if operation.segment else None
-        self.released_segments += index.install(lsn, segment, operation.through, operation.replaces)
+        return index.prepare_installation(lsn, segment, operation.through, operation.replaces)
+
+    def _install_segment(
+        self, lsn: int, operation: InstallSegment, installation: Installation | None
+    ) -> None:
+        if installation is not None:
+            self.released_segments += self.indices[operation.index].install_prepared(lsn, installation)
+            self._uncounted.add(operation.index)
+        elif operation.segment:
+            self.released_segments.append(operation.segment)
 
     def _drop(self, value: String | VectorIndex | None) -> None:
         if isinstance(value, VectorIndex):

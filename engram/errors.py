@@ -7,7 +7,10 @@ EngramError
     ├── DirectoryInUseError another server holds the data directory
     ├── DamagedDataError    what was durable cannot be trusted; names the file and the place
     ├── NewerFormatError    what is intact, but written by a newer engram
-    └── LogFailureError     a write or sync of the log failed; nothing more may be acknowledged
+    ├── LogFailureError     a write or sync of the log failed; nothing more may be acknowledged
+    └── ChangeFailureError  a change failed half-way; what is in memory may not be shown any more
+
+NothingChangedError, a MemoryError, says that a change which ran out of memory had not begun.
 """
 
 from __future__ import annotations
@@ -74,3 +77,21 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, EngramError | OSError):
         return lines[-1]
     return f"{type(error).__name__}: {lines[-1]}"
+
+
+class ChangeFailureError(OperatorError):
+    """A change of the state failed half-way, or could not be logged.
+
+    What is in memory is not what recovery would make of the log: nothing may be read or changed any more.
+    `__cause__` is what went wrong.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"a change failed half-way ({self.__cause__!r}), and what is in memory cannot be trusted;"
+            " what was acknowledged is recovered at the next start"
+        )
+
+
+class NothingChangedError(MemoryError):
+    """There was no memory for the first step of a change, which is taken as a whole: nothing has changed."""

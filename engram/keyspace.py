@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from engram.errors import NothingChangedError
 from engram.large_string import LargeString, String
 from engram.scan_order import PAGE_BYTES, ScanOrder
 from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
@@ -49,13 +50,22 @@ class Keyspace(Generic[Other]):
         return len(self.values)
 
     def set(self, key: bytes, value: String | Other, expires_at: int | None = None) -> None:
-        """The key holds the value and lapses at `expires_at`, or never when None."""
-        if self._text_bytes is not None:
-            self._count(key, value)
+        """The key holds the value and lapses at `expires_at`, or never when None.
+
+        Raises:
+            NothingChangedError: there is no memory for one more key.
+        """
         values = self.values
-        if key not in values:
+        before = len(values)
+        if self._text_bytes is None:
+            try:
+                values[key] = value
+            except MemoryError as error:
+                raise NothingChangedError from error
+        else:
+            self._set_counted(key, value)
+        if len(values) != before:
             self._order.add(key)
-        values[key] = value
         if self.expiries or expires_at is not None:
             self.set_expiry(key, expires_at)
 
@@ -66,9 +76,12 @@ class Keyspace(Generic[Other]):
         if self._text_bytes is None:
             held.update(zip(keys, values, strict=True))
         else:
-            for key, value in zip(keys, values, strict=True):
-                self._count(key, value)
-                held[key] = value
+            try:
+                for key, value in zip(keys, values, strict=True):
+                    self._set_counted(key, value)
+            except NothingChangedError as error:
+                # Those before it have.
+                raise MemoryError from error
         if len(held) > before:
             self._order.extend(keys, len(held) - before)
         if self.expiries:
@@ -76,20 +89,32 @@ class Keyspace(Generic[Other]):
                 self.expiries.pop(key, None)
 
     def update(self, key: bytes, value: String | Other) -> None:
-        """The key holds another value; when it lapses stays."""
-        if self._text_bytes is not None:
-            self._count(key, value)
+        """The key holds another value; when it lapses stays.
+
+        Raises:
+            NothingChangedError: there is no memory for one more key.
+        """
         values = self.values
-        if key not in values:
+        before = len(values)
+        if self._text_bytes is None:
+            try:
+                values[key] = value
+            except MemoryError as error:
+                raise NothingChangedError from error
+        else:
+            self._set_counted(key, value)
+        if len(values) != before:
             self._order.add(key)
-        values[key] = value
 
     def rename(self, source: bytes, destination: bytes) -> None:
-        """What an existing key holds, and when it lapses, belongs to another key."""
-        expires_at = self.expiries.get(source)
-        value = self.values[source]
-        self.delete(source)
-        self.set(destination, value, expires_at)
+        """What an existing key holds, and when it lapses, belongs to another key.
+
+        Raises:
+            NothingChangedError: there is no memory for one more key.
+        """
+        if source != destination:
+            self.set(destination, self.values[source], self.expiries.get(source))
+            self.delete(source)
 
     def delete(self, key: bytes) -> String | Other | None:
         """Takes a key away; returns what it held, None when it was not there."""
@@ -211,14 +236,18 @@ class Keyspace(Generic[Other]):
         newest = _text_bytes(islice(reversed(values.items()), _SAMPLED_KEYS))
         return (oldest + newest) * len(values) // (2 * _SAMPLED_KEYS)
 
-    def _count(self, key: bytes, value: String | Other) -> None:
-        """Counts that a key is about to hold a value."""
+    def _set_counted(self, key: bytes, value: String | Other) -> None:
+        """The key holds the value, and its length is counted. Raises NothingChangedError as `set` does."""
         assert self._text_bytes is not None
         growth = _text_length(value)
         if key in self.values:
             growth -= _text_length(self.values[key])
         else:
             growth += len(key)
+        try:
+            self.values[key] = value
+        except MemoryError as error:
+            raise NothingChangedError from error
         self._text_bytes += growth
 
     def scan(self, cursor: int, count: int, size: int = PAGE_BYTES) -> tuple[int, list[bytes]]:

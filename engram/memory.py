@@ -11,7 +11,7 @@ import logging
 from typing import Protocol
 
 from engram.config import Config
-from engram.database import RECORD_OVERHEAD, Database
+from engram.database import Database
 from engram.errors import CommandError
 from engram.operations import DeleteKeys
 
@@ -19,9 +19,6 @@ OUT_OF_MEMORY = "OOM command not allowed when used memory > 'maxmemory'."
 
 # Keys that make room for one command at most: while there are more to go, it is let through, as in Redis.
 _EVICTED_AT_ONCE = 1024
-
-# What a key takes in a record beside its bytes.
-_KEY_BYTES = 8
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +99,8 @@ class MemoryLimit:
             keys = database.keyspace.nearest_to_lapse(excess, left)
             if not keys:
                 return False
-            size = RECORD_OVERHEAD + sum(map(len, keys)) + _KEY_BYTES * len(keys)
-            if database.journal is not None and not database.journal.has_room(size):
+            keys = database.deletable(keys)
+            if not keys:
                 # The command has to wait for the log before it is carried out.
                 return True
             database.commit(DeleteKeys(tuple(keys)))

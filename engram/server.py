@@ -11,8 +11,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from engram.access import open_access
 from engram.child_process import module_command
 from engram.commands.client import describe
 from engram.commands.registry import COMMANDS
-from engram.commands.session import Server
+from engram.commands.session import Server, Session
 from engram.config import Config
 from engram.database import RECORD_OVERHEAD, Database
 from engram.descriptors import RESERVED, DescriptorLimits, in_use, raise_limits
 from engram.engine import Engine
-from engram.errors import OperatorError
+from engram.errors import ChangeFailureError, OperatorError
 from engram.files import DiskFiles, Files
 from engram.heap import Heap
 from engram.index.builder import Builder, BuilderSettings
@@ -62,6 +62,8 @@ _FREE_SLICE = 4096
 # One sample in so many takes the memory, too.
 _MEMORY_SAMPLES = 10
 _MEMORY_RESERVE = 16 << 20
+# What the process ends with when it can do nothing else any more.
+_EXIT_FAILURE = 1
 _TOO_MANY_SEGMENTS = "the limit of open files is too low for what the data directory holds; see ulimit -n"
 
 
@@ -94,7 +96,8 @@ async def serve(
     replies, and what was not yet acknowledged may be lost.
 
     Raises:
-        OperatorError: the address or the data directory cannot be used, or the log has failed.
+        OperatorError: the address or the data directory cannot be used, the log has failed, or a change
+            failed half-way.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
     shutdown = trio.Event() if shutdown is None else shutdown
@@ -234,7 +237,7 @@ async def _serve(
     async with trio.open_nursery() as storage_nursery:
         if persistence is not None:
             await storage_nursery.start(persistence.run)
-        async with trio.open_nursery() as work_nursery:
+        async with _working(database) as work_nursery:
             await work_nursery.start(searches.run)
             await work_nursery.start(builder.run)
             for index in engine.indices.values():
@@ -253,6 +256,9 @@ async def _serve(
                 shut_down=shutdown.set,
                 reconfigure=reconfigure,
                 access=access,
+            )
+            database.on_failure = partial(
+                _end, server.sessions, work_nursery.cancel_scope, [bytes(_MEMORY_RESERVE)]
             )
             reception = Reception(server, listeners, descriptors.numbers)
             _tune_collector()
@@ -294,6 +300,33 @@ async def _serve(
         # Nothing writes any more: the log is drained and synced, and its task ends.
         if persistence is not None:
             persistence.close()
+    if database.failure is not None:
+        raise database.failure
+
+
+@asynccontextmanager
+async def _working(database: Database) -> AsyncIterator[trio.Nursery]:
+    """A nursery that is cancelled when a change fails half-way, which is then no error yet: what was changed
+    before is still to be made durable."""
+    try:
+        async with trio.open_nursery() as nursery:
+            database.on_failure = nursery.cancel_scope.cancel
+            yield nursery
+    except* ChangeFailureError:
+        logger.debug("a task has met the failure of a change")
+
+
+def _end(sessions: Mapping[int, Session], everything: trio.CancelScope, reserve: list[bytes]) -> None:
+    """Ends the server: no client is sent anything more. `reserve` is memory for what that takes."""
+    reserve.clear()
+    try:
+        everything.cancel()
+        for session in list(sessions.values()):
+            session.close()
+    except BaseException:
+        # Not even that can be done. What was acknowledged is as durable as it was promised to be.
+        os.write(2, b"engram: a change failed half-way, and the server ends at once\n")
+        os._exit(_EXIT_FAILURE)
 
 
 async def _recover(

@@ -35,7 +35,7 @@ from engram.index.segment import SegmentStore
 from engram.index.service import AsFound, Encoding, SearchService
 from engram.index.vector_index import VectorIndex, View
 from engram.index.verification import Verification
-from engram.operations import InstallSegment, Operation
+from engram.operations import InstallSegment, Operation, decode, encode
 from engram.transport import SocketTransport, StreamTransport, Transport
 
 START = 1_800_000_000_000
@@ -133,16 +133,20 @@ class ManualJournal:
                 raise CommandError(self.refusal)
             await self._parked.park()
 
-    def append(self, lsn: int, operation: Operation) -> None:
-        self.records.append((lsn, operation))
+    def reserve(self, lsn: int, operation: Operation, size: int = 0) -> bytes:
+        return encode(operation)
+
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
+        self.records.append((lsn, decode(payload)))
         self.boundaries.append(lsn)
         if self.automatic:
             self.release(lsn)
 
-    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
+    def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
+        operations = list(map(decode, payloads))
         self.together.append(tuple(operations))
-        for lsn, operation in enumerate(operations, first_lsn):
-            self.append(lsn, operation)
+        for lsn, (operation, payload) in enumerate(zip(operations, payloads, strict=True), first_lsn):
+            self.append(lsn, operation, payload)
         del self.boundaries[-len(operations) : -1]
 
     def released(self, lsn: int) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from engram.config import SETTINGS, Config, load_config
 from engram.errors import ConfigError
+from engram.operations import LARGEST_TOGETHER, SetString, encode
 
 
 def test_defaults() -> None:
@@ -155,3 +156,16 @@ def test_a_mode_is_octal(text: str, message: str) -> None:
     assert config.get("unixsocketperm") == "770"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         config.set("unixsocketperm", text)
+
+
+@pytest.mark.parametrize("name", ["proto-max-bulk-len", "client-query-buffer-limit", "log-file-size"])
+def test_sizes_are_bounded_by_what_the_log_can_hold(name: str) -> None:
+    config = Config()
+    for text in ("5gb", str(1 << 50)):
+        with pytest.raises(ValueError, match=r"^argument must be between \d+ and \d+ inclusive$"):
+            config.set(name, text)
+    config.set(name, "3gb")
+    assert config.get(name) == str(3 << 30)
+    longest = SetString(b"k", b"")
+    config.set("proto-max-bulk-len", str((1 << 32) - (1 << 20)))
+    assert config.proto_max_bulk_len + len(encode(longest)) + 4 <= LARGEST_TOGETHER

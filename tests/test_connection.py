@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from engram.config import Config
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.index.search import SearchResult
-from engram.operations import DeleteKeys, Operation, SetString, encode
+from engram.operations import AppendString, DeleteKeys, Operation, SetString
 from tests.conftest import (
     PATIENCE,
     HeldSearches,
@@ -304,6 +305,8 @@ async def test_a_client_who_came_as_its_user_was_restricted_is_restricted(house:
 async def test_who_is_ended_by_an_error_learns_what_was_done_before(
     waits: bool, open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A write that may have been made, which an error reply would deny."""
+
     async def break_later() -> bytes:
         await trio.lowlevel.checkpoint()
         raise ZeroDivisionError("broken")
@@ -311,17 +314,61 @@ async def test_who_is_ended_by_an_error_learns_what_was_done_before(
     def broken(session: Session, arguments: list[bytes]) -> Reply:
         if waits:
             return Barrier(break_later)
+        session.database.commit(AppendString(arguments[1], arguments[2]))
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setitem(SPELLINGS, b"ECHO", attrs.evolve(COMMANDS[b"echo"], handler=broken))
+    monkeypatch.setitem(SPELLINGS, b"APPEND", attrs.evolve(COMMANDS[b"append"], handler=broken))
     journal = ManualJournal()
     async with open_house(journal) as house:
         client = house.connect()
-        await client.send("SET k v", "ECHO x", "PING")
+        await client.send("SET k v", "APPEND k x", "PING")
         assert await client.arrived() == b""
         journal.release()
         assert await client.ended() == OK
     assert "ended by an error" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "reply"),
+    [
+        (MemoryError(), b"-OOM Insufficient memory, failed allocating what the command needs\r\n"),
+        (ZeroDivisionError("broken"), b"-ERR internal error, see the log of the server\r\n"),
+    ],
+)
+@pytest.mark.parametrize("name", ["get", "append"])
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_fails_before_it_changes_anything_ends_only_its_request(
+    waits: bool,
+    name: str,
+    error: Exception,
+    reply: bytes,
+    house: House,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def break_later() -> bytes:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    def broken(session: Session, arguments: list[bytes]) -> Reply:
+        if waits and name == "get":
+            return Barrier(break_later)
+        raise error
+
+    broken_command = attrs.evolve(COMMANDS[name.encode()], handler=broken, run=None)
+    monkeypatch.setitem(SPELLINGS, name.upper().encode(), broken_command)
+    request = f"{name.upper()} k" + (" x" if name == "append" else "")
+    client = house.connect()
+    await client.send("SET k v", request, "STRLEN k")
+    assert [await client.reply() for _ in range(3)] == [OK, reply, b":1\r\n"]
+    # In a transaction it takes its place among the replies.
+    if not waits:
+        await client.send("MULTI", "STRLEN k", request, "SET k w", "EXEC")
+        assert [await client.reply() for _ in range(4)] == [OK, *[b"+QUEUED\r\n"] * 3]
+        assert await client.reply() == b"*3\r\n:1\r\n" + reply + OK
+    [*_, record] = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
 
 
 async def test_a_transaction_is_queued_as_far_as_there_is_memory_for_requests(house: House) -> None:
@@ -580,9 +627,9 @@ class ScarceJournal(ManualJournal):
         if not self.has_room(size):
             raise CommandError(self.refusal)
 
-    def append(self, lsn: int, operation: Operation) -> None:
-        super().append(lsn, operation)
-        self.space -= len(encode(operation))
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
+        super().append(lsn, operation, payload)
+        self.space -= len(payload)
         assert self.space >= 0, operation
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -122,3 +125,26 @@ def test_an_operation_cut_short_is_refused(operation: Operation, data: st.DataOb
 def test_operations_do_not_change() -> None:
     with pytest.raises(AttributeError):
         SetString(b"k", b"v").value = b"w"  # type: ignore[misc]
+
+
+_WITHOUT_MEMORY = """
+import resource, sys
+from engram.operations import SetString, encode
+operation = SetString(b"k", bytes(int(sys.argv[1])))
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+limit = used + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    encode(operation)
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+@pytest.mark.parametrize(("size", "room"), [(50_000_000, 20_000_000), (50_000_000, 60_000_000), (300_000, 0)])
+def test_without_memory_an_error_is_raised(size: int, room: int) -> None:
+    """The encoder that msgspec offers for this ends the process."""
+    command = [sys.executable, "-P", "-c", _WITHOUT_MEMORY, str(size), str(room)]
+    ended = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "MemoryError\n")

@@ -125,7 +125,7 @@ async def test_more_clients_than_allowed() -> None:
         assert await fifth.call("PING") == PONG
 
 
-async def test_an_error_in_a_command_ends_only_its_client(
+async def test_an_error_in_a_command_ends_only_its_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(session: Session, arguments: list[bytes]) -> bytes:
@@ -136,10 +136,12 @@ async def test_an_error_in_a_command_ends_only_its_client(
         client, other = await server.connect(), await server.connect()
         assert await other.call("SET k v") == OK
         await client.send("PING", "ECHO x", "PING")
-        await client.ended()
+        assert await client.reply() == PONG
+        assert await client.reply() == b"-ERR internal error, see the log of the server\r\n"
+        assert await client.reply() == PONG
         assert await other.call("GET k") == b"$1\r\nv\r\n"
     [record] = [each for each in caplog.records if each.levelno == logging.ERROR]
-    assert "ended by an error" in record.getMessage()
+    assert "a command of client" in record.getMessage()
     assert record.exc_info is not None
 
 

@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from engram.commands.allowance import Allowance
+from engram.commands.failures import excuse
 from engram.commands.guard import show
 from engram.commands.limits import check_reply
 from engram.commands.session import Barrier, Queued, Server, Session, Slot, Transaction
@@ -142,6 +143,8 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     def answer() -> bytes | Barrier:
         if monitors:
             monitors.feed(session, [name])
+        if execution.failure is not None:
+            raise execution.failure
         return session.encoder.null_array if broken else _answer(session, count, execution.found, allowance)
 
     if next(turns, None) is None:
@@ -212,6 +215,8 @@ class _Execution:
     Attributes:
         found: the replies so far, those that are known already joined.
         single: commands before the next that can be carried out together, as far as has been looked at.
+        failure: an error of ours in a command behind its change: no reply may deny that, and what follows it
+            in the transaction belongs to it.
     """
 
     session: Session
@@ -220,6 +225,7 @@ class _Execution:
     allowance: Allowance
     found: list[Reply] = attrs.field(factory=list)
     single: int = 0
+    failure: Exception | None = None
 
     def turns(self) -> Iterator[bool]:
         """Carries everything out; yields True after each turn but the last.
@@ -248,7 +254,7 @@ class _Execution:
         refused as those that only read.
         """
         session, queued = self.session, self.queued
-        server = session.server
+        server, database = session.server, session.database
         error, usage, monitors = server.error, server.statistics.usage, server.monitors
         allowance = self.allowance
         slowest = server.config.slowlog_log_slower_than * 1000
@@ -267,7 +273,7 @@ class _Execution:
             elif command.run is not None and unrestricted and not monitors and not allowance.exceeded:
                 run = _take_run(queued, command, request)
                 if len(run) > 1:
-                    done, reply = command.run(session, run)
+                    done, reply = self._run_together(command, run)
                     self.single = len(run) - done
                     queued.extendleft((command, each) for each in reversed(run[done:]))
                     if not done:
@@ -275,6 +281,7 @@ class _Execution:
                     request = run[done - 1]
             if not done:
                 done = 1
+                lsn = database.lsn
                 if monitors:
                     show(session, command, request)
                 try:
@@ -286,6 +293,9 @@ class _Execution:
                 except CommandError as failure:
                     usage[command.name].failed += 1
                     reply = error(str(failure))
+                except Exception as failure:
+                    usage[command.name].failed += 1
+                    reply = error(self._excuse(failure, lsn))
             if isinstance(reply, bytes):
                 allowance.made += len(reply)
                 known.append(reply)
@@ -298,6 +308,28 @@ class _Execution:
                 server.slowlog.add(session, request, (ended - began) // done)
             began = ended
         self.found.append(b"".join(known))
+
+    def _run_together(self, command: Command, run: Sequence[list[bytes]]) -> tuple[int, Reply]:
+        """Carries out what can be together; returns how many, perhaps none, and their replies."""
+        assert command.run is not None
+        database = self.session.database
+        lsn = database.lsn
+        try:
+            return command.run(self.session, run)
+        except Exception:
+            if database.failure is not None or database.lsn != lsn:
+                raise
+            # Each by itself learns why.
+            return 0, b""
+
+    def _excuse(self, error: Exception, lsn: int) -> str:
+        """What is answered to a command that failed by an error of ours, begun at `lsn`."""
+        database = self.session.database
+        if database.failure is not None:
+            raise error
+        if database.lsn != lsn and self.failure is None:
+            self.failure = error
+        return excuse(error, self.session)
 
 
 def _take_run(queued: deque[Queued], command: Command, first: list[bytes]) -> list[list[bytes]]:

@@ -16,6 +16,7 @@ from engram.sizes import BYTES_OBJECT
 ALIVE = np.iinfo(np.int64).max
 
 _FIRST_CAPACITY = 16
+_NO_ROW = np.iinfo(np.int64).max
 
 # What a row takes in a chunk beside its vector: its id, birth, death and norm, and its place in the keys.
 _ROW_BYTES = 5 * 8
@@ -62,7 +63,8 @@ class Chunk:
         self.count = 0
         self.dead = 0
         self.vectors: Floats = np.empty((capacity, dimension), np.float32)
-        self.row_ids: RowIds = np.empty(capacity, np.int64)
+        # Above those of all rows where there is none yet.
+        self.row_ids: RowIds = np.full(capacity, _NO_ROW, np.int64)
         self.births: Lsns = np.zeros(capacity, np.int64)
         self.deaths: Lsns = np.full(capacity, ALIVE, np.int64)
         self.keys: list[bytes] = []
@@ -240,6 +242,8 @@ class Head:
         # Rows in all chunks but the last, and the bytes reserved for those.
         self.rows_before_tail = 0
         self._bytes_before_tail = 0
+        # Chunks for rows that are about to come.
+        self._spares: list[Chunk] = []
 
     @property
     def rows(self) -> int:
@@ -272,7 +276,7 @@ class Head:
         return ()
 
     def tail(self) -> Chunk:
-        """A last chunk with room for at least one row more.
+        """A last chunk with room for at least one row more; it may have none yet.
 
         The first chunk starts small and grows by half, so that a small index takes little memory.
         """
@@ -285,14 +289,34 @@ class Head:
         if tail.count < tail.capacity:
             return tail
         if tail.count < self.chunk_rows:
-            tail = tail.copy(0, min(tail.capacity * 3 // 2, self.chunk_rows), self.dimension)
-            self.chunks = (*chunks[:-1], tail)
-            return tail
-        self.rows_before_tail += tail.count
-        self._bytes_before_tail += tail.bytes_reserved
-        tail = Chunk(self.chunk_rows, self.dimension)
-        self.chunks = (*chunks, tail)
+            return self._grow(tail, tail.count + 1)
+        new = self._spares.pop() if self._spares else Chunk(self.chunk_rows, self.dimension)
+        rows = self.rows_before_tail + tail.count
+        size = self._bytes_before_tail + tail.bytes_reserved
+        self.chunks, self.rows_before_tail, self._bytes_before_tail = (*chunks, new), rows, size
+        return new
+
+    def _grow(self, tail: Chunk, rows: int) -> Chunk:
+        """A last chunk with the rows of the last one, and room for `rows` as far as a chunk may have it."""
+        capacity = tail.capacity
+        while capacity < min(rows, self.chunk_rows):
+            capacity = min(capacity * 3 // 2, self.chunk_rows)
+        if capacity > tail.capacity:
+            tail = tail.copy(0, capacity, self.dimension)
+            self.chunks = (*self.chunks[:-1], tail)
         return tail
+
+    def reserve(self, rows: int) -> None:
+        """Makes the chunks that so many more rows will go to."""
+        if not rows:
+            return
+        tail = self.tail()
+        tail = self._grow(tail, tail.count + rows)
+        room = tail.capacity - tail.count
+        needed = max(0, -((room - rows) // self.chunk_rows))
+        del self._spares[needed:]
+        while len(self._spares) < needed:
+            self._spares.append(Chunk(self.chunk_rows, self.dimension))
 
     def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats, lsn: int = 0) -> None:
         """Appends rows, born at `lsn`; their ids are greater than all here."""
@@ -320,6 +344,10 @@ class Head:
 
     def drop_through(self, row_id: int) -> None:
         """Lets go of the rows up to and including `row_id`."""
+        self.replace(self.chunks_after(row_id))
+
+    def chunks_after(self, row_id: int) -> tuple[Chunk, ...]:
+        """The chunks without the rows up to and including `row_id`, for `replace`."""
         chunks = list(self.chunks)
         while chunks and chunks[0].row_ids[chunks[0].count - 1] <= row_id:
             del chunks[0]
@@ -327,6 +355,10 @@ class Head:
             first = chunks[0]
             start = int(first.row_ids[: first.count].searchsorted(row_id, "right"))
             chunks[0] = first.copy(start, max(first.count - start, _FIRST_CAPACITY), self.dimension)
-        self.chunks = tuple(chunks)
-        self.rows_before_tail = sum(chunk.count for chunk in chunks[:-1])
-        self._bytes_before_tail = sum(chunk.bytes_reserved for chunk in chunks[:-1])
+        return tuple(chunks)
+
+    def replace(self, chunks: tuple[Chunk, ...]) -> None:
+        """The head has these chunks."""
+        rows = sum(chunk.count for chunk in chunks[:-1])
+        size = sum(chunk.bytes_reserved for chunk in chunks[:-1])
+        self.chunks, self.rows_before_tail, self._bytes_before_tail = chunks, rows, size

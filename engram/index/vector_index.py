@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engram.columns import Array, pack_bytes, unpack_bytes
-from engram.errors import DamagedDataError
+from engram.errors import DamagedDataError, NothingChangedError
 from engram.index.distances import Floats
 from engram.index.head import ALIVE, Chunk, Head, Lsns, RowIds
 from engram.index.merging import DEAD_FRACTION, LARGEST_SEGMENT, next_merge
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
+from engram.index.texts import Positions
 from engram.scan_order import PAGE_BYTES, ScanOrder
 from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
 
@@ -64,6 +65,16 @@ class InstalledSegment:
     def live(self) -> int:
         return self.rows - self.dead
 
+    def kill(self, position: int, lsn: int) -> None:
+        """Marks a living row as dead."""
+        self.deaths[position] = lsn
+        self.dead += 1
+
+    def kill_many(self, positions: Positions, lsn: int) -> None:
+        """Marks living rows as dead, each given once."""
+        self.deaths[positions] = lsn
+        self.dead += len(positions)
+
 
 @attrs.frozen(eq=False)
 class View:
@@ -107,6 +118,75 @@ class View:
                 for place, row in zip(part.tolist(), rows, strict=True):
                     found[place] = row.tobytes()
         return found
+
+
+# What a row is in and its position there; and several rows.
+_Located = tuple[InstalledSegment | Chunk, int]
+_AllLocated = list[tuple[InstalledSegment | Chunk, int | Positions]]
+
+
+@attrs.frozen(eq=False)
+class Addition:
+    """Rows that are about to be added, with room for them: see `VectorIndex.prepare_addition`.
+
+    `rows` maps distinct keys to row ids; `attributes` has a text or None for each, or is empty; `new` counts
+    the keys that are new, `new_bytes` their lengths; `dying` are the rows that the keys had before.
+    """
+
+    rows: dict[bytes, int]
+    row_ids: RowIds
+    vectors: Floats
+    attributes: Sequence[bytes | None]
+    new_bytes: int
+    new: int
+    dying: _AllLocated
+
+
+# The same for one row: the chunk it goes to, its key, vector and attributes, and the row the key had before.
+OneAddition = tuple[Chunk, bytes, Floats, bytes | None, _Located | None]
+
+
+@attrs.frozen(eq=False)
+class Deletion:
+    """Keys that are about to be deleted, and their rows."""
+
+    keys: list[bytes]
+    dying: _AllLocated
+
+
+@attrs.frozen(eq=False)
+class _Segments:
+    """The segments of an index, oldest first, and what is looked up of them all the time.
+
+    Attributes:
+        starts: the least row id of each.
+        last_row: the greatest of the last, -1 without any.
+        rows: in all of them.
+    """
+
+    installed: tuple[InstalledSegment, ...] = ()
+    starts: list[int] = attrs.Factory(list)
+    last_row: int = -1
+    rows: int = 0
+
+    @classmethod
+    def of(cls, segments: Sequence[InstalledSegment]) -> _Segments:
+        return cls(
+            tuple(segments),
+            [int(installed.segment.row_ids[0]) for installed in segments],
+            int(segments[-1].segment.row_ids[-1]) if segments else -1,
+            sum(installed.rows for installed in segments),
+        )
+
+
+@attrs.frozen(eq=False)
+class Installation:
+    """What an index is about to consist of: see `VectorIndex.prepare_installation`."""
+
+    segments: _Segments
+    chunks: tuple[Chunk, ...]
+    merge_wanted: bool
+    released: list[str]
 
 
 @attrs.frozen(eq=False)
@@ -254,7 +334,7 @@ class VectorIndex:
         self.parameters = parameters
         self.dropped = False
         self.on_drop: Callable[[], None] | None = None
-        self.segments: tuple[InstalledSegment, ...] = ()
+        self._segments = _Segments()
         self.live: dict[bytes, int] = {}
         self._order = ScanOrder(self.live, first_serial)
         # The lengths of the keys in it.
@@ -264,10 +344,6 @@ class VectorIndex:
         chunk_rows = min(_CHUNK_ROWS, max(1, self._seal_rows // 2), max(4, _CHUNK_BYTES // row_bytes))
         self._head = Head(parameters.dimension, chunk_rows)
         self._next_row = 0
-        # The least row id of each segment, and the greatest of the last.
-        self._segment_starts: list[int] = []
-        self._last_segment_row = -1
-        self._rows_in_segments = 0
         self._merge_wanted = False
         self._generation = 0
         # Segments do not tell when their rows were born.
@@ -283,6 +359,11 @@ class VectorIndex:
         """What of the index may be so large that it is to be freed in slices, once it is gone."""
         return [self.live, *self._order.remains()]
 
+    @property
+    def segments(self) -> tuple[InstalledSegment, ...]:
+        """The segments, oldest rows first."""
+        return self._segments.installed
+
     def __len__(self) -> int:
         return len(self.live)
 
@@ -292,7 +373,7 @@ class VectorIndex:
     @property
     def rows_total(self) -> int:
         """Rows held, living or dead."""
-        return self._rows_in_segments + self._head.rows
+        return self._segments.rows + self._head.rows
 
     @property
     def rows_unindexed(self) -> int:
@@ -323,7 +404,7 @@ class VectorIndex:
             + len(self.live) * _LIVE_KEY_BYTES
             + self._key_bytes
             + self._order.bytes_held
-            + self._rows_in_segments * _SEGMENT_ROW_BYTES
+            + self._segments.rows * _SEGMENT_ROW_BYTES
         )
 
     def add(
@@ -338,74 +419,121 @@ class VectorIndex:
         `vectors` is float32 of shape (len(keys), dimension); `attributes` holds a JSON text or None for
         each key, or is empty. Returns how many keys are new.
         """
-        if len(keys) == 1:
-            key = keys[0]
-            row_id = self._next_row
-            self._next_row = row_id + 1
-            tail = self._head.tail()
-            if attributes and (text := attributes[0]):
-                tail.describe(tail.count, text)
-            tail.append(row_id, key, vectors[0], lsn)
-            live = self.live
-            old = live.get(key)
-            live[key] = row_id
-            if old is None:
-                self._key_bytes += len(key)
-                self._order.add(key)
-                return 1
-            self._kill(old, lsn)
-            return 0
-        return self._add_many(lsn, keys, vectors, attributes)
+        return self.add_prepared(lsn, self.prepare_addition(keys, vectors, attributes))
 
-    def _add_many(
-        self, lsn: int, keys: Sequence[bytes], vectors: Floats, attributes: Sequence[bytes | None]
-    ) -> int:
+    def prepare_addition(
+        self, keys: Sequence[bytes], vectors: Floats, attributes: Sequence[bytes | None] = ()
+    ) -> Addition | OneAddition:
+        """What `add` does of these, up to its first change: nobody can tell whether it was called.
+
+        What is returned holds until the next change of the index.
+        """
+        if len(keys) == 1:
+            return self.prepare_one(keys[0], vectors[0], (attributes[0] if attributes else None) or b"")
         last = {key: position for position, key in enumerate(keys)}
         if len(last) < len(keys):
             kept = sorted(last.values())
             keys = [keys[position] for position in kept]
             vectors = vectors[kept]
             attributes = [attributes[position] for position in kept] if attributes else ()
-        live = self.live
-        old = [row_id for key in keys if (row_id := live.get(key)) is not None]
         row_ids = np.arange(self._next_row, self._next_row + len(keys), dtype=np.int64)
-        self._next_row += len(keys)
-        self._append(lsn, row_ids, list(keys), vectors, attributes)
-        self._kill_many(old, lsn)
-        return len(keys) - len(old)
+        return self._addition(row_ids, list(keys), vectors, attributes)
 
-    def _append(
-        self,
-        lsn: int,
-        row_ids: RowIds,
-        keys: list[bytes],
-        vectors: Floats,
-        attributes: Sequence[bytes | None],
-    ) -> None:
-        """Appends rows of distinct keys and points the keys at them."""
-        self._head.extend(row_ids, keys, vectors, lsn)
-        for row_id, text in zip(row_ids.tolist(), attributes, strict=False):
+    def prepare_one(self, key: bytes, vector: Floats, text: bytes | None) -> OneAddition:
+        """As `prepare_addition` for one row; without a text it has the attributes that the key has."""
+        chunk = self._head.tail()
+        old = self.live.get(key)
+        if old is None:
+            return chunk, key, vector, text, None
+        located = self._locate_row(old)
+        if text is None:
+            source, position = located
+            if isinstance(source, Chunk):
+                text = source.attributes.get(position)
+            else:
+                text = source.segment.attributes_at(np.array([position]))[0]
+        return chunk, key, vector, text, located
+
+    def _addition(
+        self, row_ids: RowIds, keys: list[bytes], vectors: Floats, attributes: Sequence[bytes | None]
+    ) -> Addition:
+        """Rows of distinct keys that are about to be added."""
+        live = self.live
+        self._head.reserve(len(keys))
+        old = [row_id for key in keys if (row_id := live.get(key)) is not None]
+        return Addition(
+            dict(zip(keys, row_ids.tolist(), strict=True)),
+            row_ids,
+            vectors,
+            attributes,
+            sum(len(key) for key in keys if key not in live),
+            len(keys) - len(old),
+            self._locate(old),
+        )
+
+    def add_prepared(self, lsn: int, addition: Addition | OneAddition) -> int:
+        """Carries out what `prepare_addition` has prepared.
+
+        Raises:
+            NothingChangedError: there is no memory for one more key.
+        """
+        if type(addition) is not tuple:
+            assert isinstance(addition, Addition)
+            self._append(lsn, addition)
+            return addition.new
+        chunk, key, vector, text, old = addition
+        row_id = self._next_row
+        try:
+            self.live[key] = row_id
+        except MemoryError as error:
+            raise NothingChangedError from error
+        self._next_row = row_id + 1
+        if text:
+            chunk.describe(chunk.count, text)
+        chunk.append(row_id, key, vector, lsn)
+        if old is None:
+            self._key_bytes += len(key)
+            self._order.add(key)
+            return 1
+        self._kill(*old, lsn)
+        return 0
+
+    def _append(self, lsn: int, addition: Addition) -> None:
+        """Appends rows and points their keys at them."""
+        rows, row_ids = addition.rows, addition.row_ids
+        self._next_row += len(rows)
+        self._head.extend(row_ids, list(rows), addition.vectors, lsn)
+        for row_id, text in zip(row_ids.tolist(), addition.attributes, strict=False):
             if text:
                 self._head.describe(row_id, text)
+        self._key_bytes += addition.new_bytes
         live = self.live
-        self._key_bytes += sum(len(key) for key in keys if key not in live)
-        before = len(live)
-        live.update(zip(keys, row_ids.tolist(), strict=True))
-        if len(live) > before:
-            self._order.extend(keys, len(live) - before)
+        live.update(rows)
+        if addition.new:
+            self._order.extend(list(rows), addition.new)
+        for source, positions in addition.dying:
+            self._kill(source, positions, lsn)
 
     def delete(self, lsn: int, keys: Sequence[bytes]) -> int:
         """Kills the rows of these keys; returns how many there were."""
+        return self.delete_prepared(lsn, self.prepare_deletion(keys))
+
+    def prepare_deletion(self, keys: Sequence[bytes]) -> Deletion:
+        """What `delete` does of these up to its first change; it holds until the next change of the index."""
         live = self.live
-        row_ids = []
-        for key in keys:
-            row_id = live.pop(key, None)
-            if row_id is not None:
-                self._key_bytes -= len(key)
-                self._order.remove(key)
-                row_ids.append(row_id)
-        self._kill_many(row_ids, lsn)
-        return len(row_ids)
+        rows = {key: row_id for key in keys if (row_id := live.get(key)) is not None}
+        return Deletion(list(rows), self._locate(list(rows.values())))
+
+    def delete_prepared(self, lsn: int, deletion: Deletion) -> int:
+        """Carries out what `prepare_deletion` has prepared."""
+        live = self.live
+        for key in deletion.keys:
+            del live[key]
+            self._key_bytes -= len(key)
+            self._order.remove(key)
+        for source, positions in deletion.dying:
+            self._kill(source, positions, lsn)
+        return len(deletion.keys)
 
     def vector(self, key: bytes) -> bytes | None:
         """The vector of a key as it was added: little-endian float32."""
@@ -448,7 +576,7 @@ class VectorIndex:
             key_bytes += _KEY_SAMPLING * sum(map(len, counted))
             keys_counted += _KEY_SAMPLING * len(counted)
         key_bytes += sum(installed.segment.keys.joined.nbytes for installed in segments)
-        keys_counted += self._rows_in_segments
+        keys_counted += self._segments.rows
         python_bytes = sys.getsizeof(self.live) + len(self.live) * (
             _KEY_OBJECT_BYTES + key_bytes // max(1, keys_counted)
         )
@@ -458,7 +586,7 @@ class VectorIndex:
             head_rows=head.rows,
             segments=len(segments),
             rows_awaiting_graph=head.rows if self.seal_wanted else 0,
-            bytes_in_memory=chunk_bytes + python_bytes + 8 * self._rows_in_segments,
+            bytes_in_memory=chunk_bytes + python_bytes + 8 * self._segments.rows,
             bytes_mapped=self.segment_bytes,
             curves=tuple((installed.rows, installed.segment.curve) for installed in segments),
         )
@@ -516,8 +644,11 @@ class VectorIndex:
         return None if self.optimized else _plan(self.segments, self._head.chunks)
 
     def _merge(self, *, waiting: bool) -> slice | None:
+        return self._merge_of(self.segments, waiting=waiting)
+
+    def _merge_of(self, segments: Sequence[InstalledSegment], *, waiting: bool) -> slice | None:
         return next_merge(
-            [(installed.rows, installed.dead) for installed in self.segments],
+            [(installed.rows, installed.dead) for installed in segments],
             _LARGEST_SEAL * self._seal_rows,
             waiting=waiting,
             largest=self._largest_segment,
@@ -534,6 +665,13 @@ class VectorIndex:
             DamagedDataError: the segment is of another index.
             ValueError: a segment in `replaces` is not here.
         """
+        return self.install_prepared(lsn, self.prepare_installation(lsn, segment, through, replaces))
+
+    def prepare_installation(
+        self, lsn: int, segment: Segment | None, through: int, replaces: Sequence[str]
+    ) -> Installation:
+        """What `install` does up to its first change, with the same errors; it holds until the next change of
+        the index."""
         names = [installed.id for installed in self.segments]
         replaced = [self.segments[names.index(name)] for name in replaces]
         remaining = [installed for installed in self.segments if installed not in replaced]
@@ -552,53 +690,59 @@ class VectorIndex:
                 [int(installed.segment.row_ids[0]) for installed in remaining], int(segment.row_ids[0])
             )
             remaining.insert(position, new)
-        self._head.drop_through(through)
+        return Installation(
+            _Segments.of(remaining),
+            self._head.chunks_after(through),
+            self._merge_of(remaining, waiting=False) is not None,
+            list(replaces),
+        )
+
+    def install_prepared(self, lsn: int, installation: Installation) -> list[str]:
+        """Carries out what `prepare_installation` has prepared."""
+        self._head.replace(installation.chunks)
         self._generation += 1
         self.oldest_view = lsn
-        self._set_segments(remaining)
-        return list(replaces)
-
-    def _set_segments(self, segments: list[InstalledSegment]) -> None:
-        self.segments = tuple(segments)
-        self._segment_starts = [int(installed.segment.row_ids[0]) for installed in segments]
-        self._last_segment_row = int(segments[-1].segment.row_ids[-1]) if segments else -1
-        self._rows_in_segments = sum(installed.rows for installed in segments)
-        self._merge_wanted = self._merge(waiting=False) is not None
+        self._segments = installation.segments
+        self._merge_wanted = installation.merge_wanted
+        return installation.released
 
     def _segment_of(self, row_id: int) -> InstalledSegment | None:
         """The segment that holds a row, None when the head does."""
-        if row_id > self._last_segment_row:
+        if row_id > self._segments.last_row:
             return None
-        return self.segments[bisect_right(self._segment_starts, row_id) - 1]
+        return self.segments[bisect_right(self._segments.starts, row_id) - 1]
 
-    def _kill(self, row_id: int, lsn: int) -> None:
-        installed = self._segment_of(row_id)
-        if installed is None:
-            chunk, position = self._head.find(row_id)
-            chunk.kill(position, lsn)
-            return
-        installed.deaths[installed.segment.position(row_id)] = lsn
-        installed.dead += 1
-        if installed.dead > DEAD_FRACTION * installed.rows:
+    def _kill(self, source: InstalledSegment | Chunk, positions: int | Positions, lsn: int) -> None:
+        """Marks living rows as dead."""
+        if isinstance(positions, int):
+            source.kill(positions, lsn)
+        else:
+            source.kill_many(positions, lsn)
+        if isinstance(source, InstalledSegment) and source.dead > DEAD_FRACTION * source.rows:
             self._merge_wanted = True
 
-    def _kill_many(self, row_ids: Sequence[int], lsn: int) -> None:
-        """Marks living rows as dead: one by one, or, where that is quicker, source by source."""
+    def _locate_row(self, row_id: int) -> _Located:
+        """Where a row is."""
+        installed = self._segment_of(row_id)
+        if installed is None:
+            return self._head.find(row_id)
+        return installed, installed.segment.position(row_id)
+
+    def _locate(self, row_ids: Sequence[int]) -> _AllLocated:
+        """Where rows are: one by one, or, where that is quicker, source by source."""
         if len(row_ids) <= len(self.segments) + len(self._head.chunks):
-            for row_id in row_ids:
-                self._kill(row_id, lsn)
-            return
+            return [self._locate_row(row_id) for row_id in row_ids]
+        located: _AllLocated = []
         dying = np.sort(np.array(row_ids, np.int64))
-        edges = dying.searchsorted([*self._segment_starts, self._last_segment_row + 1]).tolist()
+        edges = dying.searchsorted([*self._segments.starts, self._segments.last_row + 1]).tolist()
         for installed, first, last in zip(self.segments, edges, edges[1:], strict=False):
-            installed.deaths[installed.segment.row_ids.searchsorted(dying[first:last])] = lsn
-            installed.dead += last - first
-            if installed.dead > DEAD_FRACTION * installed.rows:
-                self._merge_wanted = True
+            located.append((installed, installed.segment.row_ids.searchsorted(dying[first:last])))
         for chunk in self._head.chunks:
-            rows = chunk.row_ids[: chunk.count]
-            first, last = dying.searchsorted([rows[0], rows[-1] + 1]).tolist()
-            chunk.kill_many(rows.searchsorted(dying[first:last]), lsn)
+            if chunk.count:
+                rows = chunk.row_ids[: chunk.count]
+                first, last = dying.searchsorted([rows[0], rows[-1] + 1]).tolist()
+                located.append((chunk, rows.searchsorted(dying[first:last])))
+        return located
 
     def export(self) -> IndexState:
         """The state as a snapshot holds it."""
@@ -655,8 +799,9 @@ class VectorIndex:
                     del live[key]
         index._key_bytes = sum(map(len, index.live))
         index._order = ScanOrder(index.live, first_serial)
-        index._set_segments(installed)
-        index._append(0, state.row_ids, state.keys, state.vectors, state.attributes)
+        index._segments = _Segments.of(installed)
+        index._merge_wanted = index._merge(waiting=False) is not None
+        index._append(0, index._addition(state.row_ids, state.keys, state.vectors, state.attributes))
         index._next_row = state.next_row
         return index
 

@@ -97,8 +97,9 @@ class LogWriter:
                 self._write(run)
             if sync:
                 self._sync()
-        except OSError as error:
-            raise LogFailureError(f"{self._path}: the log cannot be written: {error.strerror}") from error
+        except (OSError, MemoryError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "out of memory"
+            raise LogFailureError(f"{self._path}: the log cannot be written: {reason}") from error
         return Commit(self._durable_lsn, self._recorded_lsn, self._sync_seconds)
 
     def close(self) -> None:

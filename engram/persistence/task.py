@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 import attrs
+import msgspec
 import trio
 
 from engram.errors import CommandError, DamagedDataError, LogFailureError, one_line
 from engram.files import Files
-from engram.operations import InstallSegment, Operation, encode
+from engram.operations import LARGEST_TOGETHER, InstallSegment, Operation, encode
 from engram.persistence import log_format
 from engram.persistence.layout import Layout
 from engram.persistence.log_thread import LogThread
@@ -42,6 +43,7 @@ _MARK_DELAY = 0.1
 _SYNC_INTERVAL = 1.0
 _ALLOCATION_RETRY = 1.0
 _SNAPSHOT_RETRY = 60.0
+_TOO_LARGE = "ERR what would be changed at once does not fit into one record of the log, which holds 4 GiB"
 # Segments that a snapshot would allow to be deleted start one when they have more bytes than this, and
 # than half of those in use.
 _RELEASED_BYTES = 64 << 20
@@ -123,7 +125,7 @@ class Persistence:
     """The log and the snapshots of one data directory, from the end of recovery on.
 
     Everything here belongs to Trio's loop, and what is not `async` has no checkpoint. A write goes
-    `has_room` or `admit`, then `append` in the same synchronous step.
+    `has_room` or `admit`, then `reserve` and `append` in the same synchronous step.
 
     Args:
         directory: locked by `lock_directory`, read by `recover`.
@@ -153,16 +155,22 @@ class Persistence:
         # The plan: where the next operation goes. The writer follows it batch by batch.
         self._appended_lsn = recovery.lsn
         self._file_number = recovery.log_file
-        self._file_has_records = True
-        self._space_left = 0
+        # Bytes of records that were planned since the start; and what it was when the file in use was begun,
+        # will be when that is full, and may become at most before the last run is a record that is full, -1
+        # when none is open.
+        self._end = 0
+        self._file_start = -1
+        self._file_end = 0
+        self._run_end = -1
         self._spares: list[PreparedFile] = []
         self._runs: list[Run] = []
+        # Those of the last run.
         self._payloads: list[bytes] = []
-        self._queued_bytes = 0
 
         # What the writer reached.
         self._written_lsn = recovery.lsn
         self._written_file_number = recovery.log_file
+        self._written_end = 0
         self._durable_lsn = recovery.lsn
         self._recorded_lsn = recovery.recorded_durable_lsn
         self._last_commit_time = self._last_sync_time = 0.0
@@ -184,7 +192,8 @@ class Persistence:
         self._nursery: trio.Nursery | None = None
         self._snapshot_run: _SnapshotRun | None = None
         self._manifest = recovery.manifest
-        self._log_bytes = recovery.log_bytes
+        # What `_end` was where the current snapshot ends.
+        self._log_start = -recovery.log_bytes
         self._named_in_log = list(recovery.segments)
         self._known_segments = {*recovery.manifest.segments, *(segment for _, segment in recovery.segments)}
         # The LSNs at which segments were out of use, and their bytes; and how many are too many.
@@ -196,6 +205,19 @@ class Persistence:
         self._cleanup_error = ""
         self._last_save_seconds = -1.0
         self._next_snapshot_time = 0.0
+
+    @property
+    def _queued_bytes(self) -> int:
+        return self._end - self._written_end
+
+    @property
+    def _log_bytes(self) -> int:
+        """Records that the current snapshot does not hold."""
+        return self._end - self._log_start
+
+    @property
+    def _file_has_records(self) -> bool:
+        return self._end > self._file_start
 
     @property
     def status(self) -> PersistenceStatus:
@@ -259,7 +281,7 @@ class Persistence:
         return self._fits_on_disk(size)
 
     def _fits_on_disk(self, size: int) -> bool:
-        if size + _ALLOWANCE <= self._space_left:
+        if size + _ALLOWANCE <= self._file_end - self._end:
             return True
         needed = _file_size_for(size)
         return any(spare.size >= needed for spare in self._spares)
@@ -271,48 +293,62 @@ class Persistence:
 
     # Appending
 
-    def append(self, lsn: int, operation: Operation) -> None:
-        """Queues an operation, which the caller has just applied, for the log.
+    def reserve(self, lsn: int, operation: Operation, size: int = 0) -> bytes:
+        """Encodes an operation that is about to be applied, and settles where it goes in the log.
+
+        What is returned is for `append`, the next call, unless the operation is not applied after all. Of
+        operations that are to be appended together, `lsn` is that of the first and `size` what those before
+        this one take.
 
         Raises:
+            CommandError: what is to be recovered together does not fit into one record.
             ValueError: `lsn` does not follow the last one.
         """
-        payload = encode(operation)
-        self._take_space(lsn, len(payload))
+        if lsn != self._appended_lsn + 1:
+            raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
+        try:
+            payload = encode(operation)
+        except msgspec.MsgspecError as error:
+            raise CommandError(_TOO_LARGE) from error
+        size += len(payload)
+        if self._end + size > self._run_end:
+            self._open_run(size)
+        return payload
+
+    def _open_run(self, size: int) -> None:
+        """Has the next operations, which take so many bytes together, go into another record."""
+        if size > LARGEST_TOGETHER:
+            raise CommandError(_TOO_LARGE)
+        size += _RECORD_OVERHEAD
+        if size > self._file_end - self._end:
+            self._plan_switch(size)
+        elif self._payloads or not self._runs:
+            self._plan_run()
+        self._end += _RECORD_OVERHEAD
+        self._run_end = min(self._file_end, self._end + LARGEST_TOGETHER)
+
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
+        """Queues an operation for the log, which has been reserved and applied."""
         self._payloads.append(payload)
         self._appended_lsn = lsn
+        self._end += len(payload)
         if type(operation) is InstallSegment and operation.segment:
             self._named_in_log.append((lsn, operation.segment))
             self._known_segments.add(operation.segment)
 
-    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
-        """As `append` one after the other, in one record: they are recovered all or none."""
-        payloads = list(map(encode, operations))
-        self._take_space(first_lsn, sum(map(len, payloads)))
+    def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
+        """As `append` one after the other, in one record: they are recovered all or none.
+
+        No segment is put into effect by them.
+        """
         self._payloads += payloads
         self._appended_lsn = first_lsn + len(payloads) - 1
-
-    def _take_space(self, lsn: int, size: int) -> None:
-        """Makes `size` bytes of operations from `lsn` on fit into the record that is being gathered."""
-        if lsn != self._appended_lsn + 1:
-            raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
-        needed = size
-        if not (self._runs and self._payloads):
-            needed += _RECORD_OVERHEAD
-        if needed > self._space_left:
-            needed = size + _RECORD_OVERHEAD
-            self._plan_switch(needed)
-        elif not self._runs:
-            self._plan_run()
-        self._space_left -= needed
-        self._queued_bytes += needed
-        self._log_bytes += needed
-        self._file_has_records = True
+        self._end += sum(map(len, payloads))
 
     def _plan_run(self, next_file: PreparedFile | None = None) -> None:
         run = Run(self._appended_lsn + 1, next_file)
         self._runs.append(run)
-        self._payloads = run.payloads
+        self._payloads, self._run_end = run.payloads, -1
         # Once is enough: the task looks at the runs before it waits.
         self._work.set()
 
@@ -327,8 +363,8 @@ class Persistence:
             spare = PreparedFile(self._next_prepared_path(), max(needed, self.settings.log_file_size))
         self._plan_run(spare)
         self._file_number += 1
-        self._file_has_records = False
-        self._space_left = spare.size - log_format.FILE_HEADER_SIZE
+        self._file_start = self._end
+        self._file_end = self._end + spare.size - log_format.FILE_HEADER_SIZE
         self._prepare.set()
 
     # Release
@@ -456,10 +492,10 @@ class Persistence:
                 await self._work.wait()
 
     def _plan_mark(self) -> None:
-        if self._space_left >= log_format.RECORD_HEADER_SIZE:
+        if self._file_end - self._end >= log_format.RECORD_HEADER_SIZE:
             self._plan_run()
             self._runs[-1].mark = True
-            self._space_left -= log_format.RECORD_HEADER_SIZE
+            self._file_end -= log_format.RECORD_HEADER_SIZE
         elif self._spares:
             # The next file's header says it as well.
             self._plan_switch(0)
@@ -468,8 +504,8 @@ class Persistence:
 
     async def _commit(self, *, sync: bool) -> None:
         # What is taken from the queue is written, whatever else ends.
-        runs, self._runs = self._runs, []
-        lsn, file_number, queued_bytes = self._appended_lsn, self._file_number, self._queued_bytes
+        runs, self._runs, self._payloads, self._run_end = self._runs, [], [], -1
+        lsn, file_number, end = self._appended_lsn, self._file_number, self._end
         commit = await self._thread.commit(runs, sync=sync)
         now = trio.current_time()
         self._last_commit_time = now
@@ -479,7 +515,7 @@ class Persistence:
             self._last_sync_seconds = commit.sync_seconds
             self.on_sync(commit.sync_seconds)
         self._batches += 1
-        self._queued_bytes -= queued_bytes
+        self._written_end = end
         self._written_lsn = lsn
         self._written_file_number = file_number
         self._durable_lsn = commit.durable_lsn
@@ -610,7 +646,7 @@ class Persistence:
             await self._in_thread_or_here(partial(self._undo_snapshot, path, error))
             raise
         self._manifest = manifest
-        self._log_bytes -= log_bytes
+        self._log_start += log_bytes
         self._released = [released for released in self._released if released[0] > lsn]
         self._named_in_log = [named for named in self._named_in_log if named[0] > lsn]
         named = {*manifest.segments, *(segment for _, segment in self._named_in_log)}

@@ -159,9 +159,9 @@ async def test_a_long_number_has_room_in_the_log(open_house: OpenHouse) -> None:
             self.asked = size
             return True
 
-        def append(self, lsn: int, operation: Operation) -> None:
-            super().append(lsn, operation)
-            self.asked -= len(encode(operation))
+        def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
+            super().append(lsn, operation, payload)
+            self.asked -= len(payload)
             margins.append(self.asked)
 
     journal = Journal(automatic=True)

@@ -431,19 +431,40 @@ async def test_a_long_transaction_that_fails_ends_its_client_alone(
 ) -> None:
     monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
     client, other = house.connect(), house.connect()
-    await client.send("MULTI", *["EXISTS a", "STRLEN a"] * 50)
+    await client.send("MULTI", *["GET a", "STRLEN a"] * 50)
     await client.arrived()
+    take_run = transactions._take_run
 
-    def lookup(key: bytes) -> None:
+    def fail(*arguments: Any) -> list[list[bytes]]:
         if house.server.exclusion.active:
             raise RuntimeError("no")
+        return take_run(*arguments)
 
-    monkeypatch.setattr(house.database, "lookup", lookup)
+    monkeypatch.setattr(transactions, "_take_run", fail)
     await client.send("EXEC")
     assert await client.ended() == b""
     assert "ended by an error" in caplog.text
     assert not house.server.exclusion.active
     assert await other.call("EXISTS a") == b":0\r\n"
+
+
+async def test_commands_of_a_long_transaction_that_fail_are_answered_in_their_places(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    client = house.connect()
+    await client.send("MULTI", *["SET b 1", "STRLEN a"] * 20)
+    await client.arrived()
+
+    def fail(key: bytes) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(house.database, "string", fail)
+        refused = b"-OOM Insufficient memory, failed allocating what the command needs\r\n"
+        assert await client.call("EXEC") == b"*40\r\n" + (OK + refused) * 20
+    assert not house.server.exclusion.active
+    assert await client.call("GET b") == b"$1\r\n1\r\n"
 
 
 async def test_how_much_may_be_queued(house: House) -> None:

@@ -64,6 +64,7 @@ from engram.operations import (
     SetRange,
     SetString,
     SetStrings,
+    decode,
     encode,
 )
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover, task
@@ -296,19 +297,19 @@ class RecordedPersistence(Persistence):
         super().__init__(files.directory, files, settings, recovery, lambda last_file: [str(last_file)])
         self._recording = files
 
-    def append(self, lsn: int, operation: Operation) -> None:
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
         self._recording.mark(Sent(lsn, operation))
         if isinstance(operation, InstallSegment):
-            self._recording.segment_records.add(encode(operation))
-        super().append(lsn, operation)
+            self._recording.segment_records.add(payload)
+        super().append(lsn, operation, payload)
         self.on_release(lsn, self._acknowledge)
 
-    def append_together(self, first_lsn: int, operations: Sequence[Operation]) -> None:
-        last_lsn = first_lsn + len(operations) - 1
-        for lsn, operation in enumerate(operations, first_lsn):
-            self._recording.mark(Sent(lsn, operation, inside=lsn < last_lsn))
-        self._recording.transactions.add(b"".join(map(encode, operations)))
-        super().append_together(first_lsn, operations)
+    def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
+        last_lsn = first_lsn + len(payloads) - 1
+        for lsn, payload in enumerate(payloads, first_lsn):
+            self._recording.mark(Sent(lsn, decode(payload), inside=lsn < last_lsn))
+        self._recording.transactions.add(b"".join(payloads))
+        super().append_together(first_lsn, payloads)
         self.on_release(last_lsn, self._acknowledge)
 
     def _acknowledge(self) -> None:

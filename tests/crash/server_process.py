@@ -94,6 +94,10 @@ class ServerProcess:
         """The most memory of the server that was in RAM since it started."""
         return self._status("VmHWM")
 
+    def address_space(self) -> int:
+        """Bytes of addresses that the server has taken, which RLIMIT_AS bounds."""
+        return self._status("VmSize")
+
     def _status(self, name: str) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()
         match = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)

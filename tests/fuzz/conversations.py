@@ -154,9 +154,9 @@ class _Talker:
 class _Journal(ManualJournal):
     """One that takes nothing without room."""
 
-    def append(self, lsn: int, operation: Operation) -> None:
+    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
         assert self.room, operation
-        super().append(lsn, operation)
+        super().append(lsn, operation, payload)
 
 
 _AS_FOUND = AsFound()

@@ -16,7 +16,7 @@ import pytest
 
 from engram.errors import DamagedDataError
 from engram.index.segment import GRAPH
-from engram.operations import Operation
+from engram.operations import decode
 from engram.persistence import Persistence
 from engram.persistence.layout import Layout
 from tests.crash.power_failures import (
@@ -192,9 +192,9 @@ def test_removing_files_too_early_is_found_out() -> None:
 
 
 def test_a_transaction_in_several_records_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def append_together(persistence: Persistence, first_lsn: int, operations: Sequence[Operation]) -> None:
-        for lsn, operation in enumerate(operations, first_lsn):
-            Persistence.append(persistence, lsn, operation)
+    def append_together(persistence: Persistence, first_lsn: int, payloads: Sequence[bytes]) -> None:
+        for lsn, payload in enumerate(payloads, first_lsn):
+            Persistence.append(persistence, lsn, decode(payload), payload)
             persistence._plan_run()
 
     monkeypatch.setattr(Persistence, "append_together", append_together)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from engram.columns import unpack_bytes
 from engram.errors import CommandError, LogFailureError
 from engram.operations import InstallSegment, Operation, SetString, decode, encode
+from engram.persistence import task
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import read_manifest
 from engram.persistence.task import AppendFsync, Persistence, PersistenceSettings
@@ -63,6 +64,18 @@ def snapshot_command(directory: Path) -> Callable[[int], list[str]]:
     return lambda last_file: [sys.executable, "-c", SNAPSHOT_PROGRAM, str(directory), str(last_file)]
 
 
+def append(persistence: Persistence, *operations: Operation) -> None:
+    """What `Database.commit` does with the log, or with several `Database.together`."""
+    first_lsn = persistence.appended_lsn + 1
+    payloads: list[bytes] = []
+    for each in operations:
+        payloads.append(persistence.reserve(first_lsn, each, sum(map(len, payloads))))
+    if len(operations) == 1:
+        persistence.append(first_lsn, operations[0], payloads[0])
+    else:
+        persistence.append_together(first_lsn, payloads)
+
+
 @attrs.define
 class Running:
     """A persistence task, and what a client of it does in a line."""
@@ -73,7 +86,7 @@ class Running:
     def append(self, count: int = 1, size: int = 5) -> None:
         for _ in range(count):
             lsn = self.persistence.appended_lsn + 1
-            self.persistence.append(lsn, operation(lsn, size))
+            append(self.persistence, operation(lsn, size))
             self.persistence.on_release(lsn, lambda lsn=lsn: self.released.append(lsn))  # type: ignore[misc]
 
     async def durable(self, lsn: int) -> None:
@@ -155,7 +168,7 @@ async def test_what_is_appended_together_is_in_one_record(directory: Path, files
         for _ in range(3):
             # The second time the rest of the file does not hold all three.
             await persistence.admit(2500)
-            persistence.append_together(persistence.appended_lsn + 1, together)
+            append(persistence, *together)
         lsn = persistence.appended_lsn
         persistence.on_release(lsn, partial(running.released.append, lsn))
         await running.durable(lsn)
@@ -214,7 +227,7 @@ async def test_a_callback_for_what_is_released_runs_at_once(directory: Path, fil
 async def test_an_lsn_out_of_turn_is_a_mistake(directory: Path, files: HookedFiles) -> None:
     async with started(directory, files) as running:
         with pytest.raises(ValueError, match="LSN 2 does not follow 0"):
-            running.persistence.append(2, operation(2))
+            running.persistence.reserve(2, operation(2))
 
 
 async def test_closing_writes_and_records_all(directory: Path, files: HookedFiles) -> None:
@@ -580,7 +593,7 @@ async def test_no_space_for_what_was_not_admitted_is_final(directory: Path, file
 
 
 def install(persistence: Persistence, segment: str, *replaces: str) -> None:
-    persistence.append(persistence.appended_lsn + 1, InstallSegment(1, segment, 0, 0, replaces))
+    append(persistence, InstallSegment(1, segment, 0, 0, replaces))
 
 
 def restored(directory: Path) -> list[Operation]:
@@ -912,7 +925,7 @@ def test_whatever_is_written_is_there_after_each_restart(
                     await running.persistence.admit(step)
                     lsn = running.persistence.appended_lsn + 1
                     written.append(operation(lsn, step))
-                    running.persistence.append(lsn, written[-1])
+                    append(running.persistence, written[-1])
                 else:
                     released = trio.Event()
                     running.persistence.on_release(len(written), released.set)
@@ -927,3 +940,45 @@ def test_whatever_is_written_is_there_after_each_restart(
             recovered = read_back(directory)
             assert [each for _, each in recovered.operations] == written
             assert recovered.recovery.torn_bytes == 0
+
+
+# What fits into a record
+
+
+def whole_log(directory: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(directory.glob("wal-*.log")))
+
+
+async def test_what_is_recovered_together_fits_into_a_record(
+    directory: Path, files: HookedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "LARGEST_TOGETHER", 1000)
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        refused = "^ERR what would be changed at once does not fit into one record"
+        with pytest.raises(CommandError, match=refused):
+            persistence.reserve(1, SetString(b"k", bytes(1000)))
+        with pytest.raises(CommandError, match=refused):
+            persistence.reserve(1, SetString(b"k", bytes(500)), 500)
+        # Nothing came of it; and what is gathered goes into as many records as it takes.
+        running.append(5, size=900)
+        append(persistence, SetString(b"a", bytes(400)), SetString(b"b", bytes(400)))
+        await running.durable(persistence.appended_lsn)
+        assert persistence.status.queued_bytes == 0
+    assert len(read_back(directory).operations) == 7
+    log = whole_log(directory)
+    together = b"".join(map(encode, (SetString(b"a", bytes(400)), SetString(b"b", bytes(400)))))
+    assert log.count(together) == 1
+
+
+async def test_a_place_in_the_log_that_is_not_used_costs_nothing(directory: Path, files: HookedFiles) -> None:
+    async with started(directory, files) as running:
+        persistence = running.persistence
+        running.append()
+        before = persistence.status.queued_bytes
+        for size in (10, 1 << 15, 1 << 17, 10):
+            persistence.reserve(2, SetString(b"k", bytes(size)))
+        assert persistence.status.queued_bytes - before < 200
+        running.append(3)
+        await running.durable(4)
+    assert len(read_back(directory).operations) == 4
