@@ -339,11 +339,15 @@ class Persistence:
     def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
         """As `append` one after the other, in one record: they are recovered all or none.
 
-        No segment is put into effect by them.
+        No segment is put into effect by them. The record that the last of them was reserved in may have been
+        written without them meanwhile.
         """
+        size = sum(map(len, payloads))
+        if self._end + size > self._run_end:
+            self._open_run(size)
         self._payloads += payloads
         self._appended_lsn = first_lsn + len(payloads) - 1
-        self._end += sum(map(len, payloads))
+        self._end += size
 
     def _plan_run(self, next_file: PreparedFile | None = None) -> None:
         run = Run(self._appended_lsn + 1, next_file)

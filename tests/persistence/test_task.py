@@ -178,6 +178,30 @@ async def test_what_is_appended_together_is_in_one_record(directory: Path, files
     assert len(read_back(directory).operations) == lsn == 10
 
 
+@pytest.mark.parametrize("size", [10, 3000])
+async def test_what_is_appended_together_may_be_reserved_turns_before(
+    directory: Path, files: HookedFiles, size: int
+) -> None:
+    """As by an EXEC of many turns: the record in which there was room for its first changes is written."""
+    settings = PersistenceSettings(log_file_size=4096)
+    together = [SetString(b"k%d" % number, bytes(size)) for number in range(3)]
+    async with started(directory, files, settings) as running:
+        persistence = running.persistence
+        running.append()
+        await running.durable(1)
+        await persistence.admit(3 * size)
+        payloads: list[bytes] = []
+        for each in together:
+            payloads.append(persistence.reserve(2, each, sum(map(len, payloads))))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        persistence.append_together(2, payloads)
+        running.append()
+        with trio.fail_after(30):
+            await running.durable(5)
+    assert [lsn for lsn, _ in read_back(directory).operations] == [1, 2, 3, 4, 5]
+    assert whole_log(directory).count(b"".join(map(encode, together))) == 1
+
+
 async def test_all_that_waits_during_a_write_shares_the_next_sync(
     directory: Path, files: HookedFiles
 ) -> None:
