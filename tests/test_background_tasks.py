@@ -28,6 +28,7 @@ from engram.listeners import Reception
 from engram.rounds import Rounds
 from engram.statistics import Statistics
 from engram.supervision import keep_running
+from engram.watches import Watches
 from tests.conftest import vector
 from tests.test_server import OK, PONG, running
 
@@ -53,6 +54,7 @@ FAULTS = {
     "verifying segments": Fault(SegmentStore, "verify", NO_THREAD),
     "deleting keys that lapsed": Fault(Database, "expire_due", MemoryError()),
     "freeing what was dropped": Fault(SegmentStore, "size", GONE, ("DEL v",)),
+    "forgetting watches": Fault(Watches, "clear_up", MemoryError()),
     "trimming the heap": Fault(Heap, "_trim", NO_THREAD),
     "sampling statistics": Fault(Statistics, "sample", MemoryError()),
     "a search thread": Fault(SearchService, "_run_next", MemoryError(), ("VSEARCH v aaaaaaaa 1",)),

@@ -383,13 +383,7 @@ class SearchService:
 
     def _serve(self, worker: int, token: trio.lowlevel.TrioToken) -> None:
         while True:
-            try:
-                more = self._run_next(worker, token)
-            except Exception:
-                # Whatever it was, the thread is needed for the next search.
-                logger.exception("an error between searches")
-                more = True
-            if not more and not self._calls.get():
+            if not self._run_next(worker, token) and not self._calls.get():
                 return
 
     def _run_next(self, worker: int, token: trio.lowlevel.TrioToken) -> bool:

@@ -268,7 +268,7 @@ def test_the_prompt_shows_hints(
         terminal.expect("OK\r\n" + prompt)
         terminal.type("vinfo colours\r")
         terminal.expect(' 1) "dim"\r\n 2) "3"\r\n 3) "metric"\r\n 4) "cosine"\r\n 5) "count"\r\n 6) "0"\r\n')
-        terminal.expect('30) ""\r\n' + prompt)
+        terminal.expect('31) "last-build-error"\r\n32) ""\r\n' + prompt)
         terminal.type("help vadd\r")
         terminal.expect("VADD index member vector\r\r\n")
         terminal.expect("summary: Adds a vector")

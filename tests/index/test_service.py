@@ -430,7 +430,7 @@ class TestEncoding:
         with trio.fail_after(30):
             while not outcomes:
                 await trio.lowlevel.checkpoint()
-        assert set(caplog.messages) == {"an error between searches"}
+        assert set(caplog.messages) == {"a search thread failed: out of memory"}
 
 
 Submitted = Callable[..., None]
