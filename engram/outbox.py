@@ -143,12 +143,12 @@ class Outbox:
 
     def depart(self) -> None:
         """Sends what `send_soon` put off."""
-        if self._departing:
-            self._attempt(self._depart)
-
-    def _depart(self) -> None:
         departing, self._departing = self._departing, []
-        self._send(departing[0] if len(departing) == 1 else b"".join(departing))
+        if departing:
+            try:
+                self._send(departing[0] if len(departing) == 1 else b"".join(departing))
+            except Exception:
+                self._end()
 
     def expect(self, slot: Slot, lsn: int) -> None:
         """Keeps the place of a reply that will show the state at `lsn`, or at the slot's own."""
@@ -209,12 +209,12 @@ class Outbox:
 
     def _released(self) -> None:
         self._registered = False
-        self._attempt(self.flush)
+        self._attempt_flush()
 
     def _filled(self, slot: Slot) -> None:
         assert slot.reply is not None
         self._count(slot, slot.reply)
-        self._attempt(self.flush)
+        self._attempt_flush()
 
     def _count(self, slot: Slot, reply: bytes) -> None:
         """Counts a reply that is known from now on."""
@@ -222,14 +222,20 @@ class Outbox:
         self._waiting_bytes += len(reply)
         self._held.waiting += len(reply)
 
-    def _attempt(self, move: Callable[[], None]) -> None:
+    def _attempt_flush(self) -> None:
         """Moves replies along for somebody whom an error is no concern of: it ends this client."""
         try:
-            move()
+            self.flush()
         except Exception:
+            self._end()
+
+    def _end(self) -> None:
+        """Ends this client for the error at hand."""
+        # There may be no memory for a line of the log.
+        with suppress(MemoryError):
             logger.exception("client %s ended by an error", self._address)
-            self.discard()
-            self._abort()
+        self.discard()
+        self._abort()
 
     def _send(self, data: bytes) -> None:
         if self._broken:

@@ -214,9 +214,11 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
             misses += 1
             found.append(null)
             continue
-        if type(value) is not bytes or max(size, len(value)) > _RUN_BYTES:
+        if type(value) is not bytes:
             break
         size += len(value)
+        if size > _RUN_BYTES:
+            break
         found.append(bulk(value))
     session.server.statistics.get_misses += misses
     return len(found), b"".join(found)
