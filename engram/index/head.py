@@ -242,8 +242,6 @@ class Head:
         # Rows in all chunks but the last, and the bytes reserved for those.
         self.rows_before_tail = 0
         self._bytes_before_tail = 0
-        # Chunks for rows that are about to come.
-        self._spares: list[Chunk] = []
 
     @property
     def rows(self) -> int:
@@ -275,10 +273,11 @@ class Head:
                 return (*((before, before.count) for before in chunks[:number]), (chunk, born))
         return ()
 
-    def tail(self) -> Chunk:
+    def tail(self, spares: list[Chunk] | None = None) -> Chunk:
         """A last chunk with room for at least one row more; it may have none yet.
 
-        The first chunk starts small and grows by half, so that a small index takes little memory.
+        A new one is one of `spares`, if there are any. The first chunk starts small and grows by half, so
+        that a small index takes little memory.
         """
         chunks = self.chunks
         if not chunks:
@@ -290,7 +289,7 @@ class Head:
             return tail
         if tail.count < self.chunk_rows:
             return self._grow(tail, tail.count + 1)
-        new = self._spares.pop() if self._spares else Chunk(self.chunk_rows, self.dimension)
+        new = spares.pop() if spares else Chunk(self.chunk_rows, self.dimension)
         rows = self.rows_before_tail + tail.count
         size = self._bytes_before_tail + tail.bytes_reserved
         self.chunks, self.rows_before_tail, self._bytes_before_tail = (*chunks, new), rows, size
@@ -306,23 +305,28 @@ class Head:
             self.chunks = (*self.chunks[:-1], tail)
         return tail
 
-    def reserve(self, rows: int) -> None:
-        """Makes the chunks that so many more rows will go to."""
+    def reserve(self, rows: int) -> list[Chunk]:
+        """Makes room for so many more rows; returns the chunks that `extend` takes beside the last one."""
         if not rows:
-            return
+            return []
         tail = self.tail()
         tail = self._grow(tail, tail.count + rows)
         room = tail.capacity - tail.count
         needed = max(0, -((room - rows) // self.chunk_rows))
-        del self._spares[needed:]
-        while len(self._spares) < needed:
-            self._spares.append(Chunk(self.chunk_rows, self.dimension))
+        return [Chunk(self.chunk_rows, self.dimension) for _ in range(needed)]
 
-    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats, lsn: int = 0) -> None:
-        """Appends rows, born at `lsn`; their ids are greater than all here."""
+    def extend(
+        self,
+        row_ids: RowIds,
+        keys: list[bytes],
+        vectors: Floats,
+        lsn: int = 0,
+        spares: list[Chunk] | None = None,
+    ) -> None:
+        """Appends rows, born at `lsn`; their ids are greater than all here. `spares` are of `reserve`."""
         done = 0
         while done < len(keys):
-            tail = self.tail()
+            tail = self.tail(spares)
             part = slice(done, min(done + tail.capacity - tail.count, len(keys)))
             tail.extend(row_ids[part], keys[part], vectors[part], lsn)
             done = part.stop

@@ -381,11 +381,12 @@ class _Pass:
             self._scan.add([_segment_block(installed, positions, positions, None)], which)
 
     def _scan_head(self) -> None:
-        # Within a generation heads only grow: the longest holds what all others show.
-        longest = max(self._views, key=lambda view: view.head_rows)
+        # Within a generation heads only grow: the latest holds what all others show, and every death that one
+        # of them may see. (One with as many rows may hold a chunk that has been replaced since.)
+        latest = max(self._views, key=lambda view: view.lsn)
         blocks: list[Block] = []
         offset = rows = 0
-        for chunk, count in longest.head:
+        for chunk, count in latest.head:
             codes = chunk.codes(self._queries, count)
             coded = 0 if codes is None else codes.rows
             # Codes of more rows than any of these views shows are for other searches: those rows are hidden.

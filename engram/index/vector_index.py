@@ -130,7 +130,8 @@ class Addition:
     """Rows that are about to be added, with room for them: see `VectorIndex.prepare_addition`.
 
     `rows` maps distinct keys to row ids; `attributes` has a text or None for each, or is empty; `new` counts
-    the keys that are new, `new_bytes` their lengths; `dying` are the rows that the keys had before.
+    the keys that are new, `new_bytes` their lengths; `dying` are the rows that the keys had before; `spares`
+    are chunks to come after the head's last.
     """
 
     rows: dict[bytes, int]
@@ -140,6 +141,7 @@ class Addition:
     new_bytes: int
     new: int
     dying: _AllLocated
+    spares: list[Chunk]
 
 
 # The same for one row: the chunk it goes to, its key, vector and attributes, and the row the key had before.
@@ -459,7 +461,7 @@ class VectorIndex:
     ) -> Addition:
         """Rows of distinct keys that are about to be added."""
         live = self.live
-        self._head.reserve(len(keys))
+        spares = self._head.reserve(len(keys))
         old = [row_id for key in keys if (row_id := live.get(key)) is not None]
         return Addition(
             dict(zip(keys, row_ids.tolist(), strict=True)),
@@ -469,6 +471,7 @@ class VectorIndex:
             sum(len(key) for key in keys if key not in live),
             len(keys) - len(old),
             self._locate(old),
+            spares,
         )
 
     def add_prepared(self, lsn: int, addition: Addition | OneAddition) -> int:
@@ -502,7 +505,7 @@ class VectorIndex:
         """Appends rows and points their keys at them."""
         rows, row_ids = addition.rows, addition.row_ids
         self._next_row += len(rows)
-        self._head.extend(row_ids, list(rows), addition.vectors, lsn)
+        self._head.extend(row_ids, list(rows), addition.vectors, lsn, addition.spares)
         for row_id, text in zip(row_ids.tolist(), addition.attributes, strict=False):
             if text:
                 self._head.describe(row_id, text)

@@ -216,6 +216,19 @@ class TestHead:
         results = search_batch(views[::-1], np.zeros((len(views), 4), np.float32), SearchOptions(7), 0)
         assert [pairs(result) for result in results[::-1]] == expected
 
+    @pytest.mark.parametrize("added", [1, 2])
+    @pytest.mark.parametrize("newest", [0, 1])
+    def test_an_addition_that_was_not_made_hides_no_death(self, added: int, newest: int) -> None:
+        """The head has another chunk for it. A view of before has as many rows, and not the deaths."""
+        rows = np.arange(48, dtype=np.float32).reshape(16, 3)
+        index = filled("l2", rows)
+        views = [index.view(2)]
+        index.prepare_addition([b"%d" % row for row in range(16, 16 + added)], rows[:added])
+        index.delete(3, [b"0"])
+        views.insert(newest, index.view(3))
+        results = search_batch(views, np.repeat(rows[:1], 2, axis=0), SearchOptions(1), 0)
+        assert [result.keys for result in results] == [[b"1"], [b"0"]][:: 1 if newest == 0 else -1]
+
 
 class TestViewsBehind:
     """A view that ends before a chunk sees none of its rows, and later views all of them."""

@@ -442,6 +442,19 @@ def test_bytes_in_memory_are_about_what_is_allocated(clustered: Clustered) -> No
     assert index.statistics().bytes_in_memory == pytest.approx(allocated, rel=0.2)
 
 
+def test_what_was_taken_for_rows_that_do_not_come_is_given_back(clustered: Clustered) -> None:
+    matrix = clustered(50_000, 16)
+    index = VectorIndex(1, default_parameters(16, "cosine"))
+    index.add(2, [b"first"], matrix[:1])
+    tracemalloc.start()
+    index.prepare_addition([b"%d" % row for row in range(len(matrix))], matrix)
+    allocated, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The last chunk has grown, and stays.
+    assert peak > matrix.nbytes
+    assert allocated < matrix.nbytes / 8
+
+
 def test_an_optimized_index_is_left_alone(clustered: Clustered, build: Build) -> None:
     index = index_of(clustered(2000, 4), seal_rows=16, largest_segment=256)
     build(index, index.plan_optimization()).install(3, index)
