@@ -18,7 +18,7 @@ import numpy as np
 import trio
 
 from engram.child_process import module_command, module_environment
-from engram.errors import EngramError, LogFailureError, one_line
+from engram.errors import DamagedDataError, EngramError, LogFailureError, one_line
 from engram.index.build_process import CERTAIN_FAILURE, BuildJob, BuildResult
 from engram.index.head import ALIVE
 from engram.index.pace import Pace, Wait
@@ -93,7 +93,8 @@ class Builder:
     `install` logs and applies the operation that puts a finished, durable segment in its place; it may
     find that the index has been dropped, and then does nothing. A build that fails is tried again later. One
     that has failed twice in the same way, by nothing but its rows, is tried with float32 in the graph; when
-    that fails so, too, the rows stay without a graph, and nobody waits for it.
+    that fails so, too, the rows stay without a graph, and nobody waits for it. Segments that are damaged, or
+    cannot be merged, stay as they are, and what else there is to build is built.
 
     `limit` tells how many rows of an index may be without a graph before more of them have to wait.
 
@@ -264,13 +265,18 @@ class Builder:
         failed.count += 1
         failed.error = text
         if failed.certain > 1:
-            if index.id in self._plain or index.parameters.quantization == _PLAIN:
+            if self._is_certain(index, error):
                 failed.hopeless = True
                 self._pace.give_up(index.id)
                 return settings.hopeless_retry
             self._plain.add(index.id)
             failed.certain = 0
         return min(settings.longest_retry, settings.first_retry * 2.0 ** (failed.count - 1))
+
+    def _is_certain(self, index: VectorIndex, error: Exception) -> bool:
+        """Whether a build would fail again, however it is tried."""
+        plain = index.id in self._plain or index.parameters.quantization == _PLAIN
+        return plain and isinstance(error, BuildError) and error.certain
 
     async def _retry(self, index: VectorIndex, pause: float) -> None:
         try:
@@ -284,8 +290,9 @@ class Builder:
     async def _build_next(self, index: VectorIndex) -> None:
         optimization = self._optimizations.pop(index.id, None)
         plan = None
+        asked_for = optimization is not None
         if not index.dropped:
-            plan = index.plan() if optimization is None else index.plan_optimization()
+            plan = index.plan_optimization() if asked_for else index.plan()
         optimization = optimization or _Optimization()
         try:
             if plan is not None:
@@ -294,6 +301,10 @@ class Builder:
             optimization.error = ""
         except Exception as error:
             optimization.error = one_line(error)
+            if isinstance(error, DamagedDataError):
+                index.leave_unmerged((error.path.parent.name,))
+            elif plan is not None and not asked_for and self._is_certain(index, error):
+                index.leave_unmerged([source.id for source in plan.sources])
             raise
         finally:
             self._building.pop(index.id, None)
@@ -326,13 +337,15 @@ class Builder:
                     await self._in_thread(lambda: self._store.remove(name))
 
     def _write_rows(self, name: str, plan: Plan) -> int:
-        for source in plan.sources:
+        rows = live_rows(plan)
+        for source, (_, wanted) in zip(plan.sources, rows, strict=False):
             # New checksums must not vouch for damage.
-            self._store.verify(source.segment)
+            if len(wanted):
+                self._store.verify(source.segment)
         # Merging leaves less open than before.
         if not plan.sources:
             self._store.check_descriptors()
-        return self._store.write_rows(name, live_rows(plan))
+        return self._store.write_rows(name, rows)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(function, limiter=self._limiter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -47,11 +47,18 @@ _SEGMENT_ROW_BYTES = 8
 
 @attrs.define(eq=False)
 class InstalledSegment:
-    """A segment as part of an index: `deaths` (rows,) holds the LSN that killed a row, or ALIVE."""
+    """A segment as part of an index.
+
+    Attributes:
+        deaths: (rows,) the LSN that killed a row, or ALIVE.
+        dead: how many rows are dead.
+        mergeable: whether it may be built again, alone or with others.
+    """
 
     segment: Segment
     deaths: Lsns
     dead: int
+    mergeable: bool = True
 
     @property
     def id(self) -> str:
@@ -64,6 +71,11 @@ class InstalledSegment:
     @property
     def live(self) -> int:
         return self.rows - self.dead
+
+    @property
+    def removable(self) -> bool:
+        """Whether another, or nothing, may take its place."""
+        return self.mergeable or not self.live
 
     def kill(self, position: int, lsn: int) -> None:
         """Marks a living row as dead."""
@@ -651,11 +663,22 @@ class VectorIndex:
 
     def _merge_of(self, segments: Sequence[InstalledSegment], *, waiting: bool) -> slice | None:
         return next_merge(
-            [(installed.rows, installed.dead) for installed in segments],
+            [
+                # One that is larger than what merges yield is left as it is.
+                (installed.rows, installed.dead) if installed.removable else (self._largest_segment + 1, 0)
+                for installed in segments
+            ],
             _LARGEST_SEAL * self._seal_rows,
             waiting=waiting,
             largest=self._largest_segment,
         )
+
+    def leave_unmerged(self, segments: Container[str]) -> None:
+        """Those of these segments, given by id, that are here stay as they are: none can be built again."""
+        for installed in self.segments:
+            if installed.id in segments:
+                installed.mergeable = False
+        self._merge_wanted = self._merge(waiting=False) is not None
 
     def install(self, lsn: int, segment: Segment | None, through: int, replaces: Sequence[str]) -> list[str]:
         """A segment takes the place of the head's rows up to row id `through` and of segments.
@@ -721,7 +744,11 @@ class VectorIndex:
             source.kill(positions, lsn)
         else:
             source.kill_many(positions, lsn)
-        if isinstance(source, InstalledSegment) and source.dead > DEAD_FRACTION * source.rows:
+        if (
+            isinstance(source, InstalledSegment)
+            and source.dead > DEAD_FRACTION * source.rows
+            and source.removable
+        ):
             self._merge_wanted = True
 
     def _locate_row(self, row_id: int) -> _Located:

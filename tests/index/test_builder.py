@@ -16,7 +16,7 @@ from engram.errors import CommandError, DamagedDataError, LogFailureError
 from engram.index.builder import Builder, BuildError, BuilderSettings
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, search_batch
-from engram.index.segment import SegmentStore
+from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import VectorIndex
 from engram.operations import InstallSegment
 
@@ -375,6 +375,84 @@ async def test_damaged_vectors_are_not_copied_into_another_segment(
     with pytest.raises(BuildError, match=r"vectors\.npy: checksum mismatch"):
         await builder.optimize(index)
     assert [kept.id for kept in index.segments] == [installed.id]
+
+
+async def test_a_damaged_segment_is_in_nobodys_way(
+    engine: Engine,
+    clustered: Clustered,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The head is sealed, and the other segments are merged."""
+    index = VectorIndex(1, default_parameters(8, "cosine"), seal_rows=64)
+    builder = Builder(engine.store, engine.install, settings=BuilderSettings(first_retry=0.001))
+    await nursery.start(builder.run)
+    verify = engine.store.verify
+    damaged: list[Segment] = []
+
+    def find_damage(segment: Segment) -> None:
+        if segment in damaged:
+            raise DamagedDataError(segment.path / "vectors.npy", "checksum mismatch")
+        verify(segment)
+
+    monkeypatch.setattr(engine.store, "verify", find_damage)
+    await seal(engine, builder, index, clustered(64, 8))
+    damaged.append(index.segments[0].segment)
+    for seed in range(1, 5):
+        await seal(engine, builder, index, clustered(64, 8, seed=seed))
+    assert index.rows_unindexed == 0
+    assert index.segments[0].segment is damaged[0]
+    assert len(index.segments) < 5
+    assert builder.failures == 1
+    # None of it is needed any more.
+    index.delete(engine.lsn + 1, damaged[0].keys.all())
+    engine.lsn += 1
+    await settle(builder, index)
+    assert all(installed.segment is not damaged[0] for installed in index.segments)
+    assert builder.failures == 1
+
+
+UNMERGEABLE = """
+import sys
+import numpy as np
+from engram.index import build_process
+
+def build(job, build=build_process.build_segment):
+    if len(np.load(f"{job.store}/{job.segment}.building/row-ids.npy")) > 64:
+        raise ValueError("no luck")
+    return build(job)
+
+build_process.build_segment = build
+sys.exit(build_process.main())
+"""
+
+
+async def test_heads_are_sealed_where_segments_cannot_be_merged(
+    engine: Engine, clustered: Clustered, nursery: trio.Nursery
+) -> None:
+    index = VectorIndex(1, default_parameters(8, "cosine"), seal_rows=64)
+    settings = BuilderSettings(command=(sys.executable, "-c", UNMERGEABLE), first_retry=0.001)
+    builder = Builder(engine.store, engine.install, settings=settings)
+    await nursery.start(builder.run)
+    for seed in range(3):
+        await seal(engine, builder, index, clustered(64, 8, seed=seed))
+    assert [installed.rows for installed in index.segments] == [64, 64, 64]
+    # Twice as it is asked for, once with float32.
+    assert builder.failures == 3
+
+
+async def seal(engine: Engine, builder: Builder, index: VectorIndex, rows: Floats) -> None:
+    """Adds rows with keys of their own, and lets the builder do what there is to do then."""
+    engine.lsn += 1
+    index.add(engine.lsn, [b"%d" % (index.next_row + row) for row in range(len(rows))], rows)
+    await settle(builder, index)
+
+
+async def settle(builder: Builder, index: VectorIndex) -> None:
+    """Waits until a builder has nothing to do, or has tried often."""
+    builder.consider(index)
+    while builder._known and builder.failures < 10 and not builder._is_hopeless(index.id):
+        await trio.lowlevel.checkpoint()
 
 
 async def test_an_optimization_takes_the_rows_that_came_during_another_build(
