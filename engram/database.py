@@ -37,7 +37,9 @@ class Journal(Protocol):
 
     async def admit(self, size: int) -> None: ...
 
-    def reserve(self, lsn: int, operation: Operation, size: int = 0) -> bytes: ...
+    def reserve(self, lsn: int, operation: Operation) -> bytes: ...
+
+    def encode(self, operation: Operation, before: int = 0) -> bytes: ...
 
     def append(self, lsn: int, operation: Operation, payload: bytes) -> None: ...
 
@@ -65,7 +67,7 @@ class _Group:
     size: int = 0
 
     def reserve(self, lsn: int, operation: Operation) -> bytes:
-        return self.journal.reserve(self.first_lsn, operation, self.size)
+        return self.journal.encode(operation, self.size)
 
     def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
         self.payloads.append(payload)

@@ -133,7 +133,10 @@ class ManualJournal:
                 raise CommandError(self.refusal)
             await self._parked.park()
 
-    def reserve(self, lsn: int, operation: Operation, size: int = 0) -> bytes:
+    def reserve(self, lsn: int, operation: Operation) -> bytes:
+        return encode(operation)
+
+    def encode(self, operation: Operation, before: int = 0) -> bytes:
         return encode(operation)
 
     def append(self, lsn: int, operation: Operation, payload: bytes) -> None:

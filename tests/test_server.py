@@ -12,13 +12,14 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import attrs
 import pytest
 import trio
 import trio.testing
 
+from engram.commands import transactions
 from engram.commands.registry import COMMANDS, SPELLINGS
 from engram.commands.session import Session
 from engram.config import Config
@@ -153,6 +154,25 @@ async def test_keys_lapse_by_themselves() -> None:
         while await client.call("DBSIZE") != b":1\r\n":
             await trio.lowlevel.checkpoint()
         assert b"expired_keys:1\r\n" in await client.call("INFO stats")
+
+
+@pytest.mark.parametrize("appendfsync", ["always", "everysec"])
+async def test_a_long_transaction_is_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appendfsync: Literal["always", "everysec"]
+) -> None:
+    """Though the log looks meanwhile whether there is something to write."""
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    reads = ["GET a", "STRLEN a"] * 20
+    queued = ["SET a 1", *reads, "APPEND a 2", *reads]
+    async with running(Config(dir=str(tmp_path), appendfsync=appendfsync)) as server:
+        client = await server.connect()
+        await client.send("MULTI", *queued, "EXEC", "SET b 1", "WAITAOF 1 0 0")
+        replies = [await client.reply() for _ in range(len(queued) + 4)]
+        assert replies[-3].endswith(b"$2\r\n12\r\n:2\r\n")
+        assert replies[-2:] == [OK, b"*2\r\n:1\r\n:0\r\n"]
+    async with running(Config(dir=str(tmp_path))) as server:
+        client = await server.connect()
+        assert await client.call("MGET a b") == b"*2\r\n$2\r\n12\r\n$1\r\n1\r\n"
 
 
 async def test_shutdown_by_a_client() -> None:

@@ -62,9 +62,11 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     except CommandError:
         # The request will be refused when it is carried out by itself.
         pass
+    # What can fail comes before the change.
+    replies = (b":%d\r\n" * len(found)) % tuple(found)
     if found:
         database.commit(SetStrings(tuple(numbers), tuple([b"%d" % total for total in numbers.values()])))
-    return len(found), (b":%d\r\n" * len(found)) % tuple(found)
+    return len(found), replies
 
 
 def _one(arguments: list[bytes]) -> int:

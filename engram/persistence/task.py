@@ -125,7 +125,8 @@ class Persistence:
     """The log and the snapshots of one data directory, from the end of recovery on.
 
     Everything here belongs to Trio's loop, and what is not `async` has no checkpoint. A write goes
-    `has_room` or `admit`, then `reserve` and `append` in the same synchronous step.
+    `has_room` or `admit`, then `reserve` and `append` in the same synchronous step; several that go together,
+    `encode` for each and `append_together`.
 
     Args:
         directory: locked by `lock_directory`, read by `recover`.
@@ -293,32 +294,41 @@ class Persistence:
 
     # Appending
 
-    def reserve(self, lsn: int, operation: Operation, size: int = 0) -> bytes:
+    def reserve(self, lsn: int, operation: Operation) -> bytes:
         """Encodes an operation that is about to be applied, and settles where it goes in the log.
 
-        What is returned is for `append`, the next call, unless the operation is not applied after all. Of
-        operations that are to be appended together, `lsn` is that of the first and `size` what those before
-        this one take.
+        What is returned is for `append`, the next call, unless the operation is not applied after all.
+
+        Raises:
+            CommandError: it does not fit into one record.
+            ValueError: `lsn` does not follow the last one.
+        """
+        self._check_next(lsn)
+        payload = self.encode(operation)
+        if self._end + len(payload) > self._run_end:
+            self._open_run(len(payload))
+        return payload
+
+    def encode(self, operation: Operation, before: int = 0) -> bytes:
+        """Encodes an operation for `append_together`; `before` is what those before it take.
 
         Raises:
             CommandError: what is to be recovered together does not fit into one record.
-            ValueError: `lsn` does not follow the last one.
         """
-        if lsn != self._appended_lsn + 1:
-            raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
         try:
             payload = encode(operation)
         except msgspec.MsgspecError as error:
             raise CommandError(_TOO_LARGE) from error
-        size += len(payload)
-        if self._end + size > self._run_end:
-            self._open_run(size)
+        if before + len(payload) > LARGEST_TOGETHER:
+            raise CommandError(_TOO_LARGE)
         return payload
+
+    def _check_next(self, lsn: int) -> None:
+        if lsn != self._appended_lsn + 1:
+            raise ValueError(f"LSN {lsn} does not follow {self._appended_lsn}")
 
     def _open_run(self, size: int) -> None:
         """Has the next operations, which take so many bytes together, go into another record."""
-        if size > LARGEST_TOGETHER:
-            raise CommandError(_TOO_LARGE)
         size += _RECORD_OVERHEAD
         if size > self._file_end - self._end:
             self._plan_switch(size)
@@ -339,9 +349,12 @@ class Persistence:
     def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
         """As `append` one after the other, in one record: they are recovered all or none.
 
-        No segment is put into effect by them. The record that the last of them was reserved in may have been
-        written without them meanwhile.
+        They have a place in the log from here on only, for they may have been gathered for long. No segment
+        is put into effect by them.
+
+        Raises ValueError when `first_lsn` does not follow the last one.
         """
+        self._check_next(first_lsn)
         size = sum(map(len, payloads))
         if self._end + size > self._run_end:
             self._open_run(size)

@@ -67,13 +67,13 @@ def snapshot_command(directory: Path) -> Callable[[int], list[str]]:
 def append(persistence: Persistence, *operations: Operation) -> None:
     """What `Database.commit` does with the log, or with several `Database.together`."""
     first_lsn = persistence.appended_lsn + 1
+    if len(operations) == 1:
+        persistence.append(first_lsn, operations[0], persistence.reserve(first_lsn, operations[0]))
+        return
     payloads: list[bytes] = []
     for each in operations:
-        payloads.append(persistence.reserve(first_lsn, each, sum(map(len, payloads))))
-    if len(operations) == 1:
-        persistence.append(first_lsn, operations[0], payloads[0])
-    else:
-        persistence.append_together(first_lsn, payloads)
+        payloads.append(persistence.encode(each, sum(map(len, payloads))))
+    persistence.append_together(first_lsn, payloads)
 
 
 @attrs.define
@@ -179,10 +179,10 @@ async def test_what_is_appended_together_is_in_one_record(directory: Path, files
 
 
 @pytest.mark.parametrize("size", [10, 3000])
-async def test_what_is_appended_together_may_be_reserved_turns_before(
+async def test_what_is_appended_together_may_be_encoded_turns_before(
     directory: Path, files: HookedFiles, size: int
 ) -> None:
-    """As by an EXEC of many turns: the record in which there was room for its first changes is written."""
+    """As by an EXEC of many turns."""
     settings = PersistenceSettings(log_file_size=4096)
     together = [SetString(b"k%d" % number, bytes(size)) for number in range(3)]
     async with started(directory, files, settings) as running:
@@ -192,7 +192,7 @@ async def test_what_is_appended_together_may_be_reserved_turns_before(
         await persistence.admit(3 * size)
         payloads: list[bytes] = []
         for each in together:
-            payloads.append(persistence.reserve(2, each, sum(map(len, payloads))))
+            payloads.append(persistence.encode(each, sum(map(len, payloads))))
             await trio.testing.wait_all_tasks_blocked(0.01)
         persistence.append_together(2, payloads)
         running.append()
@@ -983,7 +983,7 @@ async def test_what_is_recovered_together_fits_into_a_record(
         with pytest.raises(CommandError, match=refused):
             persistence.reserve(1, SetString(b"k", bytes(1000)))
         with pytest.raises(CommandError, match=refused):
-            persistence.reserve(1, SetString(b"k", bytes(500)), 500)
+            persistence.encode(SetString(b"k", bytes(500)), 500)
         # Nothing came of it; and what is gathered goes into as many records as it takes.
         running.append(5, size=900)
         append(persistence, SetString(b"a", bytes(400)), SetString(b"b", bytes(400)))
