@@ -40,6 +40,8 @@ def bulk_array(session: Session, count: int, look: Callable[[], View]) -> Reply:
 
         async def reply() -> bytes:
             async with session.server.slices_lock:
+                # Half of a transaction is not to be seen.
+                await session.server.exclusion.wait()
                 return await _in_slices(session, look(), None)
 
     else:

@@ -180,7 +180,14 @@ def _go_on(server: Server, turns: Iterator[bool], answer: Callable[[], bytes | B
         reply = answer()
         return reply if isinstance(reply, bytes) else await reply.reply()
 
-    server.start_soon(go_on)
+    try:
+        server.start_soon(go_on)
+    except BaseException:
+        # What has been begun is finished all the same, in one turn.
+        for _ in turns:
+            pass
+        server.exclusion.end()
+        raise
     return Barrier(wait)
 
 

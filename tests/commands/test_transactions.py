@@ -10,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from engram import watches
 from engram.commands import transactions
+from engram.commands.slices import SLICE
 from engram.operations import AppendString, DeleteKeys, Operation, SetString
 from tests.conftest import START, HeldSearches, House, ManualJournal, OpenHouse, vector
 
@@ -465,6 +466,48 @@ async def test_commands_of_a_long_transaction_that_fail_are_answered_in_their_pl
         assert await client.call("EXEC") == b"*40\r\n" + (OK + refused) * 20
     assert not house.server.exclusion.active
     assert await client.call("GET b") == b"$1\r\n1\r\n"
+
+
+@pytest.mark.parametrize("listing", ["KEYS *", "VLIST"])
+async def test_long_lists_show_no_half_of_a_transaction(
+    house: House, monkeypatch: pytest.MonkeyPatch, listing: str
+) -> None:
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    client, other = house.connect(), house.connect()
+    await client.call([b"MSET", *(b"%d" % number for number in range(2 * (SLICE + 1)))])
+    await client.call("VNEW index 2")
+    others = ["GET a", "STRLEN a"] * 10
+    await client.send("MULTI", *others, "RENAME index first", *others, "RENAME first index")
+    await client.arrived()
+    async with house.server.slices_lock:
+        await other.send(listing)
+        await wait_all_tasks_blocked()
+        await client.send("EXEC")
+        await begun(house)
+        while b"index" in house.engine.keyspace.values:
+            await trio.lowlevel.checkpoint()
+        assert house.server.exclusion.active
+    assert b"$5\r\nindex\r\n" in await other.reply()
+
+
+async def test_a_transaction_that_no_task_can_go_on_with_is_finished(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.send("MULTI", *["APPEND b x", "INCR a"] * 10)
+        await client.arrived()
+
+        def fail(job: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(house.server, "start_soon", fail)
+        await client.send("EXEC")
+        assert await client.ended() == b""
+        assert [len(operations) for operations in journal.together] == [20]
+        assert await other.call("GET a") == b"$2\r\n10\r\n"
 
 
 async def test_how_much_may_be_queued(house: House) -> None:
