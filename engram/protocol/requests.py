@@ -17,6 +17,7 @@ Two readers share the work:
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from itertools import chain
 from typing import Final
 
@@ -106,7 +107,8 @@ class RequestParser:
         self._missing = 0  # arguments still to come; 0 between requests
         self._consumed = 0  # bytes read of that request
         self._line = b""  # the part received of a line
-        self._bulk = bytearray()  # the part received of an argument
+        # The part received of an argument. It gives up its buffer, however long, without a copy.
+        self._bulk = BytesIO()
         self._bulk_length = -1  # of that argument; -1 when none is arriving
         self._reader: hiredis.Reader | None = None  # one that stands between two requests
 
@@ -128,7 +130,7 @@ class RequestParser:
     @property
     def buffered(self) -> int:
         """Bytes received of a request that is not complete."""
-        return self._consumed + len(self._line) + len(self._bulk)
+        return self._consumed + len(self._line) + self._bulk.tell()
 
     def feed(self, data: bytes) -> list[list[bytes]]:
         """Take what has been received; return the requests that are complete now, in order.
@@ -146,7 +148,7 @@ class RequestParser:
                 self.error = error
                 self.suspended = False
                 self._line = b""
-                self._bulk = bytearray()
+                self._bulk = BytesIO()
                 self._arguments = []
                 self._consumed = 0
         return requests
@@ -224,7 +226,7 @@ class RequestParser:
                 self._missing = missing
                 self._consumed += position - start
                 self._bulk_length = length
-                self._bulk += data[position:]
+                self._bulk.write(data[position:])
                 return last + 1
             append(data[position:stop])
             position = stop + 2
@@ -235,15 +237,16 @@ class RequestParser:
 
     def _fill_bulk(self, data: bytes) -> int:
         """Add to the argument that is arriving; return the position after it."""
-        length = self._bulk_length
-        taken = length + 2 - len(self._bulk)
-        self._bulk += data if taken >= len(data) else data[:taken]
-        if len(self._bulk) < length + 2:
+        length, bulk = self._bulk_length, self._bulk
+        taken = length + 2 - bulk.tell()
+        bulk.write(data if taken >= len(data) else data[:taken])
+        if len(data) < taken:
             return len(data)
-        self._consumed += len(self._bulk) - taken
-        self._arguments.append(bytes(memoryview(self._bulk)[:length]))
+        self._consumed += length + 2 - taken
+        bulk.truncate(length)
+        self._arguments.append(bulk.getvalue())
         self._missing -= 1
-        self._bulk = bytearray()
+        self._bulk = BytesIO()
         self._bulk_length = -1
         return taken
 

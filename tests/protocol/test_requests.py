@@ -436,3 +436,21 @@ def test_nobody_has_thousands_of_requests_read_at_once(line: bytes) -> None:
     assert len(counts) == 3
     assert counts in ([512, 512, 476], [0, 0, 0])
     assert parser.buffered == 0
+
+
+def test_a_long_argument_is_not_copied_when_it_is_whole() -> None:
+    size = 8 << 20
+    parser = RequestParser()
+    tracemalloc.start()
+    try:
+        parser.feed(b"*2\r\n$3\r\nGET\r\n$%d\r\n" % size)
+        for _ in range(size >> 16):
+            parser.feed(b"x" * (1 << 16))
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        (request,) = parser.feed(b"\r\n")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert request == [b"GET", b"x" * size]
+    assert peak < before + size // 8
