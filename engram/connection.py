@@ -13,7 +13,7 @@ import trio
 from engram.commands.failures import excuse
 from engram.commands.guard import admit, check, check_rights
 from engram.commands.registry import COMMANDS, SPELLINGS
-from engram.commands.session import Barrier, ReplyMode, Server, Session, Slot
+from engram.commands.session import Barrier, Pieces, ReplyMode, Server, Session, Slot
 from engram.commands.table import (
     LONGEST_RUN,
     TURN_NANOSECONDS,
@@ -408,7 +408,10 @@ class Connection:
                     burst.append(reply)
                 else:
                     self._release(burst)
-                    outbox.expect(reply, database.lsn)
+                    if isinstance(reply, Pieces):
+                        outbox.send(reply, database.lsn)
+                    else:
+                        outbox.expect(reply, database.lsn)
                     burst_bytes = _BURST_BYTES
                 if session.closing:
                     break
@@ -538,6 +541,7 @@ class Connection:
     async def _pass(self, barrier: Barrier, command: Command | None) -> None:
         """Waits for the reply that stands behind a barrier, and hands it on."""
         began = time.perf_counter_ns()
+        reply: bytes | Pieces
         try:
             reply = await barrier.reply()
         except CommandError as error:
@@ -551,7 +555,7 @@ class Connection:
             self._server.statistics.usage[command.name].record(1, time.perf_counter_ns() - began)
         self._answer(reply)
 
-    def _answer(self, reply: bytes) -> None:
+    def _answer(self, reply: bytes | Pieces) -> None:
         """Hands on the reply of a request that has waited."""
         if self.session.reply_mode is ReplyMode.ON:
             self._outbox.send(reply, self._database.lsn)

@@ -188,6 +188,18 @@ class Database:
                 self._fail(error)
             raise
 
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """As `together`, for the parts of one change: an error behind the first of them is one half-way."""
+        lsn = self.engine.lsn
+        with self.together():
+            try:
+                yield
+            except Exception as error:
+                if self.engine.lsn != lsn:
+                    self._fail(error)
+                raise
+
     def lookup(self, key: bytes) -> String | VectorIndex | None:
         """What a key holds now; a key found to have lapsed is deleted."""
         keyspace = self.keyspace

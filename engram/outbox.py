@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
 import trio
 
 from engram.commands.allowance import SMALL_REPLY
-from engram.commands.session import Server, Slot
+from engram.commands.session import Bytes, Pieces, Server, Slot
 from engram.database import Journal
 from engram.transport import Transport
 
@@ -22,6 +22,8 @@ _UNRELEASED_REPLIES = 1024
 _UNRELEASED_BYTES = 4 << 20
 
 _WRITE_SIZE = 256 << 10
+# Of parts of replies, so many such sizes, or as many that are longer, are sent before others have a turn.
+_SENDS_AT_ONCE = 8
 
 # Replies that may wait for a client that has yet to authenticate (Redis drops it beyond as many).
 _UNAUTHENTICATED_BYTES = 1024
@@ -60,7 +62,7 @@ class Outbox:
         self._start_writer = start_writer
         self._abort = abort
         self._written = written
-        self._waiting: deque[tuple[bytes | Slot, int]] = deque()
+        self._waiting: deque[tuple[Bytes | Slot, int]] = deque()
         self._waiting_bytes = 0
         # About how many bytes those will have that are not known yet.
         self._expected_bytes = 0
@@ -68,7 +70,7 @@ class Outbox:
         self.observed_lsn = 0
         self._registered = False
         self._departing: list[bytes] = []
-        self._unsent: deque[memoryview] = deque()
+        self._unsent: deque[Bytes] = deque()
         self._unsent_bytes = 0
         self._write_scope: trio.CancelScope | None = None
         self._progress = trio.lowlevel.ParkingLot()
@@ -112,18 +114,22 @@ class Outbox:
         while (self._waiting or self._unsent or self._write_scope is not None) and not self._broken:
             await self._progress.park()
 
-    def send(self, reply: bytes, lsn: int) -> None:
+    def send(self, reply: bytes | Pieces, lsn: int) -> None:
         """Sends an encoded reply, or several, that show the state at `lsn`: now, or in its turn."""
         self.observed_lsn = lsn
         if not self._waiting:
             if self._journal is None or self._journal.released(lsn):
-                self._send(reply)
+                if isinstance(reply, Pieces):
+                    self._send_parts(reply.parts)
+                else:
+                    self._send(reply)
                 return
             self._register(self._journal, lsn)
-        size = len(reply)
+        parts = reply.parts if isinstance(reply, Pieces) else (reply,)
+        size = sum(map(len, parts))
         self._waiting_bytes += size
         self._held.waiting += size
-        self._waiting.append((reply, lsn))
+        self._waiting += ((part, lsn) for part in parts)
 
     def send_soon(self, reply: bytes, lsn: int) -> None:
         """As `send`, but when there is a round of clients, at its end."""
@@ -165,13 +171,14 @@ class Outbox:
     def flush(self) -> None:
         """Sends every reply that is ready, up to the first that is not."""
         waiting, journal = self._waiting, self._journal
-        ready = []
+        ready: list[Bytes] = []
+        ready_bytes = 0
         while waiting:
             reply, lsn = waiting[0]
             if isinstance(reply, Slot):
                 if reply.reply is None:
                     break
-                content = reply.reply
+                content: Bytes = reply.reply
             else:
                 content = reply
             if journal is not None and not journal.released(lsn):
@@ -181,9 +188,15 @@ class Outbox:
             size = len(content)
             self._waiting_bytes -= size
             self._held.waiting -= size
+            ready_bytes += size
             ready.append(content)
         if ready:
-            self._send(ready[0] if len(ready) == 1 else b"".join(ready))
+            if len(ready) == 1:
+                self._send(ready[0])
+            elif ready_bytes <= _WRITE_SIZE:
+                self._send(b"".join(ready))
+            else:
+                self._send_parts(ready)
             if self._progress:
                 self._progress.unpark_all()
 
@@ -237,12 +250,12 @@ class Outbox:
         self.discard()
         self._abort()
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: Bytes) -> None:
         if self._broken:
             return
         if self._departing:
-            data = b"".join((*self._departing, data))
-            self._departing = []
+            self._send_parts((data,))
+            return
         sent = 0
         if self._write_scope is None:
             try:
@@ -254,11 +267,27 @@ class Outbox:
             self._server.statistics.net_output_bytes += sent
             if sent == len(data):
                 return
+        self._leave((memoryview(data)[sent:],))
+
+    def _send_parts(self, parts: Sequence[Bytes]) -> None:
+        """As `_send` for several, in order: long ones without a copy, and some of many later."""
+        rest = deque((*self._departing, *parts))
+        self._departing = []
+        for _ in range(_SENDS_AT_ONCE):
+            if rest and self._write_scope is None:
+                self._send(_next_of(rest))
+        if rest and not self._broken:
+            self._leave(rest)
+
+    def _leave(self, parts: Collection[Bytes]) -> None:
+        """Leaves these to the writer task."""
+        if self._write_scope is None:
             self._write_scope = trio.CancelScope()
             self._start_writer()
-        self._unsent.append(memoryview(data)[sent:])
-        self._unsent_bytes += len(data) - sent
-        self._held.waiting += len(data) - sent
+        size = sum(map(len, parts))
+        self._unsent += parts
+        self._unsent_bytes += size
+        self._held.waiting += size
         self._limit_writing(self._write_scope)
 
     def _limit_writing(self, scope: trio.CancelScope) -> None:
@@ -285,6 +314,9 @@ class Outbox:
                 while self._unsent:
                     data = self._next_write()
                     await self._transport.send_all(data)
+                    if self._broken:
+                        # What was not sent is no longer counted.
+                        break
                     self._unsent_bytes -= len(data)
                     self._held.waiting -= len(data)
                     self._server.statistics.net_output_bytes += len(data)
@@ -304,14 +336,23 @@ class Outbox:
                 self._abort()
             self._progress.unpark_all()
 
-    def _next_write(self) -> bytes | memoryview:
-        first = self._unsent.popleft()
-        if len(first) >= _WRITE_SIZE:
-            if len(first) > _WRITE_SIZE:
-                self._unsent.appendleft(first[_WRITE_SIZE:])
-            return first[:_WRITE_SIZE]
-        parts, size = [first], len(first)
-        while self._unsent and size + len(self._unsent[0]) <= _WRITE_SIZE:
-            parts.append(self._unsent.popleft())
-            size += len(parts[-1])
-        return b"".join(parts)
+    def _next_write(self) -> Bytes:
+        data = _next_of(self._unsent)
+        if len(data) > _WRITE_SIZE:
+            rest = memoryview(data)
+            self._unsent.appendleft(rest[_WRITE_SIZE:])
+            data = rest[:_WRITE_SIZE]
+        return data
+
+
+def _next_of(parts: deque[Bytes]) -> Bytes:
+    """Takes the first, or several that are short as one."""
+    first = parts.popleft()
+    size = len(first)
+    if size >= _WRITE_SIZE or not parts:
+        return first
+    taken = [first]
+    while parts and size + len(parts[0]) <= _WRITE_SIZE:
+        taken.append(parts.popleft())
+        size += len(taken[-1])
+    return b"".join(taken)

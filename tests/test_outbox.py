@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from engram.commands.allowance import HeldReplies
-from engram.commands.session import Slot
+from engram.commands.session import Pieces, Slot
 from engram.config import Config
 from engram.operations import Flush
 from engram.outbox import Outbox
@@ -463,3 +463,40 @@ async def test_a_client_that_reads_late_is_seen_to_read(house: House) -> None:
     pipe.drain(3)
     await outbox.drained()
     assert len(written) == 1
+
+
+@pytest.mark.parametrize("room", [0, 7, 1 << 20, 1 << 40])
+@pytest.mark.parametrize("durable", [0, 1])
+async def test_parts_of_a_reply_leave_in_order(bench: Bench, room: int, durable: int) -> None:
+    bench.pipe.room = room
+    bench.journal.durable = durable
+    bench.outbox._server.config.client_output_buffer_limit = 1 << 30
+    parts: list[bytes | memoryview] = [
+        b"a",
+        memoryview(b"b" * 300_000),
+        b"c" * 10,
+        *[b"d" * 65_536] * 90,
+        b"e" * 3_000_000,
+        b"f",
+    ]
+    bench.outbox.send(b"first", 1)
+    bench.outbox.send(Pieces(parts), 1)
+    bench.outbox.send(b"last", 1)
+    if not durable:
+        assert bench.outbox._held.waiting == bench.outbox.size == 9 + sum(map(len, parts))
+        assert not bench.pipe.taken
+        bench.journal.release(1)
+    bench.pipe.drain(1 << 40)
+    await wait_all_tasks_blocked()
+    assert bench.pipe.taken == b"".join((b"first", *parts, b"last"))
+    assert (bench.outbox.size, bench.outbox._held.waiting) == (0, 0)
+
+
+async def test_what_is_sent_as_the_client_ends_is_counted_once(bench: Bench) -> None:
+    bench.pipe.room = 0
+    bench.outbox.send(b"x" * 1_000_000, 0)
+    await wait_all_tasks_blocked()
+    bench.pipe.drain(1 << 40)
+    bench.outbox.discard()
+    await wait_all_tasks_blocked()
+    assert (bench.outbox.size, bench.outbox._held.waiting) == (0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from engram.commands.arguments import (
     INTEGER_HIGH,
@@ -22,6 +22,8 @@ from engram.commands.limits import check_reply
 from engram.commands.session import Session
 from engram.commands.slices import View, bulk_array
 from engram.commands.table import Command, Reply
+from engram.commands.turns import KEYS_A_TURN, take_turns
+from engram.database import Database
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
 from engram.operations import CopyKey, DeleteKeys, RenameKey, SetExpiry
@@ -39,17 +41,46 @@ _DRAWS = 100
 _MORE_DRAWS = 4096
 
 
-def _delete(session: Session, arguments: list[bytes]) -> bytes:
-    database = session.database
-    found = [key for key in dict.fromkeys(arguments[1:]) if database.lookup(key) is not None]
+def _delete(session: Session, arguments: list[bytes]) -> Reply:
+    if len(arguments) <= KEYS_A_TURN or session.executing:
+        return replies.integer(_delete_keys(session.database, arguments[1:]))
+    deleted = 0
+
+    def turns() -> Iterator[None]:
+        nonlocal deleted
+        with session.database.as_one():
+            for start in range(1, len(arguments), KEYS_A_TURN):
+                deleted += _delete_keys(session.database, arguments[start : start + KEYS_A_TURN])
+                yield
+
+    return take_turns(session.server, turns(), lambda: replies.integer(deleted))
+
+
+def _delete_keys(database: Database, keys: Sequence[bytes]) -> int:
+    """Deletes those that are there; returns how many that are."""
+    found = [key for key in dict.fromkeys(keys) if database.lookup(key) is not None]
     if found:
         database.commit(DeleteKeys(tuple(found)))
-    return replies.integer(len(found))
+    return len(found)
 
 
-def _exists(session: Session, arguments: list[bytes]) -> bytes:
-    values = session.read_many(arguments[1:])
-    return replies.integer(len(values) - values.count(None))
+def _exists(session: Session, arguments: list[bytes]) -> Reply:
+    if len(arguments) <= KEYS_A_TURN or session.executing:
+        return replies.integer(_count_existing(session, arguments[1:]))
+    existing = 0
+
+    def turns() -> Iterator[None]:
+        nonlocal existing
+        for start in range(1, len(arguments), KEYS_A_TURN):
+            existing += _count_existing(session, arguments[start : start + KEYS_A_TURN])
+            yield
+
+    return take_turns(session.server, turns(), lambda: replies.integer(existing))
+
+
+def _count_existing(session: Session, keys: Sequence[bytes]) -> int:
+    values = session.read_many(keys)
+    return len(values) - values.count(None)
 
 
 def _rename(session: Session, arguments: list[bytes]) -> bytes:

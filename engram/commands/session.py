@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Queued = tuple["Command", list[bytes]]
+
+Bytes = bytes | memoryview
 
 # What a queued request takes beside its words: a list of them, and the pair that it is in.
 _REQUEST_BYTES = 200
@@ -85,6 +87,20 @@ class Slot:
 
 
 @attrs.frozen(eq=False)
+class Pieces:
+    """A long reply in parts that are sent one after the other: strings go out as they are, without a copy."""
+
+    parts: Sequence[Bytes]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.parts)
+
+
+@attrs.frozen(eq=False)
 class Barrier:
     """A reply that the client's next request waits for; other clients go on meanwhile.
 
@@ -92,7 +108,7 @@ class Barrier:
     gone or the server shuts down, it is cancelled, and nobody is answered.
     """
 
-    reply: Callable[[], Awaitable[bytes]]
+    reply: Callable[[], Awaitable[bytes | Pieces]]
 
 
 class ReplyMode(Enum):

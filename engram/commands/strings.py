@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import attrs
@@ -11,8 +12,10 @@ import xxhash
 from engram.commands.allowance import SMALL_REPLY
 from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
 from engram.commands.limits import check_reply
-from engram.commands.session import Session
-from engram.commands.table import Command, wrong_arity
+from engram.commands.session import Bytes, Pieces, Session
+from engram.commands.table import Command, Reply, wrong_arity
+from engram.commands.turns import KEYS_A_TURN, take_turns
+from engram.database import Database
 from engram.errors import CommandError
 from engram.large_string import String, pieces
 from engram.operations import AppendString, DeleteKeys, SetExpiry, SetRange, SetString, SetStrings
@@ -22,6 +25,12 @@ from engram.protocol.replies import EMPTY_BULK, OK, ONE, ZERO, bulk
 # Values of a run of GETs are copied into replies together up to so many bytes.
 _RUN_BYTES = 128 << 10
 
+# Strings up to so many bytes are copied into replies; longer ones are sent as they are.
+_COPIED_BYTES = 128 << 10
+
+# Keys and values of an MSET that are looked at in one turn.
+_WORDS_A_TURN = 2 * KEYS_A_TURN
+
 # A digest in hexadecimal digits.
 _DIGEST_LENGTH = 16
 _MATCHES = (b"IFEQ", b"IFNE", b"IFDEQ", b"IFDNE")
@@ -29,14 +38,43 @@ _MATCHES = (b"IFEQ", b"IFNE", b"IFDEQ", b"IFDNE")
 TOO_LONG = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
 
 
-def _bulk(value: String) -> bytes:
+def _bulk(value: String) -> bytes | Pieces:
     """The reply that is a string as a key holds it."""
-    if type(value) is bytes:
+    if type(value) is bytes and len(value) <= _COPIED_BYTES:
         return bulk(value)
-    return b"".join((b"$%d\r\n" % len(value), *pieces(value, 0, len(value)), b"\r\n"))
+    return Pieces(_long_bulk(value))
 
 
-def _set(session: Session, arguments: list[bytes]) -> bytes:
+def _long_bulk(value: String) -> tuple[Bytes, ...]:
+    parts = (value,) if type(value) is bytes else pieces(value, 0, len(value))
+    return b"$%d\r\n" % len(value), *parts, b"\r\n"
+
+
+class _Array:
+    """The reply that is an array of strings, in the making: null where there is none."""
+
+    def __init__(self, count: int, null: bytes) -> None:
+        self._null = null
+        self._parts: list[Bytes] = [replies.array_header(count)]
+
+    def add(self, values: Iterable[String | None]) -> None:
+        """Takes the next strings. Those that are long are not copied."""
+        short: list[bytes] = []
+        for value in values:
+            if value is None:
+                short.append(self._null)
+            elif type(value) is bytes and len(value) <= _COPIED_BYTES:
+                short.append(bulk(value))
+            else:
+                self._parts += (b"".join(short), *_long_bulk(value))
+                short.clear()
+        self._parts.append(b"".join(short))
+
+    def reply(self) -> Pieces:
+        return Pieces(self._parts)
+
+
+def _set(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     database = session.database
     if len(arguments) == 3:
         database.commit(SetString(arguments[1], arguments[2]))
@@ -46,7 +84,7 @@ def _set(session: Session, arguments: list[bytes]) -> bytes:
     expires_at = None
     if options.operand is not None:
         expires_at = expiry(options.lifetime, options.operand, database.now(), "set")
-    reply = OK
+    reply: bytes | Pieces = OK
     if options.get:
         previous = session.read_string(key)
         check_reply(session, len(previous or b""))
@@ -174,31 +212,56 @@ def _set_new(session: Session, arguments: list[bytes]) -> bytes:
     return ONE
 
 
-def _set_many(session: Session, arguments: list[bytes]) -> bytes:
+def _set_many(session: Session, arguments: list[bytes]) -> Reply:
     if not len(arguments) & 1:
         raise wrong_arity("mset")
-    session.database.commit(SetStrings(tuple(arguments[1::2]), tuple(arguments[2::2])))
-    return OK
+    if len(arguments) <= _WORDS_A_TURN or session.executing:
+        session.database.commit(SetStrings(tuple(arguments[1::2]), tuple(arguments[2::2])))
+        return OK
+    return take_turns(session.server, _set_in_turns(session.database, arguments), lambda: OK)
 
 
-def _set_many_new(session: Session, arguments: list[bytes]) -> bytes:
+def _set_many_new(session: Session, arguments: list[bytes]) -> Reply:
     if not len(arguments) & 1:
         raise wrong_arity("msetnx")
     database = session.database
-    keys = tuple(arguments[1::2])
-    if any(database.lookup(key) is not None for key in keys):
-        return ZERO
-    database.commit(SetStrings(keys, tuple(arguments[2::2])))
-    return ONE
+    if len(arguments) <= _WORDS_A_TURN or session.executing:
+        keys = tuple(arguments[1::2])
+        if any(database.lookup(key) is not None for key in keys):
+            return ZERO
+        database.commit(SetStrings(keys, tuple(arguments[2::2])))
+        return ONE
+    free = True
+
+    def turns() -> Iterator[None]:
+        nonlocal free
+        for start in range(1, len(arguments), _WORDS_A_TURN):
+            keys = arguments[start : start + _WORDS_A_TURN : 2]
+            if any(database.lookup(key) is not None for key in keys):
+                free = False
+                return
+            yield
+        yield from _set_in_turns(database, arguments)
+
+    return take_turns(session.server, turns(), lambda: ONE if free else ZERO)
 
 
-def _get(session: Session, arguments: list[bytes]) -> bytes:
+def _set_in_turns(database: Database, arguments: Sequence[bytes]) -> Iterator[None]:
+    with database.as_one():
+        for start in range(1, len(arguments), _WORDS_A_TURN):
+            words = arguments[start : start + _WORDS_A_TURN]
+            database.commit(SetStrings(tuple(words[::2]), tuple(words[1::2])))
+            yield
+
+
+def _get(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     value = session.database.string(arguments[1])
     if value is None:
         session.server.statistics.get_misses += 1
         return session.encoder.null
     if len(value) > SMALL_REPLY:
         check_reply(session, len(value))
+        return _bulk(value)
     return bulk(value) if type(value) is bytes else _bulk(value)
 
 
@@ -224,15 +287,38 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
     return len(found), b"".join(found)
 
 
-def _get_many(session: Session, arguments: list[bytes]) -> bytes:
+def _get_many(session: Session, arguments: list[bytes]) -> Reply:
     null = session.encoder.null
-    values = session.read_many(arguments[1:])
-    strings = [value if isinstance(value, String) else None for value in values]
-    check_reply(session, sum(len(value) for value in strings if value is not None))
-    return replies.array(null if value is None else _bulk(value) for value in strings)
+    array = _Array(len(arguments) - 1, null)
+    size = 0
+
+    def look(keys: Sequence[bytes]) -> list[String | None]:
+        nonlocal size
+        strings = [value if isinstance(value, String) else None for value in session.read_many(keys)]
+        size += sum(len(value) for value in strings if value is not None)
+        check_reply(session, size)
+        return strings
+
+    if len(arguments) <= KEYS_A_TURN:
+        strings = look(arguments[1:])
+        if size <= SMALL_REPLY:
+            # None of them is in blocks.
+            return replies.array(bulk(value) if type(value) is bytes else null for value in strings)
+        array.add(strings)
+        return array.reply()
+
+    def turns() -> Iterator[None]:
+        for start in range(1, len(arguments), KEYS_A_TURN):
+            array.add(look(arguments[start : start + KEYS_A_TURN]))
+            yield
+
+    if session.executing:
+        deque(turns(), maxlen=0)
+        return array.reply()
+    return take_turns(session.server, turns(), array.reply)
 
 
-def _get_and_set(session: Session, arguments: list[bytes]) -> bytes:
+def _get_and_set(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     database = session.database
     value = session.read_string(arguments[1])
     check_reply(session, len(value or b""))
@@ -240,7 +326,7 @@ def _get_and_set(session: Session, arguments: list[bytes]) -> bytes:
     return session.encoder.null if value is None else _bulk(value)
 
 
-def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
+def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     database = session.database
     value = session.read_string(arguments[1])
     if value is None:
@@ -250,7 +336,7 @@ def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes:
     return _bulk(value)
 
 
-def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes:
+def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     database = session.database
     key = arguments[1]
     lifetime, operand = _lifetime(arguments)
@@ -302,14 +388,16 @@ def _strlen(session: Session, arguments: list[bytes]) -> bytes:
     return ZERO if value is None else replies.integer(len(value))
 
 
-def _get_range(session: Session, arguments: list[bytes]) -> bytes:
+def _get_range(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     start, end = integer(arguments[2]), integer(arguments[3])
     value = session.read_string(arguments[1])
     if value is None:
         return EMPTY_BULK
     start, stop = clamp_range(start, end, len(value))
     check_reply(session, stop - start)
-    return bulk(value[start:stop])
+    if stop - start <= _COPIED_BYTES:
+        return bulk(value[start:stop])
+    return Pieces((b"$%d\r\n" % (stop - start), *pieces(value, start, stop), b"\r\n"))
 
 
 def _set_range(session: Session, arguments: list[bytes]) -> bytes:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import attrs
 import trio
 
-from engram.commands.allowance import Allowance
+from engram.commands.allowance import SMALL_REPLY, Allowance
 from engram.commands.failures import excuse
 from engram.commands.guard import show
 from engram.commands.limits import check_reply
-from engram.commands.session import Barrier, Queued, Server, Session, Slot, Transaction
+from engram.commands.session import Barrier, Bytes, Pieces, Queued, Session, Slot, Transaction
 from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Reply
+from engram.commands.turns import take_turns
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.index.pace import Wait
@@ -93,7 +94,7 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     if not (waits or rest) and (not room or journal is None or journal.has_room(room)):
         return _execute(session, transaction, name)
 
-    async def execute() -> bytes:
+    async def execute() -> bytes | Pieces:
         try:
             for start in range(0, len(rest), _THROTTLED_A_TURN):
                 await trio.lowlevel.checkpoint()
@@ -106,7 +107,7 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
             session.discard()
             raise CommandError(f"EXECABORT Transaction discarded because of: {error}") from error
         reply = _execute(session, transaction, name)
-        return reply if isinstance(reply, bytes) else await reply.reply()
+        return await reply.reply() if isinstance(reply, Barrier) else reply
 
     return Barrier(execute)
 
@@ -124,7 +125,7 @@ def _waits(session: Session, rows: Counter[VectorIndex]) -> list[Wait]:
     return [wait for wait in admitted if wait is not None]
 
 
-def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Barrier:
+def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Pieces | Barrier:
     """Carries everything out; what takes longer than a turn, or is found later, is behind the barrier.
 
     `name` is EXEC as the client has written it.
@@ -138,74 +139,34 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     session.discard()
     allowance = session.server.held_replies.exec_allowance(session)
     execution = _Execution(session, queued, transaction.writes, allowance)
-    turns = execution.turns()
 
-    def answer() -> bytes | Barrier:
+    def answer() -> bytes | Pieces | Barrier:
         if monitors:
             monitors.feed(session, [name])
         if execution.failure is not None:
             raise execution.failure
         return session.encoder.null_array if broken else _answer(session, count, execution.found, allowance)
 
-    if next(turns, None) is None:
-        return answer()
-    return _go_on(session.server, turns, answer)
+    return take_turns(session.server, execution.turns(), answer)
 
 
-def _go_on(server: Server, turns: Iterator[bool], answer: Callable[[], bytes | Barrier]) -> Barrier:
-    """Takes one turn after the other, beside which nobody sees or changes the data.
-
-    It is the server's own task that does, as what has been begun is finished even if the client leaves.
-    """
-    server.exclusion.begin()
-    over = trio.Event()
-    failure: Exception | None = None
-
-    async def go_on() -> None:
-        nonlocal failure
-        try:
-            with trio.CancelScope(shield=True):
-                for _ in turns:
-                    await trio.lowlevel.checkpoint()
-        except Exception as error:
-            failure = error
-        finally:
-            server.exclusion.end()
-            over.set()
-
-    async def wait() -> bytes:
-        await over.wait()
-        if failure is not None:
-            raise failure
-        reply = answer()
-        return reply if isinstance(reply, bytes) else await reply.reply()
-
-    try:
-        server.start_soon(go_on)
-    except BaseException:
-        # What has been begun is finished all the same, in one turn.
-        for _ in turns:
-            pass
-        server.exclusion.end()
-        raise
-    return Barrier(wait)
-
-
-def _answer(session: Session, count: int, found: Sequence[Reply], allowance: Allowance) -> bytes | Barrier:
+def _answer(
+    session: Session, count: int, found: Sequence[Reply], allowance: Allowance
+) -> bytes | Pieces | Barrier:
     """The reply of an EXEC of `count` commands; `found` has theirs, several in one where they are known.
 
     What they take of the allowance is held until it is handed on.
     """
     header = replies.array_header(count)
-    known = [reply for reply in found if isinstance(reply, bytes)]
+    known = [reply for reply in found if isinstance(reply, bytes | Pieces)]
     if len(known) == len(found):
         allowance.release()
-        return b"".join((header, *known))
+        return _joined((header, *known))
     allowance.hold()
 
-    async def wait() -> bytes:
+    async def wait() -> bytes | Pieces:
         try:
-            return b"".join([header, *[await _result(session, reply) for reply in found]])
+            return _joined((header, *[await _result(session, reply) for reply in found]))
         finally:
             allowance.release()
             for reply in found:
@@ -306,6 +267,10 @@ class _Execution:
             if isinstance(reply, bytes):
                 allowance.made += len(reply)
                 known.append(reply)
+            elif isinstance(reply, Pieces):
+                allowance.made += reply.size
+                self.found += (b"".join(known), reply)
+                known.clear()
             else:
                 self.found += (b"".join(known), reply)
                 known.clear()
@@ -372,8 +337,16 @@ def _check_again(session: Session, command: Command, request: list[bytes]) -> No
         )
 
 
-async def _result(session: Session, result: Reply) -> bytes:
-    if isinstance(result, bytes):
+def _joined(found: Sequence[bytes | Pieces]) -> bytes | Pieces:
+    parts: list[Bytes] = []
+    for reply in found:
+        parts += reply.parts if isinstance(reply, Pieces) else (reply,)
+    pieces = Pieces(parts)
+    return bytes(pieces) if pieces.size <= SMALL_REPLY else pieces
+
+
+async def _result(session: Session, result: Reply) -> bytes | Pieces:
+    if isinstance(result, bytes | Pieces):
         return result
     try:
         return await (wait_for(result) if isinstance(result, Slot) else result.reply())

@@ -208,9 +208,11 @@ async def test_what_a_transaction_changes_is_one_entry_of_the_log(open_house: Op
             (SetString(b"a", b"1"), AppendString(b"a", b"2"), DeleteKeys((b"a",))),
         ]
         # Nothing of it is shown before it is durable.
-        assert await client.arrived() == b""
+        queued = await client.arrived()
+        assert queued in (b"", OK + 4 * QUEUED)
         journal.release(3)
-        assert await client.arrived() == OK + 4 * QUEUED + b"*4\r\n+OK\r\n:2\r\n$2\r\n12\r\n:1\r\n"
+        replies = queued + await client.arrived()
+        assert replies == OK + 4 * QUEUED + b"*4\r\n+OK\r\n:2\r\n$2\r\n12\r\n:1\r\n"
 
 
 async def test_a_transaction_waits_for_room_and_then_looks_at_its_watches(open_house: OpenHouse) -> None:

@@ -1,0 +1,170 @@
+"""Commands that name many keys: others have turns meanwhile, and see all of what is done or nothing."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import pytest
+import trio
+
+from engram.commands import turns
+from engram.commands.registry import COMMANDS
+from engram.commands.session import Pieces
+from engram.large_string import LargeString
+from engram.operations import DeleteKeys, SetStrings
+from tests.conftest import Client, House, ManualJournal, OpenHouse
+
+KEYS = 10 * turns.KEYS_A_TURN + 7
+NAMES = [b"k%d" % number for number in range(KEYS)]
+PAIRS = [word for name in NAMES for word in (name, b"v")]
+OK = b"+OK\r\n"
+
+
+async def begun(house: House) -> None:
+    """Returns once a command has had its first turn."""
+    while not house.server.exclusion.active:
+        await trio.lowlevel.checkpoint()
+
+
+async def fill(client: Client) -> None:
+    assert await client.call([b"MSET", *PAIRS]) == OK
+
+
+@pytest.mark.parametrize(
+    ("words", "reply", "after"),
+    [
+        ([b"EXISTS", *NAMES, b"none", b"k0"], b":%d\r\n" % (KEYS + 1), KEYS),
+        ([b"TOUCH", *NAMES], b":%d\r\n" % KEYS, KEYS),
+        ([b"MGET", *NAMES, b"none"], b"*%d\r\n" % (KEYS + 1) + b"$1\r\nv\r\n" * KEYS + b"$-1\r\n", KEYS),
+        ([b"DEL", *NAMES, b"none", *NAMES], b":%d\r\n" % KEYS, 0),
+        ([b"UNLINK", *NAMES[:-1]], b":%d\r\n" % (KEYS - 1), 1),
+        ([b"MSET", *PAIRS, b"k0", b"w"], OK, KEYS),
+        ([b"MSETNX", *[b"x" + word for word in PAIRS]], b":1\r\n", 2 * KEYS),
+        ([b"MSETNX", *[b"x" + word for word in PAIRS], b"k7", b"v"], b":0\r\n", KEYS),
+    ],
+)
+async def test_others_have_turns_beside_many_keys(
+    house: House, words: list[bytes], reply: bytes, after: int
+) -> None:
+    client, other = house.connect(), house.connect()
+    await fill(client)
+    await client.send(words)
+    await begun(house)
+    pings = 0
+    while house.server.exclusion.active:
+        assert await other.call("PING") == b"+PONG\r\n"
+        pings += 1
+    assert pings
+    assert await client.reply() == reply
+    assert len(house.engine.keyspace) == after
+
+
+@pytest.mark.parametrize(("words", "kind"), [([b"DEL", *NAMES], DeleteKeys), ([b"MSET", *PAIRS], SetStrings)])
+async def test_many_keys_are_changed_as_one(open_house: OpenHouse, words: list[bytes], kind: type) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client, other = house.connect(), house.connect()
+        await fill(client)
+        journal.together.clear()
+        await client.send(words)
+        await begun(house)
+        await other.send([b"EXISTS", *NAMES[:5], *NAMES[-5:]])
+        assert await other.reply() == (b":0\r\n" if kind is DeleteKeys else b":10\r\n")
+        assert (await client.reply())[:1] in b":+"
+        [operations] = journal.together
+        assert {type(operation) for operation in operations} == {kind}
+
+
+@pytest.mark.parametrize("words", [[b"DEL", *NAMES], [b"MSET", *PAIRS], [b"MGET", *NAMES]])
+async def test_in_a_transaction_many_keys_have_their_place(house: House, words: list[bytes]) -> None:
+    client = house.connect()
+    await fill(client)
+    for request in ("MULTI", words, "EXISTS k0", "EXEC"):
+        await client.send(request)
+    *_, found = [await client.reply() for _ in range(4)]
+    assert found.endswith(b":0\r\n" if words[0] == b"DEL" else b":1\r\n")
+
+
+async def test_what_fails_half_way_through_many_keys_is_no_change_that_is_half_done(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client = house.connect()
+        await fill(client)
+        lsn = house.database.lsn
+        journal.together.clear()
+        lookup = house.database.lookup
+
+        def fail(key: bytes) -> Any:
+            if key == NAMES[turns.KEYS_A_TURN * 3]:
+                raise MemoryError
+            return lookup(key)
+
+        monkeypatch.setattr(house.database, "lookup", fail)
+        await client.send([b"DEL", *NAMES])
+        assert await client.ended() == b""
+        assert house.database.lsn > lsn
+        assert house.database.failure is not None
+        assert journal.together == []
+
+
+async def test_what_fails_before_the_first_of_many_keys_is_changed_fails_alone(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = house.connect()
+
+    def fail(key: bytes) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(house.database, "lookup", fail)
+        assert (await client.call([b"MSETNX", *PAIRS])).startswith(b"-OOM")
+    assert house.database.failure is None
+    assert not house.server.exclusion.active
+    assert await client.call([b"MSETNX", *PAIRS]) == b":1\r\n"
+
+
+LONG = b"x" * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "GET long",
+        "GETRANGE long 0 -1",
+        "GETSET long y",
+        "SET long y GET",
+        "GETEX long",
+        "GETDEL long",
+        "MGET long long long",
+    ],
+)
+@pytest.mark.parametrize("blocks", [False, True])
+async def test_a_long_string_is_not_copied_into_a_reply(house: House, words: str, blocks: bool) -> None:
+    client = house.connect()
+    await client.call("PING")
+    [session] = house.server.sessions.values()
+    house.engine.keyspace.set(b"long", LargeString(LONG) if blocks else LONG)
+    request = [word.encode() for word in words.split()]
+    tracemalloc.start()
+    try:
+        reply = COMMANDS[request[0].lower()].handler(session, request)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(LONG) // 4
+    assert isinstance(reply, Pieces)
+    bulk = b"$%d\r\n%b\r\n" % (len(LONG), LONG)
+    assert bytes(reply) == (b"*3\r\n" + 3 * bulk if words.startswith("MGET") else bulk)
+
+
+async def test_long_strings_in_a_transaction_are_not_copied_into_its_reply(house: House) -> None:
+    client = house.connect()
+    house.engine.keyspace.set(b"long", LONG)
+    await client.send("MULTI", "GET long", "PING", "MGET long none", "EXEC")
+    replies = [await client.reply() for _ in range(5)]
+    bulk = b"$%d\r\n%b\r\n" % (len(LONG), LONG)
+    assert replies[-1] == b"*3\r\n" + bulk + b"+PONG\r\n*2\r\n" + bulk + b"$-1\r\n"
+    assert (house.server.held_replies.waiting, house.server.held_replies.reserved) == (0, 0)
