@@ -26,6 +26,9 @@ TURN_NANOSECONDS: Final = 2_000_000
 # no difference to what these cost.
 LONGEST_RUN: Final = 1024
 
+# The most words of a request whose options may come in any order and, as in Redis, more than once.
+_MOST_WORDS = 1024
+
 # What the log takes for a word of a request beside its bytes, were it a key that has lapsed.
 _WORD_OVERHEAD = 16
 _KEY_FLAGS = {"write": ("RW", "access", "update"), "readonly": ("RO", "access")}
@@ -95,12 +98,13 @@ class Command:
         return next((_KEY_FLAGS[flag] for flag in self.flags if flag in _KEY_FLAGS), ())
 
     def __attrs_post_init__(self) -> None:
-        unbounded = 1 << 62
+        arguments = parse_usage(self.usage)
+        unbounded = 1 << 62 if any(map(_repeats, arguments)) else _MOST_WORDS
         object.__setattr__(self, "minimum", abs(self.arity))
         object.__setattr__(self, "maximum", self.arity if self.arity > 0 else unbounded)
         object.__setattr__(self, "writes", "write" in self.flags)
         object.__setattr__(self, "shows_data", self.group != "connection")
-        object.__setattr__(self, "arguments", parse_usage(self.usage))
+        object.__setattr__(self, "arguments", arguments)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -145,6 +149,11 @@ class Command:
         if self.last_key_flags and uses:
             uses[-1] = uses[-1][0], self.last_key_flags
         return uses
+
+
+def _repeats(argument: Argument) -> bool:
+    """Whether there may be any number of these."""
+    return argument.multiple or any(map(_repeats, argument.arguments))
 
 
 def container(name: str, subcommands: Iterable[Command], **fields: str) -> Command:

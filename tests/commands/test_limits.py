@@ -131,3 +131,24 @@ async def test_without_other_settings_bounds_are_wide(house: House) -> None:
         b"-ERR CONFIG SET failed (possibly related to argument 'vector-max-dimension')"
         b" - argument must be between 1 and 65536 inclusive\r\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ([b"SCAN", b"0"], b"COUNT"),
+        ([b"CLIENT", b"KILL"], b"ID"),
+        ([b"EXPIRE", b"a", b"1"], b"NX"),
+        ([b"SET", b"a", b"1"], b"KEEPTTL"),
+        ([b"VSEARCH", b"index", b"query", b"1"], b"EXACT"),
+    ],
+)
+async def test_options_are_not_looked_at_by_the_thousand(
+    house: House, words: list[bytes], option: bytes
+) -> None:
+    """A million of them would hold up the others."""
+    client = house.connect()
+    name = b"|".join(words[:2]).lower() if words[0] == b"CLIENT" else words[0].lower()
+    refused = b"-ERR wrong number of arguments for '%b' command\r\n" % name
+    assert await client.call([*words, *[option] * 2000]) == refused
+    assert await client.call([*words, *[option] * 20]) != refused
