@@ -328,6 +328,26 @@ async def test_who_is_ended_by_an_error_learns_what_was_done_before(
     assert "ended by an error" in caplog.text
 
 
+async def test_a_command_that_fails_again_and_again_is_logged_now_and_then(
+    open_house: OpenHouse,
+    mock_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(session: Session, arguments: list[bytes]) -> Reply:
+        raise ZeroDivisionError(arguments[1])
+
+    monkeypatch.setitem(SPELLINGS, b"GET", attrs.evolve(COMMANDS[b"get"], handler=broken, run=None))
+    async with open_house() as house:
+        client = house.connect()
+        refused = b"-ERR internal error, see the log of the server\r\n"
+        for logged in (1, 2):
+            await client.send("GET a", "GET b", "MULTI", "GET c", "EXEC", "GET d")
+            assert await client.arrived() == 2 * refused + OK + b"+QUEUED\r\n" + b"*1\r\n" + refused * 2
+            assert caplog.text.count("a command of client") == logged
+            mock_clock.jump(61)
+
+
 @pytest.mark.parametrize(
     ("error", "reply"),
     [

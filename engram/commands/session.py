@@ -233,6 +233,8 @@ class Server:
     slices_lock: trio.Lock = attrs.field(factory=trio.Lock)
     memory: MemoryLimit = attrs.field()
     held_replies: HeldReplies = attrs.field()
+    # When a command that failed by an error of ours was last logged, by the place of that error.
+    failures_logged: dict[object, float] = attrs.field(factory=dict)
     # When clients were last hurried, by the monotonic clock.
     _hurried: float = -math.inf
     last_client_id: int = 0
