@@ -9,9 +9,9 @@ import attrs
 
 from engram.commands.arguments import SYNTAX_ERROR, text
 from engram.commands.limits import check_reply
-from engram.commands.session import Session
+from engram.commands.session import Pieces, Session
 from engram.commands.syntax import Argument
-from engram.commands.table import Command, check_arity, container, help_command
+from engram.commands.table import Command, Reply, check_arity, container, help_command
 from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
@@ -145,18 +145,19 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
     def everything(session: Session, arguments: list[bytes]) -> bytes:
         return replies.array(info_of(each, session.encoder) for each in table.values())
 
-    def info(session: Session, arguments: list[bytes]) -> bytes:
+    def info(session: Session, arguments: list[bytes]) -> Reply:
         if len(arguments) == 2:
             return everything(session, arguments)
-        return replies.array(described(session, arguments[2:], info_of, session.encoder.null))
+        found = described(session, arguments[2:], info_of, session.encoder.null)
+        return Pieces((replies.array_header(len(found)), *found))
 
-    def docs(session: Session, arguments: list[bytes]) -> bytes:
+    def docs(session: Session, arguments: list[bytes]) -> Reply:
         if len(arguments) == 2:
             found = [docs_of(each, session.encoder) for each in table.values()]
         else:
             found = list(filter(None, described(session, arguments[2:], docs_of, b"")))
         # Each is a name with what is said of it.
-        return session.encoder.map((each, b"") for each in found)
+        return Pieces((session.encoder.map_header(len(found)), *found))
 
     def count(session: Session, arguments: list[bytes]) -> bytes:
         return replies.integer(len(table))

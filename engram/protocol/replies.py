@@ -112,10 +112,12 @@ class Encoder:
     def map(self, pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
         """A map of encoded keys and values; in RESP2 a flat array of them."""
         parts = [key + value for key, value in pairs]
-        if self.version == 2:
-            parts.insert(0, b"*%d\r\n" % (2 * len(parts)))
-            return b"".join(parts)
-        return _aggregate(b"%", parts)
+        parts.insert(0, self.map_header(len(parts)))
+        return b"".join(parts)
+
+    def map_header(self, count: int) -> bytes:
+        """What stands before the pairs of a map, of which there are so many."""
+        return b"*%d\r\n" % (2 * count) if self.version == 2 else b"%%%d\r\n" % count
 
     def set(self, items: Iterable[bytes]) -> bytes:
         """A set of encoded items; in RESP2 an array."""
