@@ -788,8 +788,8 @@ class Torture:
             expected = [r'time=\S+ level=warning message="(reading|opening) .*: \d+ of \d+ MiB"']
             if point.startswith(CHILD_ONLY):
                 expected.append(
-                    r'time=\S+ level=warning message="building a segment .* ended with code -9: it has not said'
-                    r' why"'
+                    r'time=\S+ level=warning message="building a segment .* ended with code -9: it has not'
+                    r' said why"'
                 )
             assert any(re.fullmatch(each, line) for each in expected), f"on standard error: {server.errors}"
         server.close()
