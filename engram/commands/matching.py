@@ -24,6 +24,10 @@ from engram.protocol.replies import ZERO
 # What a key takes in a record beside its bytes.
 _KEY_BYTES = 8
 
+# Rows of the head that the step which deletes looks at; with more, a thread looks first, but not more often.
+_LOOKED_AT_ONCE = 1024
+_MOST_LOOKS = 16
+
 # The length of a record is a number of 32 bits; see `persistence.log_format`.
 _LARGEST_RECORD = (1 << 32) - (1 << 10)
 
@@ -60,17 +64,24 @@ def _delete_by(session: Session, arguments: list[bytes]) -> Barrier:
 async def _delete_matching(session: Session, index: VectorIndex, condition: Filter) -> bytes:
     """Deletes the members that the filter is true of when it is done, in one change.
 
-    They are looked for in a thread. What was added meanwhile is looked at in the step that deletes.
-    An index that is dropped meanwhile has none.
+    They are looked for in a thread, again where many have been added meanwhile. The last few are looked at in
+    the step that deletes. An index that is dropped meanwhile has none.
     """
     database = session.database
-    view = index.view(database.lsn)
-    found = await _find(session, partial(find_matching, view, condition))
-    admitted = 0
+    found = Matching([], [])
+    looks = since = admitted = 0
     while not index.dropped:
+        many = index.next_row - since > _LOOKED_AT_ONCE or index.last_row_in_segments >= since
+        if not looks or (many and looks < _MOST_LOOKS):
+            view = index.view(database.lsn)
+            more = await _find(session, partial(find_matching, view, condition, since))
+            found.keys.extend(more.keys)
+            found.row_ids.extend(more.row_ids)
+            looks, since = looks + 1, view.next_row
+            continue
         live = index.live
         keys = [key for key, row_id in zip(found.keys, found.row_ids, strict=True) if live.get(key) == row_id]
-        keys += find_matching_since(index, view.next_row, condition).keys
+        keys += find_matching_since(index, since, condition).keys
         if not keys:
             break
         size = sum(map(len, keys)) + _KEY_BYTES * len(keys) + RECORD_OVERHEAD

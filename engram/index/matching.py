@@ -43,9 +43,9 @@ def count_matching(view: View, condition: Filter) -> int:
     return sum(len(positions) for _, positions in _matching(view, condition, 0))
 
 
-def find_matching(view: View, condition: Filter) -> Matching:
-    """The live rows of a view that the filter is true of."""
-    return _collect(_matching(view, condition, 0))
+def find_matching(view: View, condition: Filter, since: int = 0) -> Matching:
+    """The live rows of a view, with this id or a later one, that the filter is true of."""
+    return _collect(_matching(view, condition, since))
 
 
 def find_matching_since(index: VectorIndex, row_id: int, condition: Filter) -> Matching:

@@ -574,6 +574,11 @@ class VectorIndex:
         """The id of the next row that is added."""
         return self._next_row
 
+    @property
+    def last_row_in_segments(self) -> int:
+        """The greatest id of a row in a segment, -1 without any."""
+        return self._segments.last_row
+
     def scan(self, cursor: int, count: int, size: int = PAGE_BYTES) -> tuple[int, list[bytes]]:
         """The next keys of a scan, up to `count`, and the cursor that continues it, 0 at the end.
 

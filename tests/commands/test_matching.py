@@ -7,6 +7,9 @@ import trio
 import trio.testing
 
 from engram.commands import matching
+from engram.index.filters import Filter
+from engram.index.matching import Matching, find_matching_since
+from engram.index.vector_index import VectorIndex
 from engram.operations import DeleteVectors
 from tests.commands.conftest import SYNTAX_ERROR, add, bulk, bulks, search
 from tests.conftest import Client, HeldSearches, House, ManualJournal, OpenHouse, vector
@@ -147,6 +150,36 @@ async def test_what_changes_while_rows_are_looked_for(open_house: OpenHouse) -> 
         assert isinstance(last, DeleteVectors)
         assert sorted(last.keys) == [b"1", b"5", b"6", b"7", b"new"]
         assert set(house.engine.indices[1].live) == {b"0", b"2", b"3", b"4", b"8"}
+
+
+async def test_many_rows_that_come_meanwhile_are_looked_at_by_a_thread(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = HeldSearches()
+    looked_at: list[int] = []
+
+    def look(index: VectorIndex, row_id: int, condition: Filter) -> Matching:
+        looked_at.append(index.next_row - row_id)
+        return find_matching_since(index, row_id, condition)
+
+    monkeypatch.setattr(matching, "find_matching_since", look)
+    monkeypatch.setattr(matching, "_LOOKED_AT_ONCE", 4, raising=False)
+    async with open_house(ManualJournal(automatic=True), searches=searches) as house:
+        client, other = house.connect(), house.connect()
+        await fill(client)
+        await client.send(delete(".n > 4"))
+        await client.arrived()
+        for come in (5, 7, 3):
+            for number in range(come):
+                member = b"%d of %d" % (number, come)
+                await other.call([b"VMADD", b"a", member, vector(1), b'{"n":%d}' % (4 + number), b"ATTRS"])
+            await other.call([b"VSETATTR", b"a", b"9", b'{"n":%d}' % come])
+            searches.work.pop()()
+            await client.arrived()
+        # Before there is room in the log, and after.
+        assert looked_at == [4, 4]
+        left = {b"0", b"1", b"2", b"3", b"4", b"9", b"0 of 5", b"0 of 7", b"0 of 3"}
+        assert set(house.engine.indices[1].live) == left
 
 
 @pytest.mark.parametrize("drop", ["DEL a", "FLUSHALL", "SET a x"])
