@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import attrs
 import trio
 
 from engram.commands.arguments import SYNTAX_ERROR
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import bounded_filter
-from engram.commands.session import Barrier, Session, Slot
+from engram.commands.session import Barrier, Pieces, Session, Slot
 from engram.commands.table import Command
-from engram.database import RECORD_OVERHEAD
+from engram.commands.turns import take_turns
+from engram.database import RECORD_OVERHEAD, Database
 from engram.errors import CommandError
 from engram.index.filters import Filter
 from engram.index.matching import Matching, count_matching, find_matching, find_matching_since
-from engram.index.vector_index import VectorIndex
+from engram.index.vector_index import VectorIndex, View
 from engram.operations import DeleteVectors
 from engram.protocol import replies
 from engram.protocol.replies import ZERO
@@ -27,6 +29,9 @@ _KEY_BYTES = 8
 # Rows of the head that the step which deletes looks at; with more, a thread looks first, but not more often.
 _LOOKED_AT_ONCE = 1024
 _MOST_LOOKS = 16
+
+# Members that are deleted in one turn.
+_DELETED_AT_ONCE = 512
 
 # The length of a record is a number of 32 bits; see `persistence.log_format`.
 _LARGEST_RECORD = (1 << 32) - (1 << 10)
@@ -61,7 +66,7 @@ def _delete_by(session: Session, arguments: list[bytes]) -> Barrier:
     return Barrier(partial(_delete_matching, session, index, _filter(session, arguments[2:])))
 
 
-async def _delete_matching(session: Session, index: VectorIndex, condition: Filter) -> bytes:
+async def _delete_matching(session: Session, index: VectorIndex, condition: Filter) -> bytes | Pieces:
     """Deletes the members that the filter is true of when it is done, in one change.
 
     They are looked for in a thread, again where many have been added meanwhile. The last few are looked at in
@@ -69,41 +74,88 @@ async def _delete_matching(session: Session, index: VectorIndex, condition: Filt
     """
     database = session.database
     found = Matching([], [])
-    looks = since = admitted = 0
+    looks = since = admitted = found_bytes = 0
     while not index.dropped:
         many = index.next_row - since > _LOOKED_AT_ONCE or index.last_row_in_segments >= since
         if not looks or (many and looks < _MOST_LOOKS):
             view = index.view(database.lsn)
-            more = await _find(session, partial(find_matching, view, condition, since))
+            more, more_bytes = await _find(session, partial(_find_matching, view, condition, since))
+            found_bytes += more_bytes
             found.keys.extend(more.keys)
             found.row_ids.extend(more.row_ids)
             looks, since = looks + 1, view.next_row
+            # Room in the log is for those who append at once.
+            admitted = 0
             continue
-        live = index.live
-        keys = [key for key, row_id in zip(found.keys, found.row_ids, strict=True) if live.get(key) == row_id]
-        keys += find_matching_since(index, since, condition).keys
-        if not keys:
+        recent = find_matching_since(index, since, condition)
+        count = len(found.keys) + len(recent.keys)
+        if not count:
             break
-        size = sum(map(len, keys)) + _KEY_BYTES * len(keys) + RECORD_OVERHEAD
+        size = found_bytes + sum(map(len, recent.keys)) + _KEY_BYTES * count
+        size += RECORD_OVERHEAD * (1 + count // _DELETED_AT_ONCE)
         if size > _LARGEST_RECORD:
             raise CommandError("ERR the keys to delete do not fit in one record; use a narrower filter")
         if size <= admitted:
-            database.commit(DeleteVectors(index.id, tuple(keys)))
-            database.changed(index)
-            return replies.integer(len(keys))
+            found.keys.extend(recent.keys)
+            found.row_ids.extend(recent.row_ids)
+            return await _Deletion(database, index, found).carry_out(session)
         # With some to spare for what is added until there is room.
         admitted = 2 * size
         await session.server.admit(admitted)
     return ZERO
 
 
-async def _find(session: Session, find: Callable[[], Matching]) -> Matching:
+def _find_matching(view: View, condition: Filter, since: int) -> tuple[Matching, int]:
+    """What `find_matching` finds, and the lengths of its keys."""
+    matching = find_matching(view, condition, since)
+    return matching, sum(map(len, matching.keys))
+
+
+@attrs.define
+class _Deletion:
+    """Deleting those of the members that were found which still have their row, in one change.
+
+    What was found is taken away on the way: to free it all at once would take a turn of its own.
+    """
+
+    database: Database
+    index: VectorIndex
+    found: Matching
+    deleted: int = 0
+
+    async def carry_out(self, session: Session) -> bytes | Pieces:
+        """Returns the reply: how many there were."""
+        reply = take_turns(session.server, self._turns(), self._answer)
+        return await reply.reply() if isinstance(reply, Barrier) else reply
+
+    def _answer(self) -> bytes:
+        return replies.integer(self.deleted)
+
+    def _turns(self) -> Iterator[bool]:
+        """Deletes all; yields True after each turn but the last."""
+        database, index = self.database, self.index
+        keys, row_ids, live = self.found.keys, self.found.row_ids, self.index.live
+        with database.as_one():
+            while keys:
+                last = zip(keys[-_DELETED_AT_ONCE:], row_ids[-_DELETED_AT_ONCE:], strict=True)
+                dying = tuple(key for key, row_id in last if live.get(key) == row_id)
+                del keys[-_DELETED_AT_ONCE:], row_ids[-_DELETED_AT_ONCE:]
+                if dying:
+                    database.commit(DeleteVectors(index.id, dying))
+                    self.deleted += len(dying)
+                if keys:
+                    yield True
+        if self.deleted:
+            database.changed(index)
+
+
+async def _find(session: Session, find: Callable[[], tuple[Matching, int]]) -> tuple[Matching, int]:
     """What a search thread finds. Raises CommandError when it fails."""
-    outcomes: list[Matching | Exception] = []
+    outcomes: list[tuple[Matching, int] | Exception] = []
     found = trio.Event()
     wanted = True
 
-    def done(outcome: Matching | Exception) -> None:
+    def done(outcome: tuple[Matching, int] | Exception) -> None:
         outcomes.append(outcome)
         found.set()
 

@@ -182,6 +182,42 @@ async def test_many_rows_that_come_meanwhile_are_looked_at_by_a_thread(
         assert set(house.engine.indices[1].live) == left
 
 
+async def test_many_are_deleted_in_turns_that_nobody_sees(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    monkeypatch.setattr(matching, "_DELETED_AT_ONCE", 2, raising=False)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        await fill(client)
+        (index,) = house.engine.indices.values()
+        left: set[int] = set()
+        counted: list[bytes] = []
+
+        async def watch() -> None:
+            while True:
+                left.add(len(index))
+                await trio.lowlevel.checkpoint()
+
+        async def count() -> None:
+            while b":1\r\n" not in counted:
+                counted.append(await other.call("VCOUNT a"))
+
+        nursery.start_soon(watch)
+        nursery.start_soon(count)
+        await client.send(delete(".n > 0"), "VCOUNT a")
+        assert [await client.reply(), await client.reply()] == [b":9\r\n", b":1\r\n"]
+        # Others have their turns, and see all of it or nothing.
+        assert len(left) > 3
+        while b":1\r\n" not in counted:
+            await trio.lowlevel.checkpoint()
+        assert set(counted) <= {b":10\r\n", b":1\r\n"}
+        (together,) = journal.together
+        deleted = [key for each in together if isinstance(each, DeleteVectors) for key in each.keys]
+        assert sorted(deleted) == [b"%d" % number for number in range(1, 10)]
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("drop", ["DEL a", "FLUSHALL", "SET a x"])
 async def test_an_index_dropped_meanwhile_has_nothing_to_delete(open_house: OpenHouse, drop: str) -> None:
     searches = HeldSearches()
