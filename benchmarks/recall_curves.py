@@ -107,6 +107,9 @@ def build(rows: Floats, start: int, parameters: Parameters, *, measured: bool) -
     curve = sample.measure(builder.graph, rows, norms)
     measuring += time.process_time() - began
     building += _timed(lambda: builder.add(sample.held, rows, norms))
+    began = time.process_time()
+    curve = sample.measure_whole(builder.graph, rows, norms, curve)
+    measuring += time.process_time() - began
     return Part(start, builder.graph, curve, building, measuring)
 
 

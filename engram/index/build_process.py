@@ -77,6 +77,7 @@ def build_segment(job: BuildJob, files: Files | None = None) -> BuildResult:
     builder.add(sample.inside, rows, norms)
     curve = sample.measure(builder.graph, rows, norms)
     builder.add(sample.held, rows, norms)
+    curve = sample.measure_whole(builder.graph, rows, norms, curve)
     builder.save(building / GRAPH)
 
     attributes, fields = pack_attributes(decode_columns(_read_attributes(building)))

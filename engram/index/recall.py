@@ -8,6 +8,9 @@ several copies, a little altered, found 0.993 of the neighbours of one more copy
 queries. So each row that serves as a query is kept out together with its nearest neighbours, in which a
 query would find no copy of itself either. `benchmarks/recall_curves.py` compares the outcome with real
 queries.
+
+Of rows with many copies that are quite the same, those are the nearest, and what a walk may miss. So the same
+queries are asked of the whole graph, too, and the lower of the two curves counts.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ _MOST_HELD = 32
 _BLOCK_ROWS = 4096
 # The nearest rows that are looked at: enough to leave 10 when most that may be are held.
 _CANDIDATES = 64
+# So much less may be found in the whole graph by chance.
+_CHANCE = 0.01
 # What rounding to float32 may add to a distance, relative to it.
 _ROUNDING = 1e-6
 
@@ -78,11 +83,13 @@ class Sample:
     """Queries taken from the rows, to measure a graph by that has only the rows `inside` it.
 
     `inside` and `held` are positions and together all rows. `farthest` (n,) float32 is the greatest distance
-    at which a row is a right answer. Without any queries there is nothing to measure.
+    at which a row `inside` is a right answer, `farthest_of_all` that of any row. Without any queries there is
+    nothing to measure.
     """
 
     queries: Queries
     farthest: Floats
+    farthest_of_all: Floats
     inside: Positions
     held: Positions
 
@@ -110,31 +117,49 @@ class Sample:
         if metric == "dot":
             candidates = _nearest(queries, rows, norms, _CANDIDATES)
             distances = queries.rounded(queries.distances_at(rows, norms, candidates))
+        of_all = _farthest(distances)
         distances[~inside[candidates]] = np.inf
-        farthest = np.partition(distances, NEIGHBORS - 1, axis=1)[:, NEIGHBORS - 1]
-        farthest += np.float32(_ROUNDING) * np.abs(farthest)
+        farthest = _farthest(distances)
         # Where so many rows are alike that too few are left, there is no telling what is right.
         told = np.flatnonzero(np.isfinite(farthest))
-        return cls(queries.select(told), farthest[told], np.flatnonzero(inside), np.flatnonzero(~inside))
+        return cls(
+            queries.select(told),
+            farthest[told],
+            of_all[told],
+            np.flatnonzero(inside),
+            np.flatnonzero(~inside),
+        )
 
     @classmethod
     def _without_queries(cls, metric: str, rows: Floats) -> Sample:
-        everything = np.arange(len(rows))
-        return cls(Queries.of(metric, rows[:0]), np.empty(0, np.float32), everything, everything[:0])
+        everything, none = np.arange(len(rows)), np.empty(0, np.float32)
+        return cls(Queries.of(metric, rows[:0]), none, none, everything, everything[:0])
 
     def measure(self, graph: Graph, rows: Floats, norms: Doubles) -> Curve:
         """The recall at growing ef of a graph of the rows `inside`: what it is with good confidence.
 
         Of the mean over the queries half its standard error is subtracted, and half a neighbour of all.
         """
+        return self._measure(graph, rows, norms, self.farthest)
+
+    def measure_whole(self, graph: Graph, rows: Floats, norms: Doubles, curve: Curve) -> Curve:
+        """The same once the graph has all rows, but no more than the `curve` of those `inside`."""
+        whole = [
+            (ef, round(reached + _CHANCE, 4))
+            for ef, reached in self._measure(graph, rows, norms, self.farthest_of_all)
+        ]
+        expansions = sorted({ef for ef, _ in (*curve, *whole)})
+        return tuple((ef, min(_reached(curve, ef), _reached(whole, ef))) for ef in expansions)
+
+    def _measure(self, graph: Graph, rows: Floats, norms: Doubles, farthest: Floats) -> Curve:
         points: list[tuple[int, float]] = []
-        count = len(self.farthest)
+        count = len(farthest)
         if count < 2:
             return ()
         for expansion in _EXPANSIONS:
             if expansion * SCAN_ROWS_PER_EXPANSION >= len(rows):
                 break
-            recalls = self._recalls(graph, rows, norms, expansion)
+            recalls = self._recalls(graph, rows, norms, expansion, farthest)
             doubt = 0.5 * recalls.std(ddof=1) / math.sqrt(count) + 0.5 / (NEIGHBORS * count)
             points.append((expansion, round(max(0.0, float(recalls.mean() - doubt)), 4)))
             if points[-1][1] >= _HIGHEST_RECALL:
@@ -143,13 +168,27 @@ class Sample:
         least = np.minimum.accumulate([recall for _, recall in reversed(points)])[::-1].tolist()
         return tuple((ef, recall) for (ef, _), recall in zip(points, least, strict=True))
 
-    def _recalls(self, graph: Graph, rows: Floats, norms: Doubles, expansion: int) -> Doubles:
+    def _recalls(
+        self, graph: Graph, rows: Floats, norms: Doubles, expansion: int, farthest: Floats
+    ) -> Doubles:
         queries = self.queries
         found = graph.search(queries.vectors, queries.norms, OVERSAMPLING * NEIGHBORS, expansion)
         distances = queries.rounded(queries.distances_at(rows, norms, found))
-        right = (found >= 0) & (distances <= self.farthest[:, None])
+        right = (found >= 0) & (distances <= farthest[:, None])
         recalls: Doubles = np.minimum(np.count_nonzero(right, axis=1), NEIGHBORS) / NEIGHBORS
         return recalls
+
+
+def _farthest(distances: Floats) -> Floats:
+    """The distances, (n,), of the last of the nearest among some of n queries, (n, m), in no order."""
+    farthest: Floats = np.partition(distances, NEIGHBORS - 1, axis=1)[:, NEIGHBORS - 1]
+    farthest += np.float32(_ROUNDING) * np.abs(farthest)
+    return farthest
+
+
+def _reached(curve: Sequence[tuple[int, float]], expansion: int) -> float:
+    """What a curve promises of a walk so wide."""
+    return max((reached for ef, reached in curve if ef <= expansion), default=0.0)
 
 
 def _measurable(metric: str, norms: Doubles) -> bool:

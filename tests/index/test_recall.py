@@ -28,7 +28,7 @@ def measured(metric: str, rows: Floats) -> tuple[Graph, Curve]:
     builder.add(sample.inside, rows, norms)
     curve = sample.measure(builder.graph, rows, norms)
     builder.add(sample.held, rows, norms)
-    return builder.graph, curve
+    return builder.graph, sample.measure_whole(builder.graph, rows, norms, curve)
 
 
 def true_recall(graph: Graph, metric: str, rows: Floats, asked: Floats, expansion: int) -> float:
@@ -66,6 +66,18 @@ def test_copies_of_rows_do_not_flatter_the_curve(clustered: Clustered) -> None:
     assert expansion > 0
     queries = clustered(200, 32, seed=1)
     assert true_recall(graph, "cosine", rows, queries, expansion) >= 0.895
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_are_quite_the_same_do_not_flatter_the_curve(metric: str) -> None:
+    """One-hot rows: each has more copies than a walk finds, and all others are equally far."""
+    rows = np.eye(64, dtype=np.float32)[np.random.default_rng(0).integers(0, 64, 1500)]
+    graph, curve = measured(metric, rows)
+    assert true_recall(graph, metric, rows, rows[:200], 24) < 0.8
+    for target in (0.5, 0.9, 0.99):
+        expansion = expansion_for(curve, target)
+        # With 0 rows are scanned.
+        assert not expansion or true_recall(graph, metric, rows, rows[:200], expansion) >= target
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -139,7 +151,8 @@ def test_nothing_wider_is_measured_than_what_finds_nearly_all(
 
     monkeypatch.setattr(Graph, "search", search_badly)
     _, curve = measured("cosine", clustered(8000, 16))
-    assert asked == [24, 48, 96, 192]
+    # Without the rows that are kept out, and with them.
+    assert asked == [24, 48, 96, 192] * 2
     assert [recall < 0.3 for _, recall in curve] == [True, True, True, False]
 
 
