@@ -18,7 +18,7 @@ import re
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
@@ -50,7 +50,7 @@ _FIRST_ITEMS = 16
 
 # How many rows are looked at to find the most frequent fields, and how many JSON texts are held at once.
 _SAMPLE_ROWS = 4096
-_TEXTS_AT_ONCE = 4096
+_TEXTS_AT_ONCE = 256
 
 Kinds: TypeAlias = npt.NDArray[np.uint8]
 Codes: TypeAlias = npt.NDArray[np.int32]
@@ -418,16 +418,20 @@ def decode_columns(texts: Texts) -> AttributeColumns:
     rows = len(texts.ends)
     if not len(texts.joined):
         return AttributeColumns(rows, {}, None, texts.at)
-    sample = texts.at(np.arange(0, rows, max(1, rows // _SAMPLE_ROWS)))
+    sample = _some_at_a_time(texts, np.arange(0, rows, max(1, rows // _SAMPLE_ROWS)))
     frequency = Counter(
         name for text in sample for name in decode_fields(text) if _SELECTABLE.fullmatch(name)
     )
     names = (name for name, _ in frequency.most_common(MOST_FIELDS) if len(name) <= _LONGEST_NAME)
     writer = AttributeWriter(rows, names)
-    for start in range(0, rows, _TEXTS_AT_ONCE):
-        for text in texts.at(np.arange(start, min(start + _TEXTS_AT_ONCE, rows))):
-            writer.write(text)
+    for text in _some_at_a_time(texts, np.arange(rows)):
+        writer.write(text)
     return writer.columns(rows, texts.at)
+
+
+def _some_at_a_time(texts: Texts, positions: Positions) -> Iterator[bytes]:
+    for start in range(0, len(positions), _TEXTS_AT_ONCE):
+        yield from texts.at(positions[start : start + _TEXTS_AT_ONCE])
 
 
 def pack_attributes(columns: AttributeColumns) -> tuple[dict[str, Array], list[Any]]:

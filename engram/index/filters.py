@@ -53,7 +53,7 @@ _MOST_KEPT = 256
 
 # With all values of the deepest expression waiting, a block takes 64 MiB.
 _BLOCK_ROWS = 1 << 15
-_TEXTS_AT_ONCE = 4096
+_TEXTS_AT_ONCE = 256
 
 _LONGEST_NUMBER = 255
 

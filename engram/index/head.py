@@ -9,7 +9,7 @@ from engram.index.attributes import AttributeColumns, GrowingAttributes
 from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes, coded_row_bytes
 from engram.index.distances import Doubles, Floats, Queries, row_norms
 from engram.index.masks import MaskCache
-from engram.index.texts import Positions, Selection, Texts
+from engram.index.texts import Positions, Strings
 from engram.sizes import BYTES_OBJECT
 
 # The death of a row that lives.
@@ -190,13 +190,13 @@ class Chunk:
             growing = self._attribute_columns = GrowingAttributes(self.capacity)
         return growing.columns(count, self.attributes_at)
 
-    def keys_of(self, positions: Positions) -> Selection:
-        """The keys of the rows at these positions, as arrays."""
-        return Selection(Texts.of(self.keys_at(positions)), np.arange(len(positions)))
+    def keys_of(self, positions: Positions) -> Strings:
+        """The keys of the rows at these positions, to be copied block by block."""
+        return Strings(self.keys_at(positions))
 
-    def attributes_of(self, positions: Positions) -> Selection:
-        """The JSON texts of the rows at these positions, as arrays."""
-        return Selection(Texts.of(self.attributes_at(positions)), np.arange(len(positions)))
+    def attributes_of(self, positions: Positions) -> Strings:
+        """The JSON texts of the rows at these positions, to be copied block by block."""
+        return Strings(self.attributes_at(positions))
 
     def position(self, row_id: int) -> int:
         """Where a row is that is known to be here."""

@@ -42,7 +42,7 @@ from engram.index.graph import Graph, Quantizer
 from engram.index.masks import MaskCache
 from engram.index.parameters import Parameters
 from engram.index.recall import Curve, expansion_for
-from engram.index.texts import Positions, Selection, Texts
+from engram.index.texts import Positions, Selection, Strings, Texts
 from engram.progress import Progress
 
 GRAPH = "graph.usearch"
@@ -70,9 +70,9 @@ class RowSource(Protocol):
     @property
     def vectors(self) -> Floats: ...
 
-    def keys_of(self, positions: Positions) -> Selection: ...
+    def keys_of(self, positions: Positions) -> Selection | Strings: ...
 
-    def attributes_of(self, positions: Positions) -> Selection: ...
+    def attributes_of(self, positions: Positions) -> Selection | Strings: ...
 
 
 @attrs.frozen(eq=False)
@@ -303,7 +303,7 @@ class SegmentStore:
         self._write_array(path / VECTORS, np.dtype(np.float32), (rows, dimension), _vector_bytes(parts))
         return rows
 
-    def _write_texts(self, path: Path, name: str, parts: Callable[[], Iterable[Selection]]) -> None:
+    def _write_texts(self, path: Path, name: str, parts: Callable[[], Iterable[Selection | Strings]]) -> None:
         """Writes the two columns of strings; `parts` gives them, twice, so that none is held for long."""
         ends = np.cumsum(np.concatenate([part.lengths for part in parts()]), dtype=np.int64)
         data = (_bytes(block) for part in parts() for block in part.blocks())

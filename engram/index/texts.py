@@ -110,3 +110,27 @@ class Selection:
 
     def blocks(self) -> Iterator[Array]:
         return self.texts.blocks(self.positions)
+
+
+@attrs.frozen(eq=False)
+class Strings:
+    """Strings that are objects, to be copied elsewhere as a selection is."""
+
+    items: Sequence[bytes]
+
+    @property
+    def lengths(self) -> Positions:
+        return np.fromiter(map(len, self.items), np.int64, len(self.items))
+
+    def blocks(self) -> Iterator[Array]:
+        """The strings one after the other; only those of a block are copied at a time."""
+        block: list[bytes] = []
+        size = 0
+        for item in self.items:
+            block.append(item)
+            size += len(item)
+            if size >= _BLOCK_BYTES:
+                yield np.frombuffer(b"".join(block), np.uint8)
+                block, size = [], 0
+        if size:
+            yield np.frombuffer(b"".join(block), np.uint8)

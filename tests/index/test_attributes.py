@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import attrs
@@ -277,3 +278,17 @@ def test_a_segment_without_attributes_has_no_files_of_columns(store: SegmentStor
     segment = build(store, {})
     assert list(segment.path.glob("attribute-*")) == []
     assert (segment.attribute_columns.rows, segment.attribute_columns.field("n")) == (40, None)
+
+
+def test_long_texts_are_read_a_few_at_a_time() -> None:
+    """To make columns of them, and where a filter has to look at the text."""
+    texts = Texts.of([b'{"n":%d,"long":"%s"}' % (row % 3, b"x" * 20_000) for row in range(4000)])
+    tracemalloc.start()
+    try:
+        columns = decode_columns(texts)
+        mask = compile_filter(b".n == 1 and 'y' in .long or .n == 2 and .long != 'x'").mask(columns)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert mask.tolist() == [row % 3 == 2 for row in range(4000)]
+    assert peak < texts.joined.nbytes / 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.index.texts import Selection, Texts
+from engram.index.texts import Selection, Strings, Texts
 
 items = st.lists(st.binary(max_size=6), max_size=20)
 
@@ -53,6 +53,18 @@ def test_blocks_of_any_size_are_what_is_selected(
     assert b"".join(blocks) == b"".join(expected)
     assert selection.lengths.tolist() == [len(item) for item in expected]
     assert everything(selected) == expected
+
+
+@given(items, st.integers(1, 9))
+def test_strings_are_copied_in_blocks(given_items: list[bytes], block_bytes: int) -> None:
+    strings = Strings(given_items)
+    with mock.patch("engram.index.texts._BLOCK_BYTES", block_bytes):
+        blocks = [block.tobytes() for block in strings.blocks()]
+    assert b"".join(blocks) == b"".join(given_items)
+    assert b"" not in blocks
+    # A block is full with the string that makes it so.
+    assert max(map(len, blocks), default=0) < block_bytes + max(map(len, given_items), default=0)
+    assert strings.lengths.tolist() == [len(item) for item in given_items]
 
 
 @pytest.mark.parametrize("length", [16, 1000, 100_000, 8_000_000])
