@@ -135,8 +135,9 @@ def _hide(ranks: Floats, block: Block, lsns: Lsns, visible: Numbers) -> None:
         first, last = lsns.min(), lsns.max()
         ranks[:, block.deaths <= first] = np.inf
         # A row that died between the oldest and the newest view is dead to some of them only.
-        for column in np.flatnonzero((block.deaths > first) & (block.deaths <= last)):
-            ranks[lsns >= block.deaths[column], column] = np.inf
+        some = np.flatnonzero((block.deaths > first) & (block.deaths <= last))
+        if len(some):
+            ranks[:, some] = np.where(block.deaths[some] <= lsns[:, None], np.float32(np.inf), ranks[:, some])
     if block.offset is not None and visible.min() < block.offset + ranks.shape[1]:
         for number, count in enumerate((visible - block.offset).tolist()):
             ranks[number, max(0, count) :] = np.inf
