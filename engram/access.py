@@ -18,7 +18,7 @@ import attrs
 
 from engram.config import LONGEST_PASSWORD, Config
 from engram.errors import CommandError, ConfigError, OperatorError
-from engram.files import DiskFiles, Files, replace_file, rewrite_file
+from engram.files import DiskFiles, Files, read_file, replace_file, rewrite_file
 from engram.permissions import (
     UNKNOWN_COMMAND,
     Command,
@@ -318,7 +318,7 @@ class Access:
         """The users in the file. Blocks. Raises CommandError when it cannot be read, or holds errors."""
         assert self.path is not None
         try:
-            content = self.path.read_bytes()
+            content = read_file(self.path)
         except OSError as error:
             raise CommandError(
                 f"ERR Error loading ACLs, opening file '{self.path}': {error.strerror}"

@@ -154,11 +154,22 @@ class DiskFiles:
 def status_of_file(path: Path) -> os.stat_result:
     """The status of what a path leads to. Raises OSError when that is missing, or is no regular file."""
     status = path.stat()
+    _check_regular(status, path)
+    return status
+
+
+def read_file(path: Path) -> bytes:
+    """What a file holds. Raises OSError also for what is no regular file: a pipe would be waited for."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        _check_regular(os.fstat(file.fileno()), path)
+        return file.read()
+
+
+def _check_regular(status: os.stat_result, path: Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return status
 
 
 def rewrite_file(files: Files, path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:

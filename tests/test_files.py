@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engram import files as files_module
-from engram.files import DiskFiles, replace_file, rewrite_file
+from engram.files import DiskFiles, read_file, replace_file, rewrite_file
 
 
 def full(*_: object) -> None:
@@ -202,6 +202,19 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
         rewrite(tmp_path, b"x")
     assert pipe.is_fifo()
     assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+def test_only_a_file_is_read(tmp_path: Path) -> None:
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    file.write_bytes(b"x")
+    assert read_file(file) == b"x"
+    with pytest.raises(OSError, match="Not a regular file"):
+        read_file(pipe)
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("name", ["pwrite", "fsync", "rename", "chmod"])

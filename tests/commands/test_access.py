@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -457,6 +458,16 @@ async def test_users_are_saved_and_loaded(house: House, tmp_path: Path) -> None:
     assert await client.call("ACL LOAD") == OK
     assert await other.ended() == b""
     assert await client.call("ACL USERS") == bulks("carl", "default")
+
+
+async def test_a_pipe_is_no_file_of_users(house: House, tmp_path: Path) -> None:
+    """Nobody waits for who might write into it."""
+    path = tmp_path / "people"
+    os.mkfifo(path)
+    keeping(house, path, automatic=False)
+    client = house.connect()
+    error = f"-ERR Error loading ACLs, opening file '{path}': Not a regular file\r\n".encode()
+    assert await client.call("ACL LOAD") == error
 
 
 async def test_before_authentication(house: House) -> None:
