@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 
 from engram.config import Config
 from engram.errors import ConfigError
+from engram.files import read_file
 
 _VERIFICATION = {"no": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "yes": ssl.CERT_REQUIRED}
 
@@ -60,9 +62,8 @@ def reason(error: BaseException | None) -> str:
 
 
 def _check_readable(name: str, path: str) -> None:
-    # What the ssl module raises does not name the file.
+    # What the ssl module raises does not name the file; and it would wait for who writes into a pipe.
     try:
-        with open(path, "rb"):
-            pass
+        read_file(Path(path))
     except OSError as error:
         raise ConfigError(f"{name} '{path}' cannot be read: {error.strerror}") from error

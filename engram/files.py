@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 
 class Files(Protocol):
@@ -160,9 +160,19 @@ def status_of_file(path: Path) -> os.stat_result:
 
 def read_file(path: Path) -> bytes:
     """What a file holds. Raises OSError also for what is no regular file: a pipe would be waited for."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        _check_regular(os.fstat(file.fileno()), path)
+    with open_file(path) as file:
         return file.read()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file to be read. Raises OSError as `read_file`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb")
 
 
 def _check_regular(status: os.stat_result, path: Path) -> None:

@@ -85,7 +85,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "transport": frozenset({"errors", "rounds"}),
     "outbox": frozenset({"commands", "database", "transport"}),
     "connection": frozenset({"commands", "database", "errors", "outbox", "protocol", "transport"}),
-    "certificates": frozenset({"config", "errors"}),
+    "certificates": frozenset({"config", "errors", "files"}),
     "listeners": frozenset(
         {
             "access",

@@ -566,6 +566,7 @@ async def test_certificates_are_read_again(
         ("tls-key-file", "", "tls-key-file is not set"),
         ("tls-ca-cert-file", "", "tls-ca-cert-file must say who signs"),
         ("tls-key-file", "/nowhere", "tls-key-file '/nowhere' cannot be read: No such file or directory"),
+        ("tls-cert-file", os.devnull, f"tls-cert-file '{os.devnull}' cannot be read: Not a regular file"),
         ("tls-ca-cert-file", __file__, "holds no certificates: no certificate or crl found"),
         ("tls-cert-file", __file__, "cannot be used together: one is not PEM"),
     ],

@@ -34,7 +34,7 @@ from crc32c import crc32c
 
 from engram.columns import TABLE, ColumnFolder, open_columns
 from engram.errors import DamagedDataError, DirectoryInUseError, OperatorError
-from engram.files import Files
+from engram.files import Files, read_file
 from engram.operations import InstallSegment
 from engram.persistence import log_format
 from engram.persistence.layout import FOREIGN_NAMES, Layout, check_levels, free_name
@@ -104,7 +104,7 @@ def hold_directory(directory: Path, *, exclusive: bool = False) -> Iterator[None
             raise OperatorError(f"{directory}: not a data directory of engram's")
         flags = os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY
         try:
-            descriptor = os.open(layout.lock, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(layout.lock, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             descriptor = None
     except OSError as error:
@@ -401,7 +401,7 @@ class Examination:
 def _read_log_file(path: Path, number: int) -> _LogFile:
     file = _LogFile(number, path)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         file.damaged("missing", is_kept=False)
         return file

@@ -22,7 +22,7 @@ from pathlib import Path
 import attrs
 
 from engram.errors import DamagedDataError, DirectoryInUseError, OperatorError
-from engram.files import DiskFiles
+from engram.files import DiskFiles, open_file
 from engram.format_level import check_level
 from engram.persistence.log_format import FILE_HEADER_SIZE, FormatError, level_of_file
 from engram.persistence.manifest import read_manifest
@@ -108,7 +108,7 @@ def check_levels(layout: Layout) -> None:
         read_manifest(layout.manifest)
     for number in layout.log_numbers():
         path = layout.log(number)
-        with suppress(FormatError, OSError), path.open("rb") as file:
+        with suppress(FormatError, OSError), open_file(path) as file:
             check_level(path, level_of_file(file.read(FILE_HEADER_SIZE)))
 
 

@@ -15,7 +15,7 @@ import attrs
 from crc32c import crc32c
 
 from engram.errors import DamagedDataError, NewerFormatError
-from engram.files import Files, replace_file
+from engram.files import Files, read_file, replace_file
 from engram.format_level import LEVEL, check_level, level_of
 
 
@@ -67,7 +67,7 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest, or None when there is none. Raises what `decode_manifest` does."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         return None
     return decode_manifest(content, path)

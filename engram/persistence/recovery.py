@@ -32,7 +32,7 @@ import msgspec
 
 from engram.columns import ColumnFolder, open_columns
 from engram.errors import DamagedDataError, NewerFormatError
-from engram.files import Files
+from engram.files import Files, open_file
 from engram.operations import InstallSegment, Operation, decode_array
 from engram.persistence import log_format
 from engram.persistence.layout import Layout, check_levels, free_name
@@ -196,7 +196,7 @@ class _LogReplay:
 
     def _read(self, path: Path, size: int = -1) -> bytes:
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 return file.read(size)
         except FileNotFoundError as error:
             raise DamagedDataError(path, "missing") from error

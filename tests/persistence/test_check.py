@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -462,6 +463,24 @@ def test_a_file_that_cannot_be_read_is_damage_that_is_not_cut(name: str, stored:
     [first, *_] = examination.damages
     assert (first.path, first.reason) == (stored / name, "cannot be read: Is a directory")
     assert examination.cut() is None
+
+
+@pytest.mark.parametrize("name", ["MANIFEST", LOG_4])
+def test_nobody_waits_for_who_might_write_into_a_pipe(name: str, stored: Path) -> None:
+    (stored / name).unlink()
+    os.mkfifo(stored / name)
+    examination, _ = examine(stored)
+    [first, *_] = examination.damages
+    assert (first.path, first.reason) == (stored / name, "cannot be read: Not a regular file")
+    with pytest.raises(OSError, match="Not a regular file"):
+        recover(stored, DiskFiles(), lambda folder: None, lambda lsn, operation: None)
+
+
+def test_a_pipe_for_a_lock_holds_nobody_up(stored: Path) -> None:
+    (stored / "LOCK").unlink(missing_ok=True)
+    os.mkfifo(stored / "LOCK")
+    with hold_directory(stored):
+        pass
 
 
 # Agreement with recovery

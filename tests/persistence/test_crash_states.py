@@ -194,7 +194,8 @@ def test_removing_files_too_early_is_found_out() -> None:
 def test_a_transaction_in_several_records_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def append_together(persistence: Persistence, first_lsn: int, payloads: Sequence[bytes]) -> None:
         for lsn, payload in enumerate(payloads, first_lsn):
-            Persistence.append(persistence, lsn, decode(payload), payload)
+            operation = decode(payload)
+            Persistence.append(persistence, lsn, operation, persistence.reserve(lsn, operation))
             persistence._plan_run()
 
     monkeypatch.setattr(Persistence, "append_together", append_together)
