@@ -42,6 +42,7 @@ from trio._core import _run as trio_run
 from engram.database import Database
 from engram.engine import Engine
 from engram.errors import CommandError
+from engram.exclusion import Exclusion
 from engram.files import DiskFiles
 from engram.index.build_process import BuildJob, build_segment
 from engram.index.builder import Builder
@@ -348,24 +349,33 @@ class RecordedBuilder(Builder):
         return built.checksum
 
 
+async def admit(persistence: Persistence, exclusion: Exclusion, size: int) -> None:
+    """Waits until a change may be made, as a server does."""
+    await persistence.admit(size)
+    while exclusion.active:
+        await exclusion.wait()
+        await persistence.admit(size)
+
+
 class Client:
     """Writes at random, and asks for snapshots."""
 
-    def __init__(self, database: Database, persistence: RecordedPersistence, random: Random) -> None:
+    def __init__(
+        self, database: Database, persistence: RecordedPersistence, exclusion: Exclusion, random: Random
+    ) -> None:
         self._database = database
         self._persistence = persistence
+        self._exclusion = exclusion
         self._random = random
 
     async def run(self, requests: int) -> None:
         for _ in range(requests):
             count = self._random.choice([1, 1, 1, 1, 2, 5])
-            await self._persistence.admit(6000 * count)
+            await admit(self._persistence, self._exclusion, 6000 * count)
             if count == 1:
                 self._commit()
             else:
-                with self._database.together():
-                    for _ in range(count):
-                        self._commit()
+                await self._commit_together(count)
             lsn = self._database.lsn
             chance = self._random.random()
             if chance < 0.06:
@@ -379,6 +389,17 @@ class Client:
                 await self._released(lsn)
             if chance > 0.95:
                 await trio.sleep(self._random.choice([0.05, 0.3, 1.5]))
+
+    async def _commit_together(self, count: int) -> None:
+        """In one turn of the loop or in several, as EXEC does."""
+        takes_turns = self._random.random() < 0.5
+        self._exclusion.begin()
+        with self._database.together():
+            for _ in range(count):
+                self._commit()
+                if takes_turns:
+                    await trio.sleep(self._random.choice([0, 0, 0.001, 0.2]))
+        self._exclusion.end()
 
     def _commit(self) -> None:
         operation = self._operation()
@@ -461,9 +482,10 @@ async def serve(files: RecordingFiles, requests: int, random: Random) -> None:
     settings = PersistenceSettings(log_file_size=LOG_FILE_SIZE, snapshot_log_size=8 * LOG_FILE_SIZE)
     persistence = RecordedPersistence(files, settings, recovery)
     database = Database(engine, persistence)
+    exclusion = Exclusion()
 
     async def install(index: VectorIndex, operation: InstallSegment) -> None:
-        await persistence.admit(1000)
+        await admit(persistence, exclusion, 1000)
         if not index.dropped:
             database.commit(operation)
             database.changed(index)
@@ -483,7 +505,8 @@ async def serve(files: RecordingFiles, requests: int, random: Random) -> None:
                     builder.consider(index)
                 async with trio.open_nursery() as client_nursery:
                     for _ in range(3):
-                        client_nursery.start_soon(Client(database, persistence, random).run, requests // 3)
+                        client = Client(database, persistence, exclusion, random)
+                        client_nursery.start_soon(client.run, requests // 3)
                 work_nursery.cancel_scope.cancel()
             persistence.close()
     assert not builder.failures, builder.last_error
