@@ -18,7 +18,14 @@ from engram.dump import dump_blocks, read_state, write_dump
 from engram.errors import OperatorError
 from engram.files import DiskFiles
 from engram.load import Loaded, LoadError, load
-from engram.persistence.check import Examination, cut_log, describe_loss, describe_place, hold_directory
+from engram.persistence.check import (
+    Examination,
+    cut_log,
+    describe_loss,
+    describe_place,
+    hold_directory,
+    is_own,
+)
 from engram.standard_streams import complain, discard, say
 
 UNDAMAGED = "nothing that was durable is damaged"
@@ -135,6 +142,8 @@ async def _dump(arguments: Sequence[str]) -> int:
 
 def _dump_directory(directory: Path, output: Path | None, *, base64: bool) -> int:
     files = DiskFiles()
+    if output is not None and is_own(directory, output):
+        raise OperatorError(f"{output}: a file of the data directory, which is not to be replaced")
     with hold_directory(directory):
         state = read_state(directory, files)
         if state.torn_bytes:

@@ -681,6 +681,22 @@ def test_a_dump_of_damaged_vectors_writes_nothing(data: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [data]
 
 
+@pytest.mark.parametrize(
+    "name", ["MANIFEST", "LOCK", "users.acl", "wal-0000000009.log", "segments/x", "link"]
+)
+async def test_a_dump_replaces_no_file_of_the_directory(
+    name: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "link").symlink_to("MANIFEST")
+    before = contents(data)
+    path = data / name
+    assert await command_line(["dump", str(data), "--output", str(path)]) == 1
+    refused = f"engram: {path}: a file of the data directory, which is not to be replaced\n"
+    assert capsys.readouterr() == ("", refused)
+    assert contents(data) == before
+    assert await command_line(["dump", str(data), "--output", str(data / "dump.jsonl")]) == 0
+
+
 def test_a_reader_that_leaves_ends_a_dump_quietly(data: Path) -> None:
     for name in ("dump", "check"):
         read, write = os.pipe()

@@ -121,6 +121,16 @@ def hold_directory(directory: Path, *, exclusive: bool = False) -> Iterator[None
             os.close(descriptor)
 
 
+def is_own(directory: Path, path: Path) -> bool:
+    """Whether a path leads to what a data directory keeps there, or would."""
+    target, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if root not in target.parents:
+        return False
+    name = target.relative_to(root).parts[0]
+    own = _OWN_NAMES.fullmatch(name) or _KEPT_NAME.fullmatch(name)
+    return own is not None or name == Layout(root).users.name
+
+
 def is_unused(directory: Path) -> bool:
     """Whether nothing was ever stored: there is no more than what a crash in making a directory leaves."""
     layout = Layout(directory)
