@@ -64,12 +64,24 @@ def _check_lengths(names: Iterable[bytes], kind: str, config: Config) -> None:
         raise CommandError(f"ERR {kind} is longer than max-key-length, {most} bytes")
 
 
-def bounded_filter(session: Session, expression: bytes) -> Filter:
-    """The filter of an expression. Raises CommandError when it is not one, too long, or too deep."""
+Compiled = Filter | CommandError
+"""A filter that has been compiled already, or what was wrong with it."""
+
+
+def bounded_filter(session: Session, expression: bytes, compiled: Compiled | None = None) -> Filter:
+    """The filter of an expression, which may have been compiled already.
+
+    Raises CommandError when it is not one, too long, or too deep.
+    """
     config = session.server.config
     if len(expression) > config.vector_max_filter_length:
         raise CommandError(f"ERR FILTER expression is longer than {config.vector_max_filter_length} bytes")
-    condition = compile_filter(expression)
+    if isinstance(compiled, CommandError):
+        raise compiled
+    if compiled is not None and compiled.text == expression:
+        condition = compiled
+    else:
+        condition = compile_filter(expression)
     if condition.depth > config.vector_max_filter_depth:
         raise CommandError("ERR FILTER expression is nested too deeply")
     return condition

@@ -10,9 +10,10 @@ import trio
 
 from engram.commands.arguments import SYNTAX_ERROR
 from engram.commands.indices import existing_index, read_index
-from engram.commands.limits import bounded_filter
+from engram.commands.limits import Compiled, bounded_filter
+from engram.commands.long_filters import compiled_first
 from engram.commands.session import Barrier, Pieces, Session, Slot
-from engram.commands.table import Command
+from engram.commands.table import Command, Reply
 from engram.commands.turns import take_turns
 from engram.database import RECORD_OVERHEAD, Database
 from engram.errors import CommandError
@@ -37,17 +38,19 @@ _DELETED_AT_ONCE = 512
 _LARGEST_RECORD = (1 << 32) - (1 << 10)
 
 
-def _filter(session: Session, words: list[bytes]) -> Filter:
+def _filter(session: Session, words: list[bytes], compiled: Compiled | None) -> Filter:
     if len(words) != 2 or words[0].upper() != b"FILTER":
         raise CommandError(SYNTAX_ERROR)
-    return bounded_filter(session, words[1])
+    return bounded_filter(session, words[1], compiled)
 
 
-def _count(session: Session, arguments: list[bytes]) -> bytes | Slot:
+def _count(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Reply:
+    if compiled is None and (later := compiled_first(session, arguments, 2, _count)):
+        return later
     index = read_index(session, arguments[1])
     if len(arguments) == 2:
         return replies.integer(len(index))
-    condition = _filter(session, arguments[2:])
+    condition = _filter(session, arguments[2:], compiled)
     slot = Slot()
 
     def done(count: int | Exception) -> None:
@@ -61,9 +64,11 @@ def _count(session: Session, arguments: list[bytes]) -> bytes | Slot:
     return slot
 
 
-def _delete_by(session: Session, arguments: list[bytes]) -> Barrier:
+def _delete_by(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Barrier:
+    if compiled is None and (later := compiled_first(session, arguments, 2, _delete_by)):
+        return later
     index = existing_index(session, arguments[1])
-    return Barrier(partial(_delete_matching, session, index, _filter(session, arguments[2:])))
+    return Barrier(partial(_delete_matching, session, index, _filter(session, arguments[2:], compiled)))
 
 
 async def _delete_matching(session: Session, index: VectorIndex, condition: Filter) -> bytes | Pieces:

@@ -10,9 +10,10 @@ import numpy as np
 from engram.commands.allowance import Allowance, NoRoomError, reply_too_long
 from engram.commands.arguments import NOT_AN_INTEGER, SYNTAX_ERROR, integer, number, options
 from engram.commands.indices import read_index, recall_target
-from engram.commands.limits import bounded_filter, check
+from engram.commands.limits import Compiled, bounded_filter, check
+from engram.commands.long_filters import compiled_first
 from engram.commands.session import Session, Slot
-from engram.commands.table import Command
+from engram.commands.table import Command, Reply
 from engram.errors import CommandError
 from engram.index.distances import Floats
 from engram.index.search import SearchOptions, SearchResult
@@ -25,6 +26,9 @@ from engram.protocol.replies import EMPTY_ARRAY, Encoder
 _RESULT_BYTES = 64
 _FRAME_BYTES = 16
 
+# Parts of a reply that are joined in one go: nothing else runs in this process meanwhile.
+_PARTS_AT_ONCE = 1 << 14
+
 _VALUED = (b"EF", b"RECALL", b"FILTER", b"RADIUS")
 _FLAGS = (b"EXACT", b"WITHATTRS", b"WITHVECTORS")
 
@@ -32,7 +36,9 @@ _FLAGS = (b"EXACT", b"WITHATTRS", b"WITHVECTORS")
 _LARGEST_RADIUS = 1e38
 
 
-def _options(session: Session, index: VectorIndex, k: int, words: Sequence[bytes]) -> SearchOptions:
+def _options(
+    session: Session, index: VectorIndex, k: int, words: Sequence[bytes], compiled: Compiled | None
+) -> SearchOptions:
     most = session.server.config.client_output_buffer_limit
     if not words:
         return SearchOptions(k, most=most)
@@ -49,7 +55,7 @@ def _options(session: Session, index: VectorIndex, k: int, words: Sequence[bytes
     if (word := given.get(b"RADIUS")) is not None:
         radius = max(-_LARGEST_RADIUS, min(number(word), _LARGEST_RADIUS))
     if (word := given.get(b"FILTER")) is not None:
-        condition = bounded_filter(session, word)
+        condition = bounded_filter(session, word, compiled)
     return SearchOptions(
         k,
         ef,
@@ -72,16 +78,20 @@ def _wanted_results(session: Session, index: VectorIndex, argument: bytes) -> in
     return k
 
 
-def _search(session: Session, arguments: list[bytes]) -> bytes | Slot:
+def _search(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Reply:
+    if compiled is None and (later := compiled_first(session, arguments, 4, _search)):
+        return later
     index = read_index(session, arguments[1])
     query = decode_vector(arguments[2], index.parameters.dimension)
-    search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:])
+    search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:], compiled)
     if search.k == 0 or not len(index):
         return EMPTY_ARRAY
     return _submit(session, index, query[None], search, _One)
 
 
-def _search_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
+def _search_many(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Reply:
+    if compiled is None and (later := compiled_first(session, arguments, 5, _search_many)):
+        return later
     index = read_index(session, arguments[1])
     k, count = _wanted_results(session, index, arguments[2]), integer(arguments[3])
     if count < 1:
@@ -92,7 +102,7 @@ def _search_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
     check(count, session.server.config.vector_max_queries, "the number of queries")
     dimension = index.parameters.dimension
     queries = np.frombuffer(join_vectors(blobs, dimension), "<f4").reshape(count, dimension)
-    search = _options(session, index, k, rest)
+    search = _options(session, index, k, rest, compiled)
     if k == 0 or not len(index):
         return replies.array([EMPTY_ARRAY] * count)
     return _submit(session, index, queries, search, _Many)
@@ -150,8 +160,12 @@ class _One:
         if result.excess:
             raise reply_too_long(result.excess)
         parts = self._parts(result)
-        self._allowance.take(sum(map(len, parts)))
-        return b"".join(parts)
+        joined = []
+        for start in range(0, len(parts), _PARTS_AT_ONCE):
+            some = parts[start : start + _PARTS_AT_ONCE]
+            self._allowance.take(sum(map(len, some)))
+            joined.append(b"".join(some))
+        return joined[0] if len(joined) == 1 else b"".join(joined)
 
     def _parts(self, result: SearchResult) -> list[bytes]:
         search = self._search

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from typing import Any
 
 import pytest
 import trio
 
-from engram.commands import turns
+from engram.commands import matching, turns
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Pieces
+from engram.index import filters
 from engram.large_string import LargeString
-from engram.operations import DeleteKeys, SetStrings
-from tests.conftest import Client, House, ManualJournal, OpenHouse
+from engram.operations import DeleteKeys, DeleteVectors, SetStrings
+from tests.conftest import Client, House, ManualJournal, OpenHouse, vector
 
 KEYS = 10 * turns.KEYS_A_TURN + 7
 NAMES = [b"k%d" % number for number in range(KEYS)]
@@ -168,3 +170,69 @@ async def test_long_strings_in_a_transaction_are_not_copied_into_its_reply(house
     bulk = b"$%d\r\n%b\r\n" % (len(LONG), LONG)
     assert replies[-1] == b"*3\r\n" + bulk + b"+PONG\r\n*2\r\n" + bulk + b"$-1\r\n"
     assert (house.server.held_replies.waiting, house.server.held_replies.reserved) == (0, 0)
+
+
+async def test_many_members_are_deleted_as_one_beside_others(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching, "KEYS_A_TURN", 10)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.call("VNEW index 1")
+        rows = [word for name in NAMES[:500] for word in (name, vector(1), b'{"a":1}')]
+        assert await client.call([b"VMADD", b"index", *rows, b"ATTRS"]) == b":500\r\n"
+        await client.call([b"VADD", b"index", b"other", vector(1)])
+        await client.send([b"VDELBY", b"index", b"FILTER", b".a == 1"])
+        await begun(house)
+        assert await other.call("PING") == b"+PONG\r\n"
+        await other.send("VCOUNT index")
+        assert await other.reply() == b":1\r\n"
+        assert await client.reply() == b":500\r\n"
+        assert {type(operation) for operation in journal.together[-1]} == {DeleteVectors}
+
+
+LONG_FILTER = b" or ".join(b".a == %d" % number for number in range(1000))
+
+
+@pytest.mark.parametrize(
+    ("words", "reply"),
+    [
+        ([b"VSEARCH", b"index", vector(1), b"9", b"FILTER", LONG_FILTER], b"*2\r\n$1\r\nm\r\n$1\r\n0\r\n"),
+        ([b"VMSEARCH", b"index", b"9", b"1", vector(1), b"filter", LONG_FILTER, b"EXACT"], b"*1\r\n*2\r\n"),
+        ([b"VCOUNT", b"index", b"FILTER", LONG_FILTER], b":1\r\n"),
+        ([b"VSEARCH", b"index", vector(1), b"0", b"FILTER", LONG_FILTER], b"*0\r\n"),
+        ([b"VSEARCH", b"none", vector(1), b"9", b"FILTER", LONG_FILTER], b"-ERR no such index\r\n"),
+        ([b"VSEARCH", b"none", vector(1), b"9", b"FILTER", LONG_FILTER + b"("], b"-ERR no such index\r\n"),
+        ([b"VSEARCH", b"index", vector(1), b"9", b"FILTER", LONG_FILTER + b"("], b"-ERR syntax error in"),
+        ([b"VCOUNT", b"index", b"FILTER", LONG_FILTER + b"("], b"-ERR syntax error in FILTER"),
+        ([b"VDELBY", b"index", b"FILTER", LONG_FILTER + b"("], b"-ERR syntax error in FILTER"),
+        ([b"VDELBY", b"index", b"FILTER", LONG_FILTER], b":1\r\n"),
+    ],
+)
+async def test_a_long_filter_is_compiled_in_a_thread(
+    house: House, words: list[bytes], reply: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling: list[int] = []
+    compile_filter = filters._compile
+
+    def compile_and_tell(expression: bytes) -> filters.Filter:
+        compiling.append(threading.get_ident())
+        return compile_filter(expression)
+
+    monkeypatch.setattr(filters, "_compile", compile_and_tell)
+    client = house.connect()
+    await client.call("VNEW index 1")
+    await client.call([b"VMADD", b"index", b"m", vector(1), b'{"a":5}', b"n", vector(2), b"", b"ATTRS"])
+    assert (await client.call(words)).startswith(reply)
+    assert threading.get_ident() not in compiling
+    assert len(compiling) == 1
+
+
+async def test_in_a_transaction_a_long_filter_has_its_place(house: House) -> None:
+    client = house.connect()
+    await client.call("VNEW index 1")
+    await client.call([b"VMADD", b"index", b"m", vector(1), b'{"a":5}', b"ATTRS"])
+    count: list[bytes] = [b"VCOUNT", b"index", b"FILTER", LONG_FILTER]
+    await client.send("MULTI", count, "VDEL index m", count, "EXEC")
+    assert [await client.reply() for _ in range(5)][-1] == b"*3\r\n:1\r\n:1\r\n:0\r\n"

@@ -118,3 +118,11 @@ def test_texts_read_back_as_the_same_number(numbers: list[float]) -> None:
     texts = format_distances(distances)
     assert all(re.fullmatch(rb"-?\d+(\.\d*[1-9])?", text) for text in texts)
     assert np.array_equal(np.array([float(text) for text in texts], np.float32), distances)
+
+
+def test_texts_of_many_distances_are_those_of_each() -> None:
+    distances = np.random.default_rng(1).standard_normal(5000).astype(np.float32) * np.float32(1e-3)
+    distances[::7] *= np.float32(1e-6)
+    texts = format_distances(distances)
+    assert texts == [text for distance in distances for text in format_distances(distance[None])]
+    assert np.array_equal(np.array(texts, "S32").astype(np.float32), distances)

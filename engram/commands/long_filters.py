@@ -1,0 +1,62 @@
+"""Filters that take long to compile: a thread does that, and others have turns meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import trio
+
+from engram.commands.limits import Compiled
+from engram.commands.session import Barrier, Pieces, Session, Slot
+from engram.commands.table import Reply
+from engram.commands.transactions import wait_for
+from engram.errors import CommandError
+from engram.index.filters import compile_filter
+
+# Shorter ones are compiled at once: a millisecond or two, and most have been compiled before.
+_LONG_BYTES = 4 << 10
+
+
+def compiled_first(
+    session: Session,
+    arguments: list[bytes],
+    start: int,
+    handler: Callable[[Session, list[bytes], Compiled], Reply],
+) -> Barrier | None:
+    """Has a thread compile the filter in a request, if it is long, and the request be carried out then.
+
+    The options of the request, FILTER among them, are from `start` on. What is wrong with them, or with the
+    filter, the handler says. In EXEC each command has its place, and None is returned.
+    """
+    expression = _long_filter(arguments, start)
+    most = session.server.config.vector_max_filter_length
+    if expression is None or len(expression) > most or session.executing:
+        return None
+
+    async def reply() -> bytes | Pieces:
+        compiled: Compiled
+        try:
+            compiled = await trio.to_thread.run_sync(compile_filter, expression)
+        except CommandError as error:
+            compiled = error
+        await session.server.exclusion.wait()
+        found = handler(session, arguments, compiled)
+        if isinstance(found, Barrier):
+            return await found.reply()
+        if not isinstance(found, Slot):
+            return found
+        try:
+            return await wait_for(found)
+        finally:
+            found.awaited = False
+
+    return Barrier(reply)
+
+
+def _long_filter(arguments: Sequence[bytes], start: int) -> bytes | None:
+    """The first long word behind FILTER."""
+    for position in range(start, len(arguments) - 1):
+        word = arguments[position + 1]
+        if len(word) > _LONG_BYTES and arguments[position].upper() == b"FILTER":
+            return word
+    return None
