@@ -46,6 +46,9 @@ PATIENCE = 5
 # Of `python -m tests.fuzz`.
 _FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 hypothesis.settings.register_profile("fuzz", max_examples=_FUZZ_EXAMPLES, deadline=None)
+# A busy machine is no fault of an example.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 T = TypeVar("T")
 

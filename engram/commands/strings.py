@@ -279,9 +279,10 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
             continue
         if type(value) is not bytes:
             break
-        size += len(value)
-        if size > _RUN_BYTES:
+        length = len(value)
+        if size > _RUN_BYTES or length > _RUN_BYTES:
             break
+        size += length
         found.append(bulk(value))
     session.server.statistics.get_misses += misses
     return len(found), b"".join(found)

@@ -281,7 +281,9 @@ class Builder:
     async def _retry(self, index: VectorIndex, pause: float) -> None:
         try:
             with trio.CancelScope() as self._retrying[index.id]:
-                await trio.sleep(pause)
+                # It may have been dropped before this task had its first turn.
+                if not index.dropped:
+                    await trio.sleep(pause)
         finally:
             del self._retrying[index.id]
             self._known.discard(index.id)

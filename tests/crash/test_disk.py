@@ -567,7 +567,7 @@ def test_no_file_gets_the_number_of_a_standard_stream(tmp_path: Path) -> None:
     process = subprocess.Popen([*closed, *command])
     try:
         wait_until(lambda: process.poll() is not None or listening_port(process.pid) > 0, "the server")
-        with Redis(HOST, listening_port(process.pid)) as client:
+        with Redis(HOST, listening_port(process.pid), socket_timeout=DEADLINE_SECONDS) as client:
             client.execute_command("VNEW", "index", DIMENSION)
             client.execute_command("VADD", "index", "row", np.ones(DIMENSION, "<f4").tobytes())
             assert client.execute_command("VOPTIMIZE", "index") == b"OK"
