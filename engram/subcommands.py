@@ -194,7 +194,11 @@ async def _load_file(file: BinaryIO, host: str, port: int, *, replace: bool) -> 
     try:
         stream = await trio.open_tcp_stream(host, port)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
+        # Trio's own error for a host that was found says only that all its addresses failed: theirs say why.
+        cause = error.__cause__
+        causes = cause.exceptions if isinstance(cause, BaseExceptionGroup) else (cause or error,)
+        reason = next((each.strerror for each in causes if isinstance(each, OSError) and each.strerror), None)
+        reason = reason and reason.rpartition("): ")[2]  # trio puts the address before it
         raise LoadError(f"cannot connect to {host} port {port}: {reason or error}") from error
     with tqdm(unit=" lines", unit_scale=True, disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
         async with stream:

@@ -743,7 +743,8 @@ async def test_load_without_a_file_or_a_server_is_one_line(
         port = unused.getsockname()[1]
     for argument in (str(port), "65536"):
         assert await command_line(["load", str(path), "--port", argument]) == 1
-        assert capsys.readouterr().err.startswith(f"engram: cannot connect to 127.0.0.1 port {argument}: ")
+        error = capsys.readouterr().err
+        assert error == f"engram: cannot connect to 127.0.0.1 port {argument}: Connection refused\n"
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
