@@ -494,8 +494,8 @@ COMMANDS = (
         _scan,
         -2,
         "cursor [MATCH pattern] [COUNT count] [TYPE type]",
-        "Iterates over the key names in the database, the newest first. One that is there throughout is"
-        " returned, and the iteration ends, whatever others do.",
+        "Iterates over the key names in the database, each call over older ones than the"
+        " call before. One that is there throughout is returned, and the iteration ends, whatever others do.",
         "generic",
         ("readonly",),
         since="2.8.0",

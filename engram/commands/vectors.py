@@ -251,8 +251,8 @@ COMMANDS = (
         _scan,
         -3,
         "index cursor [COUNT count] [MATCH pattern]",
-        "Iterates over the members of a vector index, the newest first. One that is there throughout is"
-        " returned, and the iteration ends, whatever others do.",
+        "Iterates over the members of a vector index, each call over older ones than the"
+        " call before. One that is there throughout is returned, and the iteration ends, whatever others do.",
         _GROUP,
         ("readonly",),
         _KEY,
