@@ -61,7 +61,9 @@ _PROGRESS_INTERVAL = 1.0
 _FREE_SLICE = 4096
 # One sample in so many takes the memory, too.
 _MEMORY_SAMPLES = 10
+# What saying that there is no memory takes of it: at the end of a recovery, and of a server that was running.
 _MEMORY_RESERVE = 16 << 20
+_END_RESERVE = 1 << 20
 # What the process ends with when it can do nothing else any more.
 _EXIT_FAILURE = 1
 _TOO_MANY_SEGMENTS = "the limit of open files is too low for what the data directory holds; see ulimit -n"
@@ -258,7 +260,7 @@ async def _serve(
                 access=access,
             )
             database.on_failure = partial(
-                _end, server.sessions, work_nursery.cancel_scope, [bytes(_MEMORY_RESERVE)]
+                _end, server.sessions, work_nursery.cancel_scope, [bytes(_END_RESERVE)]
             )
             reception = Reception(server, listeners, descriptors.numbers)
             _tune_collector()
