@@ -175,7 +175,7 @@ async def test_long_strings_in_a_transaction_are_not_copied_into_its_reply(house
 async def test_many_members_are_deleted_as_one_beside_others(
     open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matching, "KEYS_A_TURN", 10)
+    monkeypatch.setattr(matching, "_DELETED_AT_ONCE", 10)
     journal = ManualJournal(automatic=True)
     async with open_house(journal=journal) as house:
         client, other = house.connect(), house.connect()
