@@ -38,6 +38,9 @@ ENTRIES = {
 }
 MODULE = ENTRIES["python -m"]
 
+# On a busy machine a client that has sent QUIT waits for long until a child has saved.
+PATIENT = ("--shutdown-timeout", "86400")
+
 
 @attrs.define
 class Process:
@@ -179,7 +182,7 @@ def test_nothing_of_the_working_directory_is_run(entry: str, keeps: bool, tmp_pa
     arguments = ["--dir", str(tmp_path / "data")] if keeps else []
     adds = [f"VADD vectors row-{number} {number:08d}" for number in range(40)]
     with server(
-        "--port", "0", "--seal-rows", "16", *arguments, entry=ENTRIES[entry], folder=folder
+        "--port", "0", "--seal-rows", "16", *PATIENT, *arguments, entry=ENTRIES[entry], folder=folder
     ) as running:
         replies = running.call("VNEW vectors 2", *adds, "VOPTIMIZE vectors", *["SAVE"][: len(arguments)])
         assert running.end(signal.SIGTERM) == (0, "")
@@ -200,7 +203,7 @@ def test_the_children_run_the_engram_that_the_server_runs(tmp_path: Path) -> Non
     entry = [sys.executable, "-m", "engram"]
     adds = [f"VADD vectors row-{number} {number:08d}" for number in range(40)]
     data = ("--dir", str(tmp_path / "data"))
-    with server("--port", "0", *data, entry=entry, folder=copy.parent) as running:
+    with server("--port", "0", *PATIENT, *data, entry=entry, folder=copy.parent) as running:
         assert b"-" not in running.call("VNEW vectors 2", *adds, "VOPTIMIZE vectors", "SAVE")
         assert running.end(signal.SIGTERM) == (0, "")
     assert [mark.exists() for mark in marks] == [True, True]
@@ -328,7 +331,7 @@ def test_clients_cannot_use_up_the_descriptors_of_the_log(tmp_path: Path) -> Non
 
 def test_segments_cannot_use_up_the_descriptors_of_clients_and_the_log(tmp_path: Path) -> None:
     data = str(tmp_path / "data")
-    arguments = ("--port", "0", "--dir", data, "--log-file-size", "64kb")
+    arguments = ("--port", "0", *PATIENT, "--dir", data, "--log-file-size", "64kb")
     with server(*arguments, entry=limited(200)) as running:
         replies, built = b"", -1
         while b"-" not in replies:
@@ -463,7 +466,7 @@ def test_what_cannot_be_printed_is_one_line(words: list[str], data: Path) -> Non
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with a snapshot, a segment, and a log behind them."""
     data = tmp_path_factory.mktemp("written") / "data"
-    with server("--port", "0", "--dir", str(data)) as running:
+    with server("--port", "0", *PATIENT, "--dir", str(data)) as running:
         adds = [f"VADD vectors row-{number} {number:08d}" for number in range(40)]
         replies = running.call("SET before 1", "VNEW vectors 2", *adds, "VOPTIMIZE vectors", "VSAVE")
         assert b"-" not in replies
