@@ -321,7 +321,8 @@ def main() -> int:
                 for version in (old, new):
                     add_rows(version.memory, Loading(Engram(rows.dimension), rows), arguments.load_cores)
                 for version in (old, new):
-                    wait_for_graphs(version.memory)
+                    # Into how many graphs rows come to lie differs from start to start.
+                    wait_for_graphs(version.memory, optimize=True)
             ratios = take_turns(measures, old, new, arguments.pairs)
         except (LoadError, ServerError, OSError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
