@@ -55,17 +55,7 @@ class Keyspace(Generic[Other]):
         Raises:
             NothingChangedError: there is no memory for one more key.
         """
-        values = self.values
-        before = len(values)
-        if self._text_bytes is None:
-            try:
-                values[key] = value
-            except MemoryError as error:
-                raise NothingChangedError from error
-        else:
-            self._set_counted(key, value)
-        if len(values) != before:
-            self._order.add(key)
+        self.update(key, value)
         if self.expiries or expires_at is not None:
             self.set_expiry(key, expires_at)
 
