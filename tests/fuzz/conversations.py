@@ -249,6 +249,8 @@ class _Conversation:
                 if following < len(journal.boundaries):
                     journal.release(journal.boundaries[following])
             case b"full":
+                # Appends take room, and nobody else appends beside an EXEC that has been let in.
+                await house.server.exclusion.wait()
                 journal.room = False
             case b"room":
                 journal.make_room()
