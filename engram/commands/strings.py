@@ -102,8 +102,12 @@ def _set(session: Session, arguments: list[bytes]) -> bytes | Pieces:
 
 def _set_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
     """Several SETs without options are one change, as an MSET is."""
-    _, keys, values = zip(*requests, strict=True)
-    session.database.commit(SetStrings(keys, values))
+    keys: list[bytes] = []
+    values: list[bytes] = []
+    for _, key, value in requests:
+        keys.append(key)
+        values.append(value)
+    session.database.commit(SetStrings(tuple(keys), tuple(values)))
     return len(requests), OK * len(requests)
 
 

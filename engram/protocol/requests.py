@@ -319,15 +319,15 @@ class RequestParser:
             reader.feed(_PROBE)
             if reader.gets() != [b"probe"] or reader.has_data():
                 return None
-            # Joining tells in one pass whether all are lists of bytes.
-            b"".join(chain.from_iterable(requests))
+            # To join each is the quickest way to learn that all are lists of bytes.
+            if not all(map(b"".join, requests)):
+                # At an empty one: an empty bulk string in place of an array joins as an empty array does.
+                if not all(isinstance(request, list) for request in requests):
+                    return None
+                b"".join(chain.from_iterable(requests))
+                requests = list(filter(None, requests))
         except (hiredis.ProtocolError, TypeError):
             return None
-        if not all(requests):
-            # An empty bulk string in place of an array joins as an empty array does.
-            if not all(isinstance(request, list) for request in requests):
-                return None
-            requests = list(filter(None, requests))
         if len(data) <= _SMALL_BURST:
             self._reader = reader
         return requests
