@@ -106,7 +106,7 @@ class Connection:
         self.session = Session(
             id=server.last_client_id,
             server=server,
-            database=server.database,
+            database=server.database.logical(0),
             address=address,
             local_address=local_address,
             descriptor=descriptor,

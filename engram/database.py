@@ -1,19 +1,29 @@
-"""The live state as commands see it: the engine, a clock, and the log that each change goes to."""
+"""The live state: the engine, a clock, and the log that each change goes to."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import attrs
 
+from engram.effects import Effect, Touched
 from engram.engine import Engine
 from engram.errors import ChangeFailureError, CommandError, NothingChangedError
 from engram.index.vector_index import VectorIndex
+from engram.kinds import KINDS
 from engram.large_string import LargeString, String
-from engram.operations import LARGEST_TOGETHER, DeleteKeys, Operation
+from engram.operations import (
+    LARGEST_TOGETHER,
+    AddVectors,
+    DeleteKeys,
+    DeleteVectors,
+    InstallSegment,
+    Operation,
+    SetAttributes,
+)
 from engram.watches import Watches
 
 WRONG_TYPE = "WRONGTYPE Operation against a key holding the wrong kind of value"
@@ -74,44 +84,67 @@ class _Group:
         self.size += len(payload)
 
 
+Observer = Callable[[Operation, Touched], None]
+
+
 class Database:
-    """The one place where operations are made live.
+    """The one place where operations are made live, whichever of the numbered databases they are about.
 
     Everything here is synchronous: a command, from its first look at the state to its last change,
     is atomic.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        journal: Journal | None,
-        *,
-        now: Callable[[], int] = clock,
-        changed: Callable[[VectorIndex], None] = lambda index: None,
-    ) -> None:
+    def __init__(self, engine: Engine, journal: Journal | None, *, now: Callable[[], int] = clock) -> None:
         self.engine = engine
-        self.keyspace = engine.keyspace
         self.journal = journal
         self.now = now
-        # Called after each change of an index, so that its graphs can be built.
-        self.changed = changed
         self.expired_keys = 0
         # Whether the log has room for the end of every lapsed key that what is being carried out may find.
         self.covered = False
-        self.watches = Watches(engine.keyspace)
+        self.watches = Watches(engine.keyspaces)
         # Why nothing can be changed, or may be shown, any more; and what is called when that has come.
         self.failure: ChangeFailureError | None = None
         self.on_failure: Callable[[], None] = lambda: None
         # Made ahead, for it is most likely when there is no memory.
         self._possible_failure = ChangeFailureError()
         self._watched = self.watches.by_key
-        self._changes = engine.changes
+        self._effects: dict[type[Operation], tuple[Effect, list[Observer]]] = {
+            operation: (effect, []) for operation, effect in KINDS.effects.items()
+        }
         # Where changes go: to the log, or inside `together` to what is given to it at the end.
         self._reserve: Callable[[int, Operation], bytes] | None = None
         self._append: Callable[[int, Operation, bytes], None] | None = None
         if journal is not None:
             self._reserve, self._append = journal.reserve, journal.append
         self._together = False
+        self._logical: dict[int, LogicalDatabase] = {}
+
+    def logical(self, number: int) -> LogicalDatabase:
+        """The database of that number."""
+        found = self._logical.get(number)
+        if found is None:
+            found = self._logical[number] = LogicalDatabase(self, number)
+        return found
+
+    def observe(self, observer: Observer, operations: Collection[type[Operation]] | None = None) -> None:
+        """Has an observer called after each change by one of these operations, by any when None.
+
+        It must not make changes. What it raises leaves the change as it is.
+        """
+        for operation, (_, observers) in self._effects.items():
+            if operations is None or operation in operations:
+                observers.append(observer)
+
+    def observe_indices(self, consider: Callable[[VectorIndex], None]) -> None:
+        """Has `consider` called with a vector index after each change of its rows or graphs."""
+        indices = self.engine.indices
+
+        def observe(operation: Any, touched: Touched) -> None:
+            index = indices.get(operation.index)
+            if index is not None:
+                consider(index)
+
+        self.observe(observe, (AddVectors, SetAttributes, DeleteVectors, InstallSegment))
 
     @property
     def lsn(self) -> int:
@@ -134,12 +167,13 @@ class Database:
         lsn = engine.lsn + 1
         reserve = self._reserve
         payload = b"" if reserve is None else reserve(lsn, operation)
-        prepare, carry_out = self._changes[type(operation)]
-        prepared = None if prepare is None else prepare(lsn, operation)
+        effect, observers = self._effects[type(operation)]
+        prepare = effect.prepare
+        prepared = None if prepare is None else prepare(engine, lsn, operation)
         if self._watched:
-            self.watches.about_to_change(operation)
+            self.watches.about_to_change(effect.touches(operation))
         try:
-            carry_out(lsn, operation, prepared)
+            effect.carry_out(engine, lsn, operation, prepared)
             engine.lsn = lsn
             if (append := self._append) is not None:
                 append(lsn, operation, payload)
@@ -147,6 +181,10 @@ class Database:
             raise
         except BaseException as error:
             self._fail(error)
+        if observers:
+            touched = effect.touches(operation)
+            for observer in observers:
+                observer(operation, touched)
         return lsn
 
     def _fail(self, error: BaseException) -> NoReturn:
@@ -200,15 +238,77 @@ class Database:
                     self._fail(error)
                 raise
 
-    def lookup(self, key: bytes) -> String | VectorIndex | None:
+    def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
+        """Deletes up to `limit` keys that have lapsed, as many as the log has room for; returns how many."""
+        deleted = 0
+        now = self.now()
+        for number, keyspace in list(self.engine.keyspaces.items()):
+            keys = self.deletable(keyspace.expired(now, limit - deleted)) if keyspace.expiries else None
+            if keys:
+                self.expire(number, tuple(keys))
+                deleted += len(keys)
+        return deleted
+
+    def next_expiry(self) -> int | None:
+        """When the earliest key of all lapses, None when none will."""
+        found = (keyspace.next_expiry() for keyspace in self.engine.keyspaces.values())
+        return min((time for time in found if time is not None), default=None)
+
+    def deletable(self, keys: list[bytes]) -> list[bytes]:
+        """As many of `keys`, from the first on, as the log has room for the deletion of."""
+        while keys and not self.has_room_to_delete(keys):
+            keys = keys[: len(keys) // 2]
+        return keys
+
+    def has_room_to_delete(self, keys: Sequence[bytes]) -> bool:
+        """Whether the log has room for the deletion of keys now."""
+        journal = self.journal
+        if journal is None:
+            return True
+        # The log does not know yet what is changed together.
+        size = RECORD_OVERHEAD + sum(map(len, keys)) + _KEY_BYTES * len(keys)
+        return not self._together and size <= LARGEST_TOGETHER and journal.has_room(size)
+
+    def expire(self, number: int, keys: tuple[bytes, ...]) -> None:
+        """Deletes keys of a database that have lapsed."""
+        self.commit(DeleteKeys(keys, number))
+        self.expired_keys += len(keys)
+
+
+class LogicalDatabase:
+    """One of the numbered databases, as the commands of a client that has selected it see it.
+
+    Attributes:
+        keyspace: what is in it.
+        commit: `Database.commit`, for operations that name `number`.
+    """
+
+    def __init__(self, database: Database, number: int) -> None:
+        self.number = number
+        self.keyspace = database.engine.keyspaces[number]
+        self.engine = database.engine
+        self.journal = database.journal
+        self.commit = database.commit
+        self.together = database.together
+        self.as_one = database.as_one
+        self.now = database.now
+        self._database = database
+
+    @property
+    def lsn(self) -> int:
+        """The number of the last change made, in any database."""
+        return self.engine.lsn
+
+    def lookup(self, key: bytes) -> Any:
         """What a key holds now; a key found to have lapsed is deleted."""
         keyspace = self.keyspace
         if keyspace.expiries:
             expires_at = keyspace.expiries.get(key)
             if expires_at is not None and expires_at <= self.now():
                 # Reads go on without room in the log: the key is treated as gone, and deleted later.
-                if self.covered or self._has_room_to_delete((key,)):
-                    self._expire((key,))
+                database = self._database
+                if database.covered or database.has_room_to_delete((key,)):
+                    database.expire(self.number, (key,))
                 return None
         return keyspace.values.get(key)
 
@@ -250,28 +350,3 @@ class Database:
             return lambda keys: keys
         expiries, now = self.keyspace.expiries.copy(), self.now()
         return lambda keys: [key for key in keys if (at := expiries.get(key)) is None or at > now]
-
-    def expire_due(self, limit: int = EXPIRY_BATCH) -> int:
-        """Deletes up to `limit` keys that have lapsed, as many as the log has room for; returns how many."""
-        keys = self.deletable(self.keyspace.expired(self.now(), limit))
-        if keys:
-            self._expire(tuple(keys))
-        return len(keys)
-
-    def deletable(self, keys: list[bytes]) -> list[bytes]:
-        """As many of `keys`, from the first on, as the log has room for the deletion of."""
-        while keys and not self._has_room_to_delete(keys):
-            keys = keys[: len(keys) // 2]
-        return keys
-
-    def _has_room_to_delete(self, keys: Sequence[bytes]) -> bool:
-        journal = self.journal
-        if journal is None:
-            return True
-        # The log does not know yet what is changed together.
-        size = RECORD_OVERHEAD + sum(map(len, keys)) + _KEY_BYTES * len(keys)
-        return not self._together and size <= LARGEST_TOGETHER and journal.has_room(size)
-
-    def _expire(self, keys: tuple[bytes, ...]) -> None:
-        self.commit(DeleteKeys(keys))
-        self.expired_keys += len(keys)

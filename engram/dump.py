@@ -7,7 +7,8 @@
     {"type":"vector","index":"colours","key":"red","vector":[1.0,0.0,0.0],"attributes":{"warm":true}}
 
 (each on one line). The first line names the format and counts what follows; a vector set comes before its
-vectors. "expires-at" is in milliseconds since the epoch.
+vectors. "expires-at" is in milliseconds since the epoch. A line has the number of its "database" when that is
+not 0.
 
 Nothing is lost. Bytes that are not UTF-8 are {"base64": "..."} in place of a string. Numbers have as many
 digits as it takes to give the same float32; a vector may also be {"base64": "..."} of little-endian float32.
@@ -19,41 +20,26 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import attrs
 import msgspec
-import numpy as np
 
 from engram.engine import Engine
 from engram.errors import OperatorError
 from engram.files import Files, rewrite_file
-from engram.index.distances import Doubles, Floats
-from engram.index.head import ALIVE, Chunk, Lsns
-from engram.index.segment import Segment, SegmentStore
-from engram.index.vector_index import VectorIndex
+from engram.index.segment import SegmentStore
+from engram.kinds import KINDS
+from engram.kinds.kind import KeyFields
 from engram.persistence import recover
 from engram.persistence.check import is_unused
 
 FORMAT = 1
 
 _MODE = 0o600
-_BLOCK_ROWS = 256
 _BLOCK_BYTES = 1 << 18
-_MOST_DIGITS, _FEWEST_DIGITS = 9, 6
-# Powers of ten that float64 holds exactly.
-_POWERS = 10.0 ** np.arange(23)
-
-
-class Base64(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bytes that are no text."""
-
-    base64: bytes
-
-
-Text = str | Base64
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -64,46 +50,6 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     keys: int | None = None
     vectors: int | None = None
 
-
-class _Line(
-    msgspec.Struct,
-    frozen=True,
-    rename="kebab",
-    tag_field="type",
-    omit_defaults=True,
-    forbid_unknown_fields=True,
-):
-    pass
-
-
-class StringLine(_Line, frozen=True, tag="string"):
-    key: Text
-    value: Text
-    expires_at: int | None = None
-
-
-class IndexLine(_Line, frozen=True, tag="vectorset"):
-    """A vector set; what is missing is as VNEW has it."""
-
-    key: Text
-    dimension: int
-    metric: str | None = None
-    m: int | None = None
-    ef_construction: int | None = None
-    quantization: str | None = None
-    recall: float | None = None
-    expires_at: int | None = None
-
-
-class VectorLine(_Line, frozen=True, tag="vector"):
-    index: Text
-    key: Text
-    vector: list[float] | Base64
-    attributes: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    attributes_text: Text | None = None
-
-
-Line = StringLine | IndexLine | VectorLine
 
 _encode = msgspec.json.Encoder().encode
 
@@ -196,104 +142,10 @@ def _own_descriptor(path: Path) -> int | None:
 
 
 def _lines(engine: Engine, base64: bool) -> Iterator[bytes]:
-    values, expiries = engine.keyspace.values, engine.keyspace.expiries
+    keys = sum(map(len, engine.keyspaces.values()))
     vectors = sum(map(len, engine.indices.values()))
-    yield _encode(Header(format=FORMAT, lsn=engine.lsn, keys=len(values), vectors=vectors))
-    pack = _pack_base64 if base64 else _pack_numbers
-    for key, value in values.items():
-        expires_at = expiries.get(key)
-        if not isinstance(value, VectorIndex):
-            yield _encode(StringLine(key=_text(key), value=_text(bytes(value)), expires_at=expires_at))
-            continue
-        yield _encode(_describe(key, value, expires_at))
-        yield from _vector_lines(_text(key), value, engine.lsn, pack)
-
-
-def _text(data: bytes) -> Text:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return Base64(data)
-
-
-def _describe(key: bytes, index: VectorIndex, expires_at: int | None) -> IndexLine:
-    parameters = index.parameters
-    return IndexLine(
-        key=_text(key),
-        dimension=parameters.dimension,
-        metric=parameters.metric,
-        m=parameters.connectivity,
-        ef_construction=parameters.expansion,
-        quantization=parameters.quantization,
-        recall=parameters.recall,
-        expires_at=expires_at,
-    )
-
-
-def _vector_lines(
-    name: Text, index: VectorIndex, lsn: int, pack: Callable[[Floats], Iterable[list[float] | Base64]]
-) -> Iterator[bytes]:
-    view = index.view(lsn)
-    sources: list[tuple[Segment | Chunk, Lsns]] = [
-        *((installed.segment, installed.deaths) for installed in view.segments),
-        *((chunk, chunk.deaths[:count]) for chunk, count in view.head),
-    ]
-    for source, deaths in sources:
-        alive = np.flatnonzero(deaths == ALIVE)
-        for start in range(0, len(alive), _BLOCK_ROWS):
-            positions = alive[start : start + _BLOCK_ROWS]
-            keys = source.keys_at(positions)
-            texts = source.attributes_at(positions)
-            for key, text, vector in zip(keys, texts, pack(source.vectors[positions]), strict=True):
-                whole = _is_object(text)
-                yield _encode(
-                    VectorLine(
-                        index=name,
-                        key=_text(key),
-                        vector=vector,
-                        attributes=msgspec.Raw(text) if whole else msgspec.UNSET,
-                        attributes_text=_text(text) if text and not whole else None,
-                    )
-                )
-
-
-def _is_object(text: bytes) -> bool:
-    """Whether a text can stand in a line of JSON as it is."""
-    if not (text.startswith(b"{") and text.endswith(b"}")) or b"\n" in text or b"\r" in text:
-        return False
-    try:
-        text.decode()
-        msgspec.json.decode(text)
-    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
-        return False
-    return True
-
-
-def _pack_base64(rows: Floats) -> list[Base64]:
-    return [Base64(row.astype("<f4").tobytes()) for row in rows]
-
-
-def _pack_numbers(rows: Floats) -> list[list[float]]:
-    short: list[list[float]] = shorten(rows).tolist()
-    return short
-
-
-def shorten(values: Floats) -> Doubles:
-    """For each float32 a float64 that gives it back and has few digits, written in full: 0.1 for 0.1.
-
-    Very large and very small numbers are returned as they are, with up to 17 digits.
-    """
-    wide = values.astype(np.float64)
-    short = wide.copy()
-    with np.errstate(all="ignore"):
-        magnitude = np.floor(np.log10(np.abs(wide)))
-        power = _MOST_DIGITS - 1 - magnitude
-        within = (power >= 0) & (power < len(_POWERS))
-        scale = _POWERS[np.where(within, power, 0).astype(np.intp)]
-        for _ in range(_MOST_DIGITS, _FEWEST_DIGITS - 1, -1):
-            # A quotient of two numbers that are exact is the float64 nearest to the decimal number.
-            candidate = np.rint(wide * scale) / scale
-            np.copyto(short, candidate, where=within & (candidate.astype(np.float32) == values))
-            scale /= 10
-    # A zero has no magnitude, and keeps its sign.
-    return short
+    yield _encode(Header(format=FORMAT, lsn=engine.lsn, keys=keys, vectors=vectors))
+    for number, keyspace in sorted(engine.keyspaces.items()):
+        for key, value in keyspace.values.items():
+            fields = KeyFields(number, key, keyspace.expiries.get(key))
+            yield from map(_encode, KINDS.of(value).dump(engine, fields, value, base64))

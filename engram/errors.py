@@ -11,6 +11,7 @@ EngramError
     └── ChangeFailureError  a change failed half-way; what is in memory may not be shown any more
 
 NothingChangedError, a MemoryError, says that a change which ran out of memory had not begun.
+UnknownKindError, a TypeError, is a fault of engram's own.
 """
 
 from __future__ import annotations
@@ -91,6 +92,13 @@ class ChangeFailureError(OperatorError):
             f"a change failed half-way ({self.__cause__!r}), and what is in memory cannot be trusted;"
             " what was acknowledged is recovered at the next start"
         )
+
+
+class UnknownKindError(TypeError):
+    """A value is of no kind that is known: nothing could copy it, count it or keep it on disk."""
+
+    def __init__(self, found: type) -> None:
+        super().__init__(f"{found.__name__} is the type of no kind of value")
 
 
 class NothingChangedError(MemoryError):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engram.errors import NewerFormatError
 
-LEVEL = 2
+LEVEL = 3
 
 # MANIFEST and tables of columns had a number of their own.
 _OLD_VERSIONS = {1: 2}

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import heapq
-import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
+from engram.deadlines import DEADLINE_BYTES, Deadlines
 from engram.errors import NothingChangedError
 from engram.large_string import LargeString, String
 from engram.scan_order import PAGE_BYTES, ScanOrder
-from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
+from engram.sizes import BYTES_OBJECT, table_bytes
 
 Other = TypeVar("Other")
 
 Collected = dict[Any, Any] | deque[Any] | list[Any]
 """What may be so large that it is freed in slices."""
 
-# What a key and its string take beside their lengths; an entry of the queue of expiries, a tuple that the
-# collector knows; and an expiry.
+# What a key and its string take beside their lengths.
 _KEY_BYTES = 2 * BYTES_OBJECT
-_QUEUE_ENTRY_BYTES = 72
-_EXPIRY_BYTES = INTEGER_OBJECT + _QUEUE_ENTRY_BYTES
 
 # As many of the oldest keys, and of the newest, stand for all where nobody counts.
 _SAMPLED_KEYS = 1 << 11
+
+
+def len_of_string(value: object) -> int | None:
+    """The length of a string, None of anything else."""
+    return len(value) if isinstance(value, String) else None
 
 
 class Keyspace(Generic[Other]):
@@ -35,13 +36,15 @@ class Keyspace(Generic[Other]):
     `values` and `expiries` are read directly by callers; they are changed only through the methods.
     Expiries are in milliseconds since the epoch. An expired key is still here until it is deleted:
     deciding what time it is belongs to the caller. Cursors of scans are numbers from `first_serial` on.
+    `check` raises for a value that is no string and may not be kept.
     """
 
-    def __init__(self, first_serial: int = 1) -> None:
+    def __init__(self, first_serial: int = 1, check: Callable[[Other], object] = lambda value: None) -> None:
         self.values: dict[bytes, String | Other] = {}
-        self.expiries: dict[bytes, int] = {}
-        # (expiry, key), earliest first; an entry counts only while `expiries` agrees with it.
-        self._queue: list[tuple[int, bytes]] = []
+        # Those of the values that are no strings.
+        self.others: set[Other] = set()
+        self._check = check
+        self._take_deadlines(Deadlines())
         self._order = ScanOrder(self.values, first_serial)
         # The lengths of all keys and strings, None while they are not counted.
         self._text_bytes: int | None = None
@@ -86,6 +89,9 @@ class Keyspace(Generic[Other]):
         """
         values = self.values
         before = len(values)
+        plain = type(value) is bytes or type(value) is LargeString
+        if not plain:
+            self._check(cast("Other", value))
         if self._text_bytes is None:
             try:
                 values[key] = value
@@ -93,6 +99,8 @@ class Keyspace(Generic[Other]):
                 raise NothingChangedError from error
         else:
             self._set_counted(key, value)
+        if not plain:
+            self.others.add(cast("Other", value))
         if len(values) != before:
             self._order.add(key)
 
@@ -103,8 +111,11 @@ class Keyspace(Generic[Other]):
             NothingChangedError: there is no memory for one more key.
         """
         if source != destination:
-            self.set(destination, self.values[source], self.expiries.get(source))
+            value = self.values[source]
+            self.set(destination, value, self.expiries.get(source))
             self.delete(source)
+            if not isinstance(value, String):
+                self.others.add(value)
 
     def delete(self, key: bytes) -> String | Other | None:
         """Takes a key away; returns what it held, None when it was not there."""
@@ -115,6 +126,8 @@ class Keyspace(Generic[Other]):
         value = self.values.pop(key)
         if self._text_bytes is not None:
             self._text_bytes -= len(key) + _text_length(value)
+        if self.others and not isinstance(value, String):
+            self.others.discard(value)
         self._order.remove(key)
         return value
 
@@ -123,23 +136,29 @@ class Keyspace(Generic[Other]):
         if expires_at is None:
             self.expiries.pop(key, None)
         else:
-            self._schedule(key, expires_at)
+            self._deadlines.set(key, expires_at)
 
     def clear(self) -> list[Collected]:
         """Takes everything away; returns `values`, `expiries` and what else may be large, to be freed."""
-        taken: list[Collected] = [self.values, self.expiries, *self._order.remains()]
-        self.values, self.expiries, self._queue = {}, {}, []
+        taken: list[Collected] = [self.values, *self._deadlines.remains(), *self._order.remains()]
+        self.values, self.others = {}, set()
+        self._take_deadlines(Deadlines())
         # A scan under way goes on below the serials of keys that are yet to come.
         self._order = ScanOrder(self.values, self._order.next_serial)
         if self._text_bytes is not None:
             self._text_bytes = 0
         return taken
 
-    def load(self, values: dict[bytes, String | Other], expiries: dict[bytes, int]) -> None:
-        """Takes these mappings over as its own."""
-        self.values, self.expiries = values, expiries
+    def load(
+        self,
+        values: dict[bytes, String | Other],
+        expiries: dict[bytes, int],
+        others: Iterable[Other] = (),
+    ) -> None:
+        """Takes these mappings over as its own; `others` are the values that are no strings."""
+        self.values, self.others = values, set(others)
         self._order = ScanOrder(values, self._order.next_serial)
-        self._rebuild_queue()
+        self._take_deadlines(Deadlines(expiries))
         if self._text_bytes is not None:
             self._text_bytes = _text_bytes(values.items())
 
@@ -147,49 +166,40 @@ class Keyspace(Generic[Other]):
         """Any key, about as likely as any other; None when there is none."""
         return self._order.random() if self.values else None
 
+    def exchange(self, other: Keyspace[Other]) -> None:
+        """Each holds what the other has held, in a few steps."""
+        for name in ("values", "others", "_deadlines", "expiries", "_order", "_text_bytes"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, theirs)
+            setattr(other, name, mine)
+
     def next_expiry(self) -> int | None:
         """When the earliest key lapses, None when none will."""
-        while self._queue:
-            expires_at, key = self._queue[0]
-            if self.expiries.get(key) == expires_at:
-                return expires_at
-            heapq.heappop(self._queue)
-        return None
+        return self._deadlines.next()
 
     def expired(self, now: int, limit: int) -> list[bytes]:
         """Up to `limit` keys that have lapsed by `now`, earliest first; they stay until deleted."""
-        found: dict[bytes, None] = {}
-        entries: list[tuple[int, bytes]] = []
-        while self._queue and self._queue[0][0] <= now and len(found) < limit:
-            entry = heapq.heappop(self._queue)
-            expires_at, key = entry
-            if self.expiries.get(key) == expires_at and key not in found:
-                found[key] = None
-                entries.append(entry)
-        for entry in entries:
-            heapq.heappush(self._queue, entry)
-        return list(found)
+        return self._deadlines.due(now, limit)
 
-    def nearest_to_lapse(self, size: int, limit: int) -> list[bytes]:
-        """Keys of strings, those that lapse first, until they take `size` bytes or are `limit` many.
+    def nearest_to_lapse(
+        self, size: int, limit: int, size_of: Callable[[String | Other], int | None] = len_of_string
+    ) -> list[bytes]:
+        """Keys, those that lapse first, until they take `size` bytes or are `limit` many.
 
-        They stay until deleted; keys that hold something else are passed over.
+        They stay until deleted. `size_of` tells the bytes of a value, None for one whose key is passed over.
         """
-        found: dict[bytes, None] = {}
-        entries: list[tuple[int, bytes]] = []
-        while self._queue and size > 0 and len(found) < limit:
-            entry = heapq.heappop(self._queue)
-            expires_at, key = entry
-            if self.expiries.get(key) != expires_at or key in found:
+        found: list[bytes] = []
+        earliest = self._deadlines.earliest()
+        for _, key in earliest:
+            held = size_of(self.values[key])
+            if held is None:
                 continue
-            entries.append(entry)
-            value = self.values[key]
-            if isinstance(value, String):
-                found[key] = None
-                size -= _KEY_BYTES + _EXPIRY_BYTES + len(key) + len(value)
-        for entry in entries:
-            heapq.heappush(self._queue, entry)
-        return list(found)
+            found.append(key)
+            size -= _KEY_BYTES + DEADLINE_BYTES + len(key) + held
+            if size <= 0 or len(found) >= limit:
+                break
+        earliest.close()
+        return found
 
     @property
     def counting(self) -> bool:
@@ -210,13 +220,10 @@ class Keyspace(Generic[Other]):
         Values of another kind are not counted. While `counting` is false and there are thousands of keys,
         some stand for all.
         """
-        values, expiries, queue = self.values, self.expiries, self._queue
+        values = self.values
         size = self._estimated_text_bytes() if self._text_bytes is None else self._text_bytes
         size += table_bytes(values) + _KEY_BYTES * len(values) + self._order.bytes_held
-        if queue:
-            size += table_bytes(expiries) + INTEGER_OBJECT * len(expiries)
-            size += sys.getsizeof(queue) + _QUEUE_ENTRY_BYTES * len(queue)
-        return size
+        return size + self._deadlines.bytes_held()
 
     def _estimated_text_bytes(self) -> int:
         values = self.values
@@ -248,15 +255,10 @@ class Keyspace(Generic[Other]):
         """
         return self._order.page(cursor, count, size)
 
-    def _schedule(self, key: bytes, expires_at: int) -> None:
-        self.expiries[key] = expires_at
-        heapq.heappush(self._queue, (expires_at, key))
-        if len(self._queue) > 2 * len(self.expiries) + 64:
-            self._rebuild_queue()
-
-    def _rebuild_queue(self) -> None:
-        self._queue = [(expires_at, key) for key, expires_at in self.expiries.items()]
-        heapq.heapify(self._queue)
+    def _take_deadlines(self, deadlines: Deadlines[bytes]) -> None:
+        self._deadlines = deadlines
+        # Looked up all the time.
+        self.expiries = deadlines.at
 
 
 def _text_length(value: object) -> int:

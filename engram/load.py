@@ -1,28 +1,25 @@
 """Loading a dump into a server, through the wire: pipelined, with a bounded part of it on its way at a time.
 
-Lines become commands in a worker thread, a block at a time: a string a SET, a vector set a VNEW, vectors a
-VMADD for many of them. A VNEW is answered before anything after it is sent, so that nothing is added to a
-vector set that was there before. The expiries of vector sets come last: none lapses while it is filled.
+Lines become requests in a worker thread, a block at a time, as the kind of value says that they are of.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, BinaryIO, Union
 
 import attrs
 import hiredis
 import msgspec
-import numpy as np
 import trio
 
-from engram.dump import FORMAT, Base64, Header, IndexLine, Line, StringLine, Text, VectorLine
+from engram.dump import FORMAT, Header
 from engram.errors import OperatorError
+from engram.kinds import KINDS
+from engram.kinds.kind import LineError, Loader, NumberedLine, Request, Word
 
 _READ_BYTES = 1 << 20
-_BATCH_ROWS = 256
-_BATCH_BYTES = 1 << 20
 _SEND_BYTES = 1 << 16
 _BYTES_UNDERWAY = 8 << 20
 _REQUESTS_UNDERWAY = 1024
@@ -65,17 +62,20 @@ class _Requests:
     def __init__(self, file: BinaryIO, *, replace: bool) -> None:
         self.error: LoadError | None = None
         self._file = file
-        self._replace = replace
         self._line = 0
-        self._decode = msgspec.json.Decoder(Line).decode
-        self._dimensions: dict[bytes, int] = {}
-        self._expiries: list[_Request] = []
+        kinds = KINDS.by_name.values()
+        loaders = {kind.name: kind.loader(replace) for kind in kinds}
+        self._loaders: dict[type, Loader] = {
+            line: loaders[kind.name] for kind in kinds for line in kind.lines
+        }
+        lines: Any = Union[tuple(self._loaders)]  # noqa: UP007 - made at run time
+        self._decode = msgspec.json.Decoder[NumberedLine](lines).decode
+        self._database = 0
+        # The loader of the last line, and its database.
+        self._loader: Loader | None = None
+        self._loaded_database = 0
+        self._last_requests: list[tuple[int, Request]] = []
         self._made: list[_Request] = []
-        # The vectors of a VMADD to come.
-        self._index = b""
-        self._rows: list[tuple[bytes, bytes, bytes]] = []
-        self._rows_first = self._rows_last = 0
-        self._rows_bytes = 0
 
     def header(self) -> Header:
         """The first line. Raises LoadError."""
@@ -93,7 +93,9 @@ class _Requests:
         while not self._made and self.error is None:
             lines = self._file.readlines(_READ_BYTES)
             if not lines:
-                self._made, self._expiries = self._expiries, []
+                last, self._last_requests = self._last_requests, []
+                for database, request in last:
+                    self._make(database, request)
                 break
             try:
                 for line in lines:
@@ -102,7 +104,7 @@ class _Requests:
                         self._take(line)
             except LoadError as error:
                 self.error = error
-            self._finish_rows()
+            self._finish()
         made, self._made = self._made, []
         return made
 
@@ -111,97 +113,43 @@ class _Requests:
             line = self._decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._wrong(str(error)) from error
-        if isinstance(line, VectorLine):
-            self._take_vector(line)
-            return
-        self._finish_rows()
-        if isinstance(line, StringLine):
-            words: list[bytes | str] = ["SET", _bytes(line.key), _bytes(line.value)]
-            if not self._replace:
-                words.append("NX")
-            if line.expires_at is not None:
-                words += ["PXAT", str(line.expires_at)]
-            self._make(words, keys=1)
-        else:
-            self._take_index(line)
+        loader = self._loaders[type(line)]
+        if loader is not self._loader or line.database != self._loaded_database:
+            self._finish()
+            self._loader, self._loaded_database = loader, line.database
+        try:
+            self._hold(loader.take(self._line, line))
+        except LineError as error:
+            raise self._wrong(str(error)) from error
 
-    def _take_index(self, line: IndexLine) -> None:
-        key = _bytes(line.key)
-        if self._replace:
-            self._make(["DEL", key])
-        words: list[bytes | str] = ["VNEW", key, str(line.dimension)]
-        given = {
-            "METRIC": line.metric,
-            "M": line.m,
-            "EF_CONSTRUCTION": line.ef_construction,
-            "QUANT": line.quantization,
-            "RECALL": line.recall,
-        }
-        for name, value in given.items():
-            if value is not None:
-                words += [name, str(value)]
-        self._make(words, keys=1, is_barrier=True)
-        self._dimensions[key] = line.dimension
-        if line.expires_at is not None:
-            packed = _pack(["PEXPIREAT", key, str(line.expires_at)])
-            self._expiries.append(_Request(packed, self._line, self._line))
+    def _finish(self) -> None:
+        """Makes the requests that are still missing for the lines so far."""
+        if self._loader is not None:
+            self._hold(self._loader.finish())
 
-    def _take_vector(self, line: VectorLine) -> None:
-        index = _bytes(line.index)
-        dimension = self._dimensions.get(index)
-        if dimension is None:
-            raise self._wrong("the vector set of this vector is on no line before it")
-        vector = _vector_bytes(line.vector)
-        if len(vector) != 4 * dimension:
-            raise self._wrong(f"the vector does not have {dimension} numbers")
-        attributes = b"" if line.attributes_text is None else _bytes(line.attributes_text)
-        if line.attributes is not msgspec.UNSET:
-            attributes = bytes(line.attributes)
-        if index != self._index or len(self._rows) >= _BATCH_ROWS or self._rows_bytes >= _BATCH_BYTES:
-            self._finish_rows()
-        if not self._rows:
-            self._index, self._rows_first, self._rows_bytes = index, self._line, 0
-        key = _bytes(line.key)
-        self._rows.append((key, vector, attributes))
-        self._rows_last = self._line
-        self._rows_bytes += len(key) + len(vector) + len(attributes)
+    def _hold(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            if request.is_last:
+                self._last_requests.append((self._loaded_database, request))
+            else:
+                self._make(self._loaded_database, request)
 
-    def _finish_rows(self) -> None:
-        if not self._rows:
-            return
-        words: list[bytes | str] = ["VMADD", self._index]
-        has_attributes = any(attributes for _, _, attributes in self._rows)
-        for key, vector, attributes in self._rows:
-            words += (key, vector, attributes) if has_attributes else (key, vector)
-        if has_attributes:
-            words.append("ATTRS")
-        vectors = len(self._rows)
-        self._made.append(_Request(_pack(words), self._rows_first, self._rows_last, vectors=vectors))
-        self._rows = []
-
-    def _make(self, words: list[bytes | str], *, keys: int = 0, is_barrier: bool = False) -> None:
-        self._made.append(_Request(_pack(words), self._line, self._line, keys=keys, is_barrier=is_barrier))
+    def _make(self, database: int, request: Request) -> None:
+        lines = request.first, request.last
+        if database != self._database:
+            self._database = database
+            self._made.append(_Request(_pack(["SELECT", str(database)]), *lines))
+        packed = _pack(request.words)
+        self._made.append(_Request(packed, *lines, request.keys, request.vectors, request.is_barrier))
 
     def _wrong(self, reason: str) -> LoadError:
         return LoadError(f"line {self._line}: {reason}")
 
 
-def _pack(words: Sequence[bytes | str]) -> bytes:
+def _pack(words: Sequence[Word]) -> bytes:
     # Its stub knows of tuples of one word only.
     packed: bytes = hiredis.pack_command(tuple(words))  # type: ignore[arg-type]
     return packed
-
-
-def _bytes(text: Text) -> bytes:
-    return text.base64 if isinstance(text, Base64) else text.encode()
-
-
-def _vector_bytes(vector: list[float] | Base64) -> bytes:
-    if isinstance(vector, Base64):
-        return vector.base64
-    # What is too large becomes infinite, which the server refuses.
-    with np.errstate(over="ignore"):
-        return np.array(vector, np.float64).astype("<f4").tobytes()
 
 
 async def load(

@@ -13,6 +13,7 @@ from typing import Protocol
 from engram.config import Config
 from engram.database import Database
 from engram.errors import CommandError
+from engram.kinds import KINDS
 from engram.operations import DeleteKeys
 
 OUT_OF_MEMORY = "OOM command not allowed when used memory > 'maxmemory'."
@@ -58,7 +59,7 @@ class MemoryLimit:
     def reconfigure(self) -> None:
         """Follows a change of the settings: makes room at once, as far as that takes no time."""
         limit = self._config.maxmemory
-        self._database.keyspace.counting = limit > 0
+        self._database.engine.keyspaces.count(limit > 0)
         self._refusing = False
         if limit:
             self._make_room()
@@ -71,7 +72,7 @@ class MemoryLimit:
         Raises:
             CommandError: more is used than the limit allows, and nothing can be evicted.
         """
-        self._database.keyspace.counting = True
+        self._database.engine.keyspaces.count(True)
         if self._make_room():
             self._refusing = False
             return
@@ -96,15 +97,30 @@ class MemoryLimit:
         database = self._database
         left = _EVICTED_AT_ONCE
         while excess > 0 and left > 0:
-            keys = database.keyspace.nearest_to_lapse(excess, left)
+            number, keys = self._nearest_to_lapse(excess, left)
             if not keys:
                 return False
             keys = database.deletable(keys)
             if not keys:
                 # The command has to wait for the log before it is carried out.
                 return True
-            database.commit(DeleteKeys(tuple(keys)))
+            database.commit(DeleteKeys(tuple(keys), number))
             self.evicted_keys += len(keys)
             left -= len(keys)
             excess = self.used() - config.maxmemory
         return True
+
+    def _nearest_to_lapse(self, size: int, limit: int) -> tuple[int, list[bytes]]:
+        """Keys of the database in which one lapses first: see `Keyspace.nearest_to_lapse`."""
+        keyspaces = self._database.engine.keyspaces
+        times = {number: keyspace.next_expiry() for number, keyspace in keyspaces.items()}
+        for _, number in sorted((time, number) for number, time in times.items() if time is not None):
+            if keys := keyspaces[number].nearest_to_lapse(size, limit, _evictable_bytes):
+                return number, keys
+        return 0, []
+
+
+def _evictable_bytes(value: object) -> int | None:
+    """The bytes of a value, None for one that may not be evicted."""
+    kind = KINDS.of(value)
+    return kind.bytes_held(value) if kind.may_be_evicted else None

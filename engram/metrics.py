@@ -129,11 +129,11 @@ def _state(server: Server) -> Iterator[Metric]:
     build = GaugeMetricFamily("engram_build_info", "The version, as a label.", labels=["version"])
     build.add_metric([__version__], 1)
     yield build
-    keyspace = server.database.keyspace
+    keyspaces = server.database.engine.keyspaces.values()
     hits, misses = server.statistics.lookups()
     yield _gauge("start_time_seconds", "When the server started, since the epoch.", server.started)
-    yield _gauge("keys", "Keys.", len(keyspace))
-    yield _gauge("keys_expiring", "Keys that will lapse.", len(keyspace.expiries))
+    yield _gauge("keys", "Keys.", sum(map(len, keyspaces)))
+    yield _gauge("keys_expiring", "Keys that will lapse.", sum(len(each.expiries) for each in keyspaces))
     yield _counter("keys_expired", "Keys that have lapsed.", server.database.expired_keys)
     yield _counter("keys_evicted", "Keys that gave way to the limit of memory.", server.memory.evicted_keys)
     yield _counter("keyspace_hits", "Keys looked up and found.", hits)

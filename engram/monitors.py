@@ -23,6 +23,9 @@ class Client(Protocol):
     def address(self) -> str: ...
 
     @property
+    def database_number(self) -> int: ...
+
+    @property
     def push(self) -> Callable[[bytes], None]:
         """Sends what is no reply, after the replies so far."""
 
@@ -77,7 +80,13 @@ class Monitors:
         if address.startswith(b"/"):
             address = b"unix:" + address.removesuffix(b":0")
         words = b" ".join(map(quoted, redacted(request)))
-        line = b"+%d.%06d [0 %b] %b\r\n" % (seconds, nanoseconds // 1000, address, words)
+        line = b"+%d.%06d [%d %b] %b\r\n" % (
+            seconds,
+            nanoseconds // 1000,
+            client.database_number,
+            address,
+            words,
+        )
         limit = min(self._limit(), _MOST_BUFFERED)
         for watching in list(self._clients.values()):
             if watching.buffered()[1] + len(line) > limit:

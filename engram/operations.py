@@ -7,12 +7,16 @@ in them is local to one machine (no paths).
 They are msgspec structs: frozen, made in 0.06 us and encoded in 0.15 us (a frozen attrs record takes
 0.41 us to make), so that a write can afford one. Each is encoded as a MessagePack array headed by its
 tag. A tag is part of the log's format: never reuse one. New fields are added last, with a default. A new
-tag or field raises the format level (format_level.py).
+tag or field raises the format level (format_level.py). An operation on keys names the database that they are
+in, 0 where an old log does not; a vector index is known by its id wherever its key is.
+
+Kinds of value that are registered at the start (kinds) bring operations of their own: `register`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Union, get_args
 
 import msgspec
 
@@ -25,6 +29,7 @@ class SetString(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=1):
     key: bytes
     value: bytes
     expires_at: int | None = None
+    database: int = 0
 
 
 class AppendString(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2):
@@ -32,12 +37,14 @@ class AppendString(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=2
 
     key: bytes
     suffix: bytes
+    database: int = 0
 
 
 class DeleteKeys(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=3):
     """The keys are gone, whatever they held: by DEL, by expiry or by eviction."""
 
     keys: tuple[bytes, ...]
+    database: int = 0
 
 
 class SetExpiry(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
@@ -45,10 +52,13 @@ class SetExpiry(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=4):
 
     key: bytes
     expires_at: int | None
+    database: int = 0
 
 
 class Flush(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=5):
-    """Every key is gone."""
+    """Every key is gone: of one database, or of all when None."""
+
+    database: int | None = None
 
 
 class CreateIndex(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6):
@@ -65,6 +75,7 @@ class CreateIndex(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=6)
     expansion: int
     quantization: str
     recall: float = 0.99
+    database: int = 0
 
 
 class AddVectors(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=7):
@@ -118,6 +129,7 @@ class SetStrings(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=11)
 
     keys: tuple[bytes, ...]
     values: tuple[bytes, ...]
+    database: int = 0
 
 
 class SetRange(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=12):
@@ -128,6 +140,7 @@ class SetRange(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=12):
     key: bytes
     offset: int
     data: bytes
+    database: int = 0
 
 
 class RenameKey(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=13):
@@ -135,15 +148,39 @@ class RenameKey(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=13):
 
     source: bytes
     destination: bytes
+    database: int = 0
 
 
 class CopyKey(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=14):
-    """The string at an existing key, and when it lapses, is at another key as well, in place of what that one
-    held.
+    """What an existing key holds, and when it lapses, is at another key as well, perhaps of another database,
+    in place of what that one held.
     """
 
     source: bytes
     destination: bytes
+    database: int = 0
+    destination_database: int = 0
+
+
+class MoveKey(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=15):
+    """What an existing key holds, and when it lapses, moves to the same key of another database, which holds
+    nothing.
+    """
+
+    key: bytes
+    database: int
+    destination_database: int
+
+
+class ExchangeDatabases(msgspec.Struct, frozen=True, array_like=True, gc=False, tag=16):
+    """All keys of one database are those of the other, and the other way round."""
+
+    first: int
+    second: int
+
+
+class KindOperation(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The base of the operations of kinds of value that are registered at the start: see `register`."""
 
 
 Operation = (
@@ -161,6 +198,9 @@ Operation = (
     | SetRange
     | RenameKey
     | CopyKey
+    | MoveKey
+    | ExchangeDatabases
+    | KindOperation
 )
 
 # Bytes that operations which are recovered together may take, encoded: the log holds the length of what is
@@ -168,8 +208,47 @@ Operation = (
 LARGEST_TOGETHER = (1 << 32) - 1 - 5
 
 _encode_into = msgspec.msgpack.Encoder().encode_into
-_decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
-_array_decoder: msgspec.msgpack.Decoder[list[Operation]] = msgspec.msgpack.Decoder(list[Operation])
+
+
+class _Vocabulary:
+    """The operations that a log may hold, by tag."""
+
+    def __init__(self, types: Iterable[type[Operation]]) -> None:
+        self.types = {_tag_of(operation): operation for operation in types}
+        union: Any = Union[tuple(self.types.values())]  # noqa: UP007 - made at run time
+        one: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(union)
+        several: msgspec.msgpack.Decoder[list[Operation]] = msgspec.msgpack.Decoder(list[union])
+        self.decode, self.decode_array = one.decode, several.decode
+
+
+def _tag_of(operation: type[Operation]) -> int:
+    tag = operation.__struct_config__.tag
+    assert isinstance(tag, int)
+    return tag
+
+
+_vocabulary = _Vocabulary(operation for operation in get_args(Operation) if operation is not KindOperation)
+
+
+def known_operations() -> Mapping[int, type[Operation]]:
+    """The operations that a log may hold, by tag."""
+    return _vocabulary.types
+
+
+def register(operations: Iterable[type[KindOperation]]) -> None:
+    """Lets a log hold these as well. To be called at the start of a process, before any log is read.
+
+    Raises:
+        ValueError: a tag is another operation's.
+    """
+    global _vocabulary
+    types = list(_vocabulary.types.values())
+    for operation in operations:
+        tag = _tag_of(operation)
+        if _vocabulary.types.get(tag, operation) is not operation:
+            raise ValueError(f"tag {tag} of {operation.__name__} is that of another operation")
+        types.append(operation)
+    _vocabulary = _Vocabulary(types)
 
 
 def encode(operation: Operation) -> bytes:
@@ -192,7 +271,7 @@ def decode(payload: bytes | memoryview) -> Operation:
     Raises:
         msgspec.DecodeError: the payload is not an operation (ValidationError is a subclass).
     """
-    return _decoder.decode(payload)
+    return _vocabulary.decode(payload)
 
 
 def join(encoded: Sequence[bytes]) -> bytes:
@@ -213,4 +292,4 @@ def decode_array(payload: bytes | memoryview) -> list[Operation]:
     Raises:
         msgspec.DecodeError: the payload is not an array of operations (ValidationError is a subclass).
     """
-    return _array_decoder.decode(payload)
+    return _vocabulary.decode_array(payload)

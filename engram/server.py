@@ -36,6 +36,7 @@ from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
+from engram.kinds import KINDS
 from engram.listeners import Listener, Reception, listening, tcp_port
 from engram.log_lines import set_level
 from engram.operations import InstallSegment
@@ -190,6 +191,7 @@ async def _serve(
     )
     if directory is not None:
         recovery = await _recover(directory, files, engine, progress, shutdown)
+        _require_databases(engine, config)
         if in_use() >= descriptors.numbers:
             raise OperatorError(_TOO_MANY_SEGMENTS)
         command = _snapshot_command(directory)
@@ -210,7 +212,6 @@ async def _serve(
             await server.exclusion.wait()
         if not index.dropped:
             database.commit(operation)
-            database.changed(index)
 
     searches = SearchService(threads, config.search_batch, helpers)
     searches.timeout = config.search_queue_timeout / 1000
@@ -220,7 +221,7 @@ async def _serve(
         settings=BuilderSettings(builds_at_once=config.builds_at_once),
         limit=lambda: config.max_unindexed_rows,
     )
-    database.changed = builder.consider
+    database.observe_indices(builder.consider)
 
     def reconfigure() -> None:
         # The only one that may refuse.
@@ -269,7 +270,7 @@ async def _serve(
             started = Started(
                 addresses=tuple(each.address for each in listeners if not (each.encrypted or each.path)),
                 directory=config.dir,
-                keys=len(engine.keyspace),
+                keys=sum(map(len, engine.keyspaces.values())),
                 vectors=sum(map(len, engine.indices.values())),
                 seconds=time.monotonic() - began,
                 recovery=recovery,
@@ -378,6 +379,15 @@ async def _report_progress(progress: Progress) -> None:
             logger.warning("%s: %d of %d MiB", progress.doing, progress.done >> 20, progress.total >> 20)
 
 
+def _require_databases(engine: Engine, config: Config) -> None:
+    """Raises OperatorError when a database has keys that no client could select."""
+    most = max((number for number, keyspace in engine.keyspaces.items() if keyspace), default=0)
+    if most >= config.databases:
+        raise OperatorError(
+            f"database {most} holds keys, but `databases` is {config.databases}: set it to {most + 1} or more"
+        )
+
+
 def _tune_collector() -> None:
     # What was recovered lives for long: it need not be looked at again and again.
     gc.freeze()
@@ -399,7 +409,7 @@ def _configure_log(settings: PersistenceSettings, config: Config) -> None:
 
 def _snapshot_command(folder: Path) -> Callable[[int], list[str]]:
     def command(last_file: int) -> list[str]:
-        return module_command("engram.snapshotter", str(folder), str(last_file))
+        return module_command("engram.snapshotter", str(folder), str(last_file), *KINDS.modules)
 
     return command
 
@@ -417,7 +427,7 @@ async def _sample(server: Server) -> None:
 async def _expire(database: Database) -> None:
     """Deletes keys soon after they lapse."""
     while True:
-        next_expiry = database.engine.keyspace.next_expiry()
+        next_expiry = database.next_expiry()
         pause = _IDLE_EXPIRY_INTERVAL
         # What lapsed before and is still there waits for room in the log.
         if next_expiry is not None and next_expiry > database.now():

@@ -1,8 +1,9 @@
-"""The process that writes a snapshot: `python -m engram.snapshotter DIRECTORY LAST-LOG-FILE`.
+"""The process that writes a snapshot: `python -m engram.snapshotter DIRECTORY LAST-LOG-FILE [MODULE ...]`.
 
 It recovers the state from the current snapshot and the closed files of the log, as a server would at its
-start, and writes it as the next snapshot; so each snapshot is also a test of recovery. It ends when its
-standard input closes, so that none outlives its server.
+start, and writes it as the next snapshot; so each snapshot is also a test of recovery. The modules are those
+of kinds of value that the server has registered. It ends when its standard input closes, so that none
+outlives its server.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from engram.engine import Engine
 from engram.errors import OperatorError
 from engram.files import DiskFiles, Files
 from engram.index.segment import SegmentStore
+from engram.kinds import register
 from engram.persistence.layout import Layout
 from engram.persistence.recovery import recover
 from engram.persistence.snapshot import SnapshotResult
@@ -42,7 +44,7 @@ def write_snapshot(directory: Path, last_file: int, files: Files | None = None) 
         snapshot=path.name,
         lsn=engine.lsn,
         checksum=checksum,
-        segments=tuple(segment.id for index in engine.indices.values() for segment in index.segments),
+        segments=tuple(metadata["segments"]),
         size=sum(column.nbytes for column in columns.values()),
     )
 
@@ -57,6 +59,7 @@ def main() -> int:
     """Reads the command line, writes the snapshot and prints its result, a `SnapshotResult`."""
     threading.Thread(target=_end_with_input, daemon=True).start()
     directory, last_file = Path(sys.argv[1]), int(sys.argv[2])
+    register(sys.argv[3:])
     try:
         result = write_snapshot(directory, last_file)
     except (OperatorError, OSError) as error:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from engram.effects import Touched
 from engram.index.vector_index import VectorIndex
 from engram.keyspace import Keyspace
-from engram.operations import (
-    AddVectors,
-    AppendString,
-    CopyKey,
-    CreateIndex,
-    DeleteKeys,
-    DeleteVectors,
-    Flush,
-    InstallSegment,
-    Operation,
-    RenameKey,
-    SetAttributes,
-    SetExpiry,
-    SetRange,
-    SetString,
-    SetStrings,
-)
 
 # Keys of a watch that are forgotten at once. With more, the rest is left for later.
 _KEYS_AT_ONCE = 512
+
+Place = tuple[int, bytes]
+"""The number of a database, and a key in it."""
 
 
 class Watch:
@@ -39,14 +26,15 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.keys: set[bytes] = set()
+        self.keys: set[Place] = set()
         self.broken = False
         self.lapses_at: int | None = None
         self.indices: list[int] = []
+        self.databases: set[int] = set()
 
 
 class Watches:
-    """All watches on a keyspace.
+    """All watches on the keys of all databases.
 
     A change costs time in proportion to the keys that it names: whoever watches them is told once, and then
     is not in the way of the next change.
@@ -55,33 +43,36 @@ class Watches:
         by_key: who watches a key. While it is empty no change need be looked at.
     """
 
-    def __init__(self, keyspace: Keyspace[VectorIndex]) -> None:
-        self._keyspace = keyspace
-        self.by_key: dict[bytes, set[Watch]] = {}
-        # Who watches a key that holds the index of an id, and who watches any key that is there.
+    def __init__(self, keyspaces: Mapping[int, Keyspace[Any]]) -> None:
+        self._keyspaces = keyspaces
+        self.by_key: dict[Place, set[Watch]] = {}
+        # Who watches a key that holds the index of an id, and who any key that is there, by database.
         self._by_index: dict[int, set[Watch]] = {}
-        self._of_existing: set[Watch] = set()
+        self._of_existing: dict[int, set[Watch]] = {}
         # Those that nobody asks any more, whose keys are still in `by_key`.
         self._abandoned: list[Watch] = []
 
-    def add(self, watch: Watch, keys: Iterable[bytes]) -> None:
+    def add(self, watch: Watch, database: int, keys: Iterable[bytes]) -> None:
         """Watches further keys."""
-        keyspace, by_key = self._keyspace, self.by_key
+        keyspace, by_key = self._keyspaces[database], self.by_key
         for key in keys:
             if watch.broken:
                 return
-            if key in watch.keys:
+            place = database, key
+            if place in watch.keys:
                 continue
-            watch.keys.add(key)
-            watches = by_key.get(key)
+            watch.keys.add(place)
+            watches = by_key.get(place)
             if watches is None:
-                by_key[key] = {watch}
+                by_key[place] = {watch}
             else:
                 watches.add(watch)
             value = keyspace.values.get(key)
             if value is None:
                 continue
-            self._of_existing.add(watch)
+            if database not in watch.databases:
+                watch.databases.add(database)
+                self._of_existing.setdefault(database, set()).add(watch)
             if isinstance(value, VectorIndex):
                 watch.indices.append(value.id)
                 self._by_index.setdefault(value.id, set()).add(watch)
@@ -91,7 +82,8 @@ class Watches:
 
     def remove(self, watch: Watch) -> None:
         """Forgets a watch: at once, or with many keys by calls of `clear_up`."""
-        self._of_existing.discard(watch)
+        for database in watch.databases:
+            _discard(self._of_existing, database, watch)
         if self._forget_keys(watch):
             self._abandoned.append(watch)
 
@@ -101,23 +93,29 @@ class Watches:
             self._abandoned.pop()
         return bool(self._abandoned)
 
-    def about_to_change(self, operation: Operation) -> None:
-        """Breaks the watches on keys that an operation changes, which is to be applied next."""
-        _BREAK[type(operation)](operation, self)
+    def about_to_change(self, touched: Touched) -> None:
+        """Breaks the watches on what a change touches, which is to be made next."""
+        for database, keys in touched.keys:
+            for key in keys:
+                _break(self.by_key.pop((database, key), ()))
+        if touched.index:
+            _break(self._by_index.pop(touched.index, ()))
+        if touched.databases is None:
+            for watches in self._of_existing.values():
+                _break(watches)
+            self._of_existing.clear()
+        elif touched.databases:
+            self._change_databases(touched.databases)
 
-    def break_keys(self, keys: Iterable[bytes]) -> None:
-        """Breaks the watches on these keys."""
-        for key in keys:
-            _break(self.by_key.pop(key, ()))
-
-    def break_index(self, index_id: int) -> None:
-        """Breaks the watches on the key that holds the index of that id."""
-        _break(self._by_index.pop(index_id, ()))
-
-    def break_existing(self) -> None:
-        """Breaks the watches on keys that are there."""
-        _break(self._of_existing)
-        self._of_existing = set()
+    def _change_databases(self, numbers: Sequence[int]) -> None:
+        """Breaks the watches on keys that are in one of these databases, whichever of these they watch."""
+        for number in numbers:
+            _break(self._of_existing.pop(number, ()))
+        if len(numbers) > 1:
+            present = [self._keyspaces[number].values for number in numbers]
+            for (number, key), watches in self.by_key.items():
+                if number in numbers and any(key in values for values in present):
+                    _break(watches)
 
     def _forget_keys(self, watch: Watch) -> bool:
         """Forgets some keys of a watch; returns whether it has more."""
@@ -128,11 +126,11 @@ class Watches:
         return bool(watch.keys or watch.indices)
 
 
-Name = TypeVar("Name", bytes, int)
+Name = TypeVar("Name", Place, int)
 
 
 def _discard(watches: dict[Name, set[Watch]], name: Name, watch: Watch) -> None:
-    """Takes a watch off those of a key or an index, if it is still there."""
+    """Takes a watch off those of a name, if it is still there."""
     left = watches.get(name)
     if left is not None:
         left.discard(watch)
@@ -143,22 +141,3 @@ def _discard(watches: dict[Name, set[Watch]], name: Name, watch: Watch) -> None:
 def _break(watches: Iterable[Watch]) -> None:
     for watch in watches:
         watch.broken = True
-
-
-_BREAK: dict[type[Operation], Callable[[Any, Watches], None]] = {
-    SetString: lambda operation, watches: watches.break_keys((operation.key,)),
-    AppendString: lambda operation, watches: watches.break_keys((operation.key,)),
-    SetRange: lambda operation, watches: watches.break_keys((operation.key,)),
-    SetStrings: lambda operation, watches: watches.break_keys(operation.keys),
-    RenameKey: lambda operation, watches: watches.break_keys((operation.source, operation.destination)),
-    CopyKey: lambda operation, watches: watches.break_keys((operation.destination,)),
-    DeleteKeys: lambda operation, watches: watches.break_keys(operation.keys),
-    SetExpiry: lambda operation, watches: watches.break_keys((operation.key,)),
-    Flush: lambda operation, watches: watches.break_existing(),
-    CreateIndex: lambda operation, watches: watches.break_keys((operation.key,)),
-    AddVectors: lambda operation, watches: watches.break_index(operation.index),
-    DeleteVectors: lambda operation, watches: watches.break_index(operation.index),
-    SetAttributes: lambda operation, watches: watches.break_index(operation.index),
-    # A new graph changes no answer that is exact.
-    InstallSegment: lambda operation, watches: None,
-}

@@ -36,7 +36,7 @@ def test_a_commit_is_applied_and_logged_under_the_next_number(
     first, second = SetString(b"a", b"1"), SetString(b"b", b"2")
     assert [database.commit(first), database.commit(second)] == [1, 2]
     assert journal.records == [(1, first), (2, second)]
-    assert database.keyspace.values == {b"a": b"1", b"b": b"2"}
+    assert database.engine.keyspace.values == {b"a": b"1", b"b": b"2"}
     assert database.lsn == 2
 
 
@@ -45,10 +45,10 @@ def test_a_key_is_there_until_its_time_and_then_deleted_by_who_looks(
 ) -> None:
     database.commit(SetString(b"a", b"1", START + 5))
     clock.time = START + 4
-    assert database.string(b"a") == b"1"
+    assert database.logical(0).string(b"a") == b"1"
     clock.time = START + 5
-    assert database.string(b"a") is None
-    assert database.string(b"a") is None
+    assert database.logical(0).string(b"a") is None
+    assert database.logical(0).string(b"a") is None
     assert journal.records[1:] == [(2, DeleteKeys((b"a",)))]
     assert database.expired_keys == 1
 
@@ -58,14 +58,14 @@ def test_without_room_a_lapsed_key_is_gone_but_not_deleted(
 ) -> None:
     database.commit(SetString(b"a", b"1", START))
     journal.room = False
-    assert database.lookup(b"a") is None
-    assert database.live_keys([b"a"]) == []
+    assert database.logical(0).lookup(b"a") is None
+    assert database.logical(0).live_keys([b"a"]) == []
     assert database.expire_due() == 0
     assert len(journal.records) == 1
     assert database.expired_keys == 0
     journal.room = True
     assert database.expire_due() == 1
-    assert database.keyspace.values == {}
+    assert database.engine.keyspace.values == {}
 
 
 def test_keys_that_are_due_are_deleted_in_batches(
@@ -76,7 +76,7 @@ def test_keys_that_are_due_are_deleted_in_batches(
     clock.time = START + 6
     assert [database.expire_due(4), database.expire_due(4), database.expire_due(4)] == [4, 3, 0]
     assert journal.records[10][1] == DeleteKeys((b"0", b"1", b"2", b"3"))
-    assert sorted(database.keyspace.values) == [b"7", b"8", b"9"]
+    assert sorted(database.engine.keyspace.values) == [b"7", b"8", b"9"]
 
 
 def test_as_many_keys_are_deleted_as_the_log_has_room_for(
@@ -86,18 +86,18 @@ def test_as_many_keys_are_deleted_as_the_log_has_room_for(
         database.commit(SetString(b"%d" % number * 1000, b"", START))
     monkeypatch.setattr(journal, "has_room", lambda size: size < 3000)
     assert [database.expire_due() for _ in range(6)] == [2, 2, 1, 2, 1, 2]
-    assert database.keyspace.values == {}
+    assert database.engine.keyspace.values == {}
 
 
 def test_values_of_the_wrong_type(database: Database) -> None:
     database.commit(SetString(b"s", b"1"))
     database.commit(CreateIndex(b"i", 2, "l2", 16, 128, "f32"))
-    assert database.index(b"i") is database.engine.indices[2]
+    assert database.logical(0).index(b"i") is database.engine.indices[2]
     with pytest.raises(CommandError, match=r"^WRONGTYPE "):
-        database.string(b"i")
+        database.logical(0).string(b"i")
     with pytest.raises(CommandError, match=r"^WRONGTYPE "):
-        database.index(b"s")
-    assert database.index(b"nosuch") is None
+        database.logical(0).index(b"s")
+    assert database.logical(0).index(b"nosuch") is None
 
 
 KEYS = st.sampled_from([b"a", b"b", b"c"])
@@ -128,11 +128,11 @@ class DatabaseAgainstDict(RuleBasedStateMachine):
 
     @rule(key=KEYS)
     def get(self, key: bytes) -> None:
-        assert self.database.string(key) == self.model.get(key, (None, None))[0]
+        assert self.database.logical(0).string(key) == self.model.get(key, (None, None))[0]
 
     @rule(key=KEYS)
     def delete(self, key: bytes) -> None:
-        found = self.database.lookup(key) is not None
+        found = self.database.logical(0).lookup(key) is not None
         assert found == (self.model.pop(key, None) is not None)
         if found:
             self.database.commit(DeleteKeys((key,)))
@@ -145,7 +145,7 @@ class DatabaseAgainstDict(RuleBasedStateMachine):
     @precondition(lambda self: self.journal.room)
     @rule(limit=st.integers(1, 3))
     def expire_due(self, limit: int) -> None:
-        before = len(self.database.keyspace)
+        before = len(self.database.engine.keyspace)
         expired = self.database.expire_due(limit)
         assert expired == min(limit, before - len(self.model))
 
@@ -155,16 +155,16 @@ class DatabaseAgainstDict(RuleBasedStateMachine):
 
     @invariant()
     def shows_what_has_not_lapsed(self) -> None:
-        values = self.database.keyspace.values
-        shown = {key: values[key] for key in self.database.live_keys(values)}
+        values = self.database.engine.keyspace.values
+        shown = {key: values[key] for key in self.database.logical(0).live_keys(values)}
         assert shown == {key: value for key, (value, _) in self.model.items()}
 
     @invariant()
     def can_be_replayed(self) -> None:
         for lsn, operation in self.journal.records[self.replayed.lsn :]:
             self.replayed.apply(lsn, operation)
-        assert self.replayed.keyspace.values == self.database.keyspace.values
-        assert self.replayed.keyspace.expiries == self.database.keyspace.expiries
+        assert self.replayed.keyspace.values == self.database.engine.keyspace.values
+        assert self.replayed.keyspace.expiries == self.database.engine.keyspace.expiries
 
 
 TestDatabaseAgainstDict = DatabaseAgainstDict.TestCase
@@ -175,7 +175,7 @@ def test_what_is_changed_together_is_logged_together(database: Database, journal
     database.commit(first)
     with database.together():
         assert database.commit(second) == 2
-        assert database.string(b"b") == b"2"
+        assert database.logical(0).string(b"b") == b"2"
         with database.together():
             database.commit(third)
         assert journal.records == [(1, first)]

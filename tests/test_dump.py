@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.dump import dump_blocks, read_state, shorten, write_dump
+from engram.dump import dump_blocks, read_state, write_dump
 from engram.engine import Engine
 from engram.errors import DamagedDataError, OperatorError
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
+from engram.kinds.vector_set import shorten
 from engram.operations import (
     AddVectors,
     CreateIndex,

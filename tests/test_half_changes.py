@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
 import attrs
 import numpy as np
@@ -25,6 +25,8 @@ from engram.index.builder import live_rows
 from engram.index.head import ALIVE
 from engram.index.segment import SegmentStore
 from engram.index.vector_index import VectorIndex
+from engram.keyspace import Keyspace
+from engram.kinds import KINDS
 from engram.operations import (
     AddVectors,
     AppendString,
@@ -32,8 +34,10 @@ from engram.operations import (
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
+    ExchangeDatabases,
     Flush,
     InstallSegment,
+    MoveKey,
     Operation,
     RenameKey,
     SetAttributes,
@@ -41,6 +45,7 @@ from engram.operations import (
     SetRange,
     SetString,
     SetStrings,
+    known_operations,
 )
 from tests.conftest import ManualJournal
 
@@ -69,6 +74,7 @@ BEFORE: tuple[Operation, ...] = (
     CreateIndex(b"other", 2, "dot", 16, 128, "f32"),
     SetString(b"string", b"value", 5000),
     SetString(b"lasting", b"value"),
+    SetString(b"elsewhere", b"value", None, 1),
 )
 
 CASES: dict[type[Operation], Sequence[Operation]] = {
@@ -80,7 +86,7 @@ CASES: dict[type[Operation], Sequence[Operation]] = {
     AppendString: (AppendString(b"string", b"x"), AppendString(b"new", b"x")),
     DeleteKeys: (DeleteKeys((b"string", b"index", b"nosuch", b"lasting")),),
     SetExpiry: (SetExpiry(b"lasting", 6000), SetExpiry(b"string", None)),
-    Flush: (Flush(),),
+    Flush: (Flush(), Flush(0), Flush(1)),
     CreateIndex: (
         CreateIndex(b"new", 2, "dot", 16, 128, "f32"),
         CreateIndex(b"other", 2, "dot", 16, 128, "f32"),
@@ -107,12 +113,14 @@ CASES: dict[type[Operation], Sequence[Operation]] = {
     SetStrings: (SetStrings((b"new", b"string", b"index", b"new"), (b"1", b"2", b"3", b"4")),),
     SetRange: (SetRange(b"string", 2, b"xyz"), SetRange(b"new", 2, b"xyz")),
     RenameKey: (RenameKey(b"string", b"index"), RenameKey(b"index", b"new"), RenameKey(b"string", b"string")),
-    CopyKey: (CopyKey(b"string", b"index"), CopyKey(b"string", b"new")),
+    CopyKey: (CopyKey(b"string", b"index"), CopyKey(b"string", b"new"), CopyKey(b"string", b"string", 0, 1)),
+    MoveKey: (MoveKey(b"string", 0, 1), MoveKey(b"index", 0, 1)),
+    ExchangeDatabases: (ExchangeDatabases(0, 1),),
 }
 
 
 def test_every_operation_has_a_case() -> None:
-    assert CASES.keys() == set(get_args(Operation))
+    assert CASES.keys() == set(KINDS.effects) == set(known_operations().values())
     for kind, operations in CASES.items():
         assert {type(operation) for operation in operations} == {kind}
 
@@ -129,7 +137,7 @@ class Bench:
 
     def database(self, *, counting: bool = False) -> Database:
         database = Database(self.engine(), ManualJournal())
-        database.keyspace.counting = counting
+        database.engine.keyspaces.count(counting)
         for operation in BEFORE:
             database.commit(operation)
         return database
@@ -165,22 +173,29 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def state(engine: Engine) -> dict[str, Any]:
     """All of an engine that replay must make again."""
-    keyspace = engine.keyspace
-    counted = keyspace._text_bytes
     return {
         "lsn": engine.lsn,
+        "databases": {number: keys(keyspace) for number, keyspace in engine.keyspaces.items() if keyspace},
+        "indices": {index_id: rows(index) for index_id, index in engine.indices.items()},
+        # Room that an index has taken for rows to come is no part of what it holds.
+        "totals": attrs.evolve(engine.totals(), bytes_reserved=0),
+    }
+
+
+def keys(keyspace: Keyspace[Any]) -> dict[str, Any]:
+    """All of a keyspace that replay must make again."""
+    counted = keyspace._text_bytes
+    return {
         "values": {
             key: value.id if isinstance(value, VectorIndex) else bytes(value)
             for key, value in keyspace.values.items()
         },
+        "others": sorted(value.id for value in keyspace.others),
         "scanned": sorted(scanned(keyspace.scan)),
         "order": list(keyspace.values),
         "expiries": keyspace.expiries,
         "next expiry": keyspace.next_expiry(),
-        "bytes": None if counted is None else sum(map(len, _texts(engine))) - counted,
-        "indices": {index_id: rows(index) for index_id, index in engine.indices.items()},
-        # Room that an index has taken for rows to come is no part of what it holds.
-        "totals": attrs.evolve(engine.totals(), bytes_reserved=0),
+        "bytes": None if counted is None else sum(map(len, _texts(keyspace))) - counted,
     }
 
 
@@ -193,8 +208,8 @@ def scanned(scan: Callable[[int, int], tuple[int, list[bytes]]]) -> Iterator[byt
         yield from found
 
 
-def _texts(engine: Engine) -> Iterator[bytes]:
-    for key, value in engine.keyspace.values.items():
+def _texts(keyspace: Keyspace[Any]) -> Iterator[bytes]:
+    for key, value in keyspace.values.items():
         yield key
         if isinstance(value, bytes):
             yield value
@@ -271,7 +286,7 @@ def check(database: Database, bench: Bench, place: str) -> None:
             database.commit(SetString(b"a", b"b"))
         return
     replayed = bench.engine()
-    replayed.keyspace.counting = database.keyspace.counting
+    replayed.keyspaces.count(database.engine.keyspace.counting)
     for lsn, operation in journal.records:
         replayed.apply(lsn, operation)
     assert state(database.engine) == state(replayed), place
@@ -396,4 +411,4 @@ def test_what_watches_a_change_may_fail(bench: Bench, monkeypatch: pytest.Monkey
     with pytest.raises(MemoryError):
         database.commit(SetString(b"a", b"1"))
     check(database, bench, "watches")
-    assert b"a" not in database.keyspace.values
+    assert b"a" not in database.engine.keyspace.values

@@ -15,19 +15,22 @@ GROUND = frozenset(
     {
         "child_process",
         "columns",
+        "deadlines",
         "descriptors",
         "errors",
         "files",
         "format_level",
         "large_string",
+        "mappings",
         "operations",
         "progress",
         "scan_order",
         "sizes",
         "supervision",
+        "tally",
     }
 )
-STATE = GROUND | {"keyspace", "index"}
+STATE = GROUND | {"effects", "index", "keyspace", "key_effects", "kinds"}
 
 # A room is a module or a package directly under `engram`, and may import itself, the names defined in
 # engram/__init__.py, and these rooms.
@@ -36,6 +39,9 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "descriptors": frozenset(),
     "errors": frozenset(),
     "sizes": frozenset(),
+    "tally": frozenset(),
+    "deadlines": frozenset({"sizes"}),
+    "mappings": frozenset({"columns"}),
     "scan_order": frozenset({"sizes"}),
     "files": frozenset(),
     "large_string": frozenset(),
@@ -53,7 +59,11 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "keyspace": GROUND,
     "index": GROUND,
     "persistence": GROUND,
-    "engine": STATE,
+    "effects": GROUND | {"index", "keyspace"},
+    "key_effects": frozenset({"effects", "operations"}),
+    "kinds": GROUND | {"effects", "index", "key_effects"},
+    "snapshot_columns": STATE | {"persistence"},
+    "engine": STATE | {"snapshot_columns"},
     "database": STATE | {"engine", "watches"},
     "rounds": frozenset(),
     "heap": frozenset(),
@@ -62,8 +72,8 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "monitors": frozenset({"protocol", "slowlog"}),
     "exclusion": frozenset(),
     "pause": frozenset(),
-    "watches": frozenset({"index", "keyspace", "operations"}),
-    "memory": frozenset({"config", "database", "errors", "operations"}),
+    "watches": frozenset({"effects", "index", "keyspace"}),
+    "memory": frozenset({"config", "database", "errors", "kinds", "operations"}),
     "commands": STATE
     | {
         "access",
@@ -117,7 +127,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "metrics": frozenset({"commands", "errors", "statistics", "supervision"}),
     "temporary_folder": GROUND | {"persistence"},
     "dump": STATE | {"engine", "persistence"},
-    "load": frozenset({"dump", "errors"}),
+    "load": frozenset({"dump", "errors", "kinds"}),
     "standard_streams": frozenset({"errors"}),
     "subcommands": frozenset({"dump", "errors", "files", "load", "persistence", "standard_streams"}),
     "cli": frozenset({"config", "errors", "log_lines", "server", "standard_streams"}),

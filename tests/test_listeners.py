@@ -344,7 +344,7 @@ async def test_what_was_sent_before_leaving_without_a_wish_for_replies_is_carrie
         door.house.server.pause.end()
         await wait_all_tasks_blocked()
         assert door.house.server.sessions == {}
-        assert door.house.database.keyspace.values == {b"k": b"v", b"l": b"v"}
+        assert door.house.database.engine.keyspace.values == {b"k": b"v", b"l": b"v"}
 
 
 async def test_tls(open_house: OpenHouse, encrypting: Config, authority: Authority) -> None:

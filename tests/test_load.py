@@ -111,7 +111,7 @@ async def test_what_was_dumped_is_loaded_again(
         operations += [AddVectors(index, (member,), row, (text,)) for member, row, text in rows]
         operations.append(SetExpiry(key, expires_at))
     async with open_house() as house:
-        engine = Engine(SegmentStore(house.engine._segments.folder, DiskFiles(), 0), seal_rows=1 << 62)
+        engine = Engine(SegmentStore(house.engine.segments.folder, DiskFiles(), 0), seal_rows=1 << 62)
         for lsn, operation in enumerate(operations, 1):
             engine.apply(lsn, operation)
         dump = b"".join(dump_blocks(engine, base64=base64))
@@ -160,8 +160,8 @@ async def test_many_lines_are_counted_as_they_are_acknowledged(house: House) -> 
 async def test_a_set_with_an_expiry_lapses_only_when_it_is_full(house: House) -> None:
     lapsed = {**INDEX, "expires-at": START - 1}
     assert await load_into(house, dump_of(lapsed, VECTOR, STRING)) == Loaded(2, 1)
-    assert house.database.lookup(b"i") is None
-    assert house.database.lookup(b"k") == b"v"
+    assert house.database.logical(0).lookup(b"i") is None
+    assert house.database.logical(0).lookup(b"k") == b"v"
 
 
 # What is there already

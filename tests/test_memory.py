@@ -170,7 +170,7 @@ class TestAdmission:
         count = fill(database, memory, b"k", START + 1000)
         with pytest.raises(CommandError, match=OUT_OF_MEMORY):
             memory.admit(SET)
-        assert (len(database.keyspace), memory.evicted_keys) == (count, 0)
+        assert (len(database.engine.keyspace), memory.evicted_keys) == (count, 0)
 
     def test_keys_with_the_nearest_expiry_go(self, database: Database) -> None:
         memory = limited(database, "volatile-ttl")
@@ -180,10 +180,12 @@ class TestAdmission:
         database.commit(SetExpiry(last, START + 1))
         memory.admit(SET)
         assert memory.used() <= LIMIT
-        assert last not in database.keyspace.values
-        gone = [number for number in range(count - 1) if b"k:%d" % number not in database.keyspace.values]
+        assert last not in database.engine.keyspace.values
+        gone = [
+            number for number in range(count - 1) if b"k:%d" % number not in database.engine.keyspace.values
+        ]
         assert gone == list(range(memory.evicted_keys - 1))
-        assert b"stays" in database.keyspace.values
+        assert b"stays" in database.engine.keyspace.values
         evicted = memory.evicted_keys
         memory.admit(SET)
         assert memory.evicted_keys == evicted
@@ -196,15 +198,15 @@ class TestAdmission:
         database.commit(SetString(b"volatile", b"v", START + 500))
         with pytest.raises(CommandError, match=OUT_OF_MEMORY):
             memory.admit(SET)
-        assert b"volatile" not in database.keyspace.values
-        assert isinstance(database.keyspace.values[b"index"], VectorIndex)
-        assert database.keyspace.expiries == {b"index": START + 1}
-        assert database.keyspace.next_expiry() == START + 1
+        assert b"volatile" not in database.engine.keyspace.values
+        assert isinstance(database.engine.keyspace.values[b"index"], VectorIndex)
+        assert database.engine.keyspace.expiries == {b"index": START + 1}
+        assert database.engine.keyspace.next_expiry() == START + 1
 
     def test_vectors_count(self, database: Database) -> None:
         memory = limited(database)
         database.commit(CreateIndex(b"index", 1024, "l2", 16, 128, "f32"))
-        index = database.index(b"index")
+        index = database.logical(0).index(b"index")
         assert index is not None
         before = memory.used()
         database.commit(AddVectors(index.id, tuple(b"%d" % row for row in range(16)), bytes(16 * 4096)))
@@ -235,7 +237,7 @@ class TestAdmission:
         count = fill(database, memory, b"k", START + 1000)
         journal.room = False
         memory.admit(SET)
-        assert (len(database.keyspace), memory.evicted_keys) == (count, 0)
+        assert (len(database.engine.keyspace), memory.evicted_keys) == (count, 0)
 
     def test_the_log_tells_the_first_refusal(
         self, database: Database, caplog: pytest.LogCaptureFixture
@@ -254,13 +256,13 @@ class TestAdmission:
     def test_counting_goes_with_the_limit(self, database: Database) -> None:
         config = Config()
         memory = MemoryLimit(config, database)
-        assert not database.keyspace.counting
+        assert not database.engine.keyspace.counting
         config.maxmemory = 1 << 30
         memory.reconfigure()
-        assert database.keyspace.counting
+        assert database.engine.keyspace.counting
         config.maxmemory = 0
         memory.reconfigure()
-        assert not database.keyspace.counting
+        assert not database.engine.keyspace.counting
 
 
 class TestServer:

@@ -18,6 +18,7 @@ class Watching:
     """A client that watches, and reads nothing while `held` is what its buffer holds."""
 
     address: str = "127.0.0.1:1"
+    database_number: int = 0
     name: str = ""
     held: int = 0
     closed: bool = False

@@ -37,11 +37,20 @@ def _dbsize(session: Session, arguments: list[bytes]) -> bytes:
     return replies.integer(len(session.database.keyspace))
 
 
-def _flush(session: Session, arguments: list[bytes]) -> bytes:
+def _flush_all(session: Session, arguments: list[bytes]) -> bytes:
+    _flush(session, arguments, None)
+    return OK
+
+
+def _flush_database(session: Session, arguments: list[bytes]) -> bytes:
+    _flush(session, arguments, session.database.number)
+    return OK
+
+
+def _flush(session: Session, arguments: list[bytes], database: int | None) -> None:
     if len(arguments) > 2 or (len(arguments) == 2 and arguments[1].upper() not in (b"SYNC", b"ASYNC")):
         raise CommandError(SYNTAX_ERROR)
-    session.database.commit(Flush())
-    return OK
+    session.database.commit(Flush(database))
 
 
 def _time(session: Session, arguments: list[bytes]) -> bytes:
@@ -140,16 +149,19 @@ COMMANDS = (
     *(
         Command(
             name,
-            _flush,
+            handler,
             -1,
             "[ASYNC | SYNC]",
-            "Removes all keys. There is one database; what is large is freed afterwards.",
+            f"Removes all keys from {which}. What is large is freed afterwards.",
             _GROUP,
             ("write",),
             complexity="O(1), and O(N) in slices afterwards",
             more_categories=("@keyspace", "@dangerous"),
         )
-        for name in ("flushdb", "flushall")
+        for name, handler, which in (
+            ("flushdb", _flush_database, "the current database"),
+            ("flushall", _flush_all, "all databases"),
+        )
     ),
     Command(
         "time", _time, 1, "", "Returns the server time.", _GROUP, ("loading", "stale", "fast"), since="2.6.0"

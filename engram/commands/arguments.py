@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
+from engram.config import Config
 from engram.errors import CommandError
 from engram.large_string import String
 from engram.scan_order import PAGE_BYTES
@@ -61,10 +62,12 @@ def small_integer(argument: bytes) -> int:
     return value
 
 
-def require_database(argument: bytes) -> None:
-    """Reads the number of a database. Raises CommandError when it is not that of the only one, 0."""
-    if small_integer(argument) != 0:
+def database_number(argument: bytes, config: Config) -> int:
+    """The number of a database. Raises CommandError when there is none of that number."""
+    number = small_integer(argument)
+    if not 0 <= number < config.databases:
         raise CommandError(NO_DATABASE)
+    return number
 
 
 def number(argument: bytes, message: str = NOT_A_FLOAT) -> float:

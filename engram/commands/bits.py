@@ -47,7 +47,7 @@ def _set_bit(session: Session, arguments: list[bytes]) -> bytes:
     mask = 0x80 >> bit
     changed = byte | mask if wanted else byte & ~mask
     if changed != byte or place >= len(value):
-        database.commit(SetRange(key, place, bytes((changed,))))
+        database.commit(SetRange(key, place, bytes((changed,)), database.number))
     return ONE if byte & mask else ZERO
 
 

@@ -68,7 +68,7 @@ def describe(session: Session) -> str:
         "age": int(now - session.created),
         "idle": int(now - session.last_active),
         "flags": _flags(session),
-        "db": 0,
+        "db": session.database.number,
         "sub": 0,
         "psub": 0,
         "ssub": 0,

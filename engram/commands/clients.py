@@ -5,7 +5,7 @@ from __future__ import annotations
 from engram import REDIS_VERSION
 from engram.commands import client
 from engram.commands.access import authenticate
-from engram.commands.arguments import integer, require_database, text
+from engram.commands.arguments import database_number, integer, text
 from engram.commands.session import Session
 from engram.commands.table import Command
 from engram.errors import CommandError
@@ -36,7 +36,7 @@ def _quit(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _select(session: Session, arguments: list[bytes]) -> bytes:
-    require_database(arguments[1])
+    session.select(database_number(arguments[1], session.server.config))
     return OK
 
 

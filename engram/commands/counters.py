@@ -27,7 +27,7 @@ def _add(increment: Increment, session: Session, arguments: list[bytes]) -> byte
         raise CommandError("ERR increment or decrement would overflow")
     expires_at = database.keyspace.expiries.get(key)
     digits = b"%d" % total
-    database.commit(SetString(key, digits, expires_at))
+    database.commit(SetString(key, digits, expires_at, database.number))
     return b":" + digits + b"\r\n"
 
 
@@ -65,7 +65,9 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     # What can fail comes before the change.
     replies = (b":%d\r\n" * len(found)) % tuple(found)
     if found:
-        database.commit(SetStrings(tuple(numbers), tuple([b"%d" % total for total in numbers.values()])))
+        database.commit(
+            SetStrings(tuple(numbers), tuple([b"%d" % total for total in numbers.values()]), database.number)
+        )
     return len(found), replies
 
 
@@ -103,7 +105,7 @@ def _incrbyfloat(session: Session, arguments: list[bytes]) -> bytes:
     if total is None:
         raise CommandError("ERR increment would produce NaN or Infinity")
     digits = long_double.render(total)
-    database.commit(SetString(key, digits, database.keyspace.expiries.get(key)))
+    database.commit(SetString(key, digits, database.keyspace.expiries.get(key), database.number))
     return bulk(digits)
 
 

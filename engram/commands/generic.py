@@ -10,8 +10,8 @@ from engram.commands.arguments import (
     INTEGER_LOW,
     NO_DATABASE,
     SYNTAX_ERROR,
+    database_number,
     integer,
-    require_database,
     scan_count,
     scan_cursor,
     scan_size,
@@ -23,10 +23,10 @@ from engram.commands.session import Session
 from engram.commands.slices import View, bulk_array
 from engram.commands.table import Command, Reply
 from engram.commands.turns import KEYS_A_TURN, take_turns
-from engram.database import Database
+from engram.database import LogicalDatabase
 from engram.errors import CommandError
-from engram.index.vector_index import VectorIndex
-from engram.operations import CopyKey, DeleteKeys, RenameKey, SetExpiry
+from engram.kinds import KINDS
+from engram.operations import CopyKey, DeleteKeys, ExchangeDatabases, MoveKey, RenameKey, SetExpiry
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
 from engram.protocol.replies import OK, ONE, ZERO
@@ -56,11 +56,11 @@ def _delete(session: Session, arguments: list[bytes]) -> Reply:
     return take_turns(session.server, turns(), lambda: replies.integer(deleted))
 
 
-def _delete_keys(database: Database, keys: Sequence[bytes]) -> int:
+def _delete_keys(database: LogicalDatabase, keys: Sequence[bytes]) -> int:
     """Deletes those that are there; returns how many that are."""
     found = [key for key in dict.fromkeys(keys) if database.lookup(key) is not None]
     if found:
-        database.commit(DeleteKeys(tuple(found)))
+        database.commit(DeleteKeys(tuple(found), database.number))
     return len(found)
 
 
@@ -98,38 +98,44 @@ def _change_name(session: Session, source: bytes, destination: bytes, *, only_ne
         raise CommandError("ERR no such key")
     if source == destination or (only_new and database.lookup(destination) is not None):
         return False
-    database.commit(RenameKey(source, destination))
+    database.commit(RenameKey(source, destination, database.number))
     return True
 
 
 def _copy(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     source, destination = arguments[1], arguments[2]
-    replace = False
+    replace, target = False, database
     rest = iter(arguments[3:])
     for word in rest:
         option = word.upper()
         number = next(rest, None) if option == b"DB" else None
         if number is not None:
-            require_database(number)
+            target = session.server.database.logical(database_number(number, session.server.config))
         elif option == b"REPLACE":
             replace = True
         else:
             raise CommandError(SYNTAX_ERROR)
-    if source == destination:
+    if source == destination and target is database:
         raise CommandError(_SAME_KEY)
     value = session.read(source)
-    if value is None or (database.lookup(destination) is not None and not replace):
+    if value is None or (target.lookup(destination) is not None and not replace):
         return ZERO
-    if isinstance(value, VectorIndex):
+    if KINDS.of(value).copy is None:
         raise CommandError("ERR not supported for this module key")
-    database.commit(CopyKey(source, destination))
+    database.commit(CopyKey(source, destination, database.number, target.number))
     return ONE
 
 
 def _move(session: Session, arguments: list[bytes]) -> bytes:
-    require_database(arguments[2])
-    raise CommandError(_SAME_KEY)
+    database, key = session.database, arguments[1]
+    target = session.server.database.logical(database_number(arguments[2], session.server.config))
+    if target is database:
+        raise CommandError(_SAME_KEY)
+    if database.lookup(key) is None or target.lookup(key) is not None:
+        return ZERO
+    database.commit(MoveKey(key, database.number, target.number))
+    return ONE
 
 
 def _swap_databases(session: Session, arguments: list[bytes]) -> bytes:
@@ -139,8 +145,11 @@ def _swap_databases(session: Session, arguments: list[bytes]) -> bytes:
             numbers.append(small_integer(argument))
         except CommandError as error:
             raise CommandError(f"ERR invalid {which} DB index") from error
-    if any(numbers):
+    first, second = numbers
+    databases = session.server.config.databases
+    if not (0 <= first < databases and 0 <= second < databases):
         raise CommandError(NO_DATABASE)
+    session.database.commit(ExchangeDatabases(first, second))
     return OK
 
 
@@ -161,9 +170,7 @@ def _random_key(session: Session, arguments: list[bytes]) -> bytes:
 
 def type_name(value: object) -> str:
     """The answer of TYPE."""
-    if value is None:
-        return "none"
-    return "vectorset" if isinstance(value, VectorIndex) else "string"
+    return "none" if value is None else KINDS.of(value).name
 
 
 def _type(session: Session, arguments: list[bytes]) -> bytes:
@@ -186,9 +193,9 @@ def _expire_by(name: str, unit: int, *, absolute: bool) -> Callable[[Session, li
         if not _expire_applies(options, current, expires_at):
             return ZERO
         if expires_at <= now:
-            database.commit(DeleteKeys((key,)))
+            database.commit(DeleteKeys((key,), database.number))
         else:
-            database.commit(SetExpiry(key, expires_at))
+            database.commit(SetExpiry(key, expires_at, database.number))
         return ONE
 
     return handle
@@ -239,7 +246,7 @@ def _persist(session: Session, arguments: list[bytes]) -> bytes:
     key = arguments[1]
     if database.lookup(key) is None or key not in database.keyspace.expiries:
         return ZERO
-    database.commit(SetExpiry(key, None))
+    database.commit(SetExpiry(key, None, database.number))
     return ONE
 
 
@@ -408,7 +415,7 @@ COMMANDS = (
         _copy,
         -3,
         "source destination [DB destination-db] [REPLACE]",
-        "Copies the value of a key to a new key. A vector index is not copied.",
+        "Copies the value of a key to a new key, perhaps of another database. A vector index is not copied.",
         "generic",
         ("write", "denyoom"),
         _BOTH_KEYS,
@@ -421,7 +428,7 @@ COMMANDS = (
         _move,
         3,
         "key db",
-        "Moves a key to another database. There is one, number 0, so it answers with an error.",
+        "Moves a key to another database.",
         "generic",
         ("write", "fast"),
         _KEY,
@@ -431,7 +438,7 @@ COMMANDS = (
         _swap_databases,
         3,
         "index1 index2",
-        "Swaps two Redis databases. There is one, number 0, which is swapped with itself.",
+        "Swaps two Redis databases.",
         "server",
         ("write", "fast"),
         since="4.0.0",

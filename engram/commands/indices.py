@@ -107,6 +107,7 @@ def _new(session: Session, arguments: list[bytes]) -> bytes:
             parameters.expansion,
             parameters.quantization,
             parameters.recall,
+            database.number,
         )
     )
     return OK

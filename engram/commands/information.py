@@ -252,15 +252,17 @@ def _cluster(server: Server) -> Fields:
 
 def _keyspace(server: Server) -> Fields:
     database = server.database
-    keyspace = database.keyspace
-    if not keyspace:
-        return {}
     now = database.now()
-    left = [max(0, at - now) for at in islice(keyspace.expiries.values(), _SAMPLED_EXPIRIES)]
-    average = sum(left) // len(left) if left else 0
-    return {
-        "db0": f"keys={len(keyspace)},expires={len(keyspace.expiries)},avg_ttl={average},subexpiry=0",
-    }
+    fields: dict[str, object] = {}
+    for number, keyspace in sorted(database.engine.keyspaces.items()):
+        if keyspace:
+            expiries = keyspace.expiries
+            left = [max(0, at - now) for at in islice(expiries.values(), _SAMPLED_EXPIRIES)]
+            average = sum(left) // len(left) if left else 0
+            fields[f"db{number}"] = (
+                f"keys={len(keyspace)},expires={len(expiries)},avg_ttl={average},subexpiry=0"
+            )
+    return fields
 
 
 def _vectors(server: Server) -> Fields:

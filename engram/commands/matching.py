@@ -15,7 +15,7 @@ from engram.commands.long_filters import compiled_first
 from engram.commands.session import Barrier, Pieces, Session, Slot
 from engram.commands.table import Command, Reply
 from engram.commands.turns import take_turns
-from engram.database import RECORD_OVERHEAD, Database
+from engram.database import RECORD_OVERHEAD, LogicalDatabase
 from engram.errors import CommandError
 from engram.index.filters import Filter
 from engram.index.matching import Matching, count_matching, find_matching, find_matching_since
@@ -123,7 +123,7 @@ class _Deletion:
     What was found is taken away on the way: to free it all at once would take a turn of its own.
     """
 
-    database: Database
+    database: LogicalDatabase
     index: VectorIndex
     found: Matching
     deleted: int = 0
@@ -150,8 +150,6 @@ class _Deletion:
                     self.deleted += len(dying)
                 if keys:
                     yield True
-        if self.deleted:
-            database.changed(index)
 
 
 async def _find(session: Session, find: Callable[[], tuple[Matching, int]]) -> tuple[Matching, int]:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import attrs
 
-from engram.commands.arguments import SYNTAX_ERROR, integer, stored_integer
+from engram.commands.arguments import SYNTAX_ERROR, integer
 from engram.commands.session import Session
 from engram.commands.table import Command, container, help_command
 from engram.errors import CommandError
-from engram.index.vector_index import VectorIndex
-from engram.large_string import String
+from engram.kinds import KINDS
+from engram.kinds.string import integer_in
 from engram.protocol import replies
 from engram.protocol.replies import ONE, ZERO
-
-Value = String | VectorIndex
-
-# Strings of up to so many bytes Redis holds together with the record about them.
-_EMBEDDED = 44
 
 # Integers below this Redis holds once for all keys, and gives the greatest count of references.
 _SHARED_INTEGERS = 10_000
@@ -32,42 +28,26 @@ _ENTRY_BYTES = 64
 _EXPIRY_BYTES = _ENTRY_BYTES + sys.getsizeof(1 << 40) + sys.getsizeof((0, b"")) + 8
 
 
-def encoding(value: Value) -> bytes:
-    """The answer of OBJECT ENCODING: how Redis would hold a value that was set as a whole."""
-    if isinstance(value, VectorIndex):
-        return b"raw"
-    if _integer(value) is not None:
-        return b"int"
-    return b"embstr" if len(value) <= _EMBEDDED else b"raw"
-
-
-def _integer(value: Value) -> int | None:
-    try:
-        return None if isinstance(value, VectorIndex) else stored_integer(value)
-    except CommandError:
-        return None
-
-
-def _of_object(answer: Callable[[Value], bytes], session: Session, arguments: list[bytes]) -> bytes:
+def _of_object(answer: Callable[[Any], bytes], session: Session, arguments: list[bytes]) -> bytes:
     value = session.read(arguments[2])
     return session.encoder.null if value is None else answer(value)
 
 
-def _encoding(value: Value) -> bytes:
-    return replies.bulk(encoding(value))
+def _encoding(value: Any) -> bytes:
+    return replies.bulk(KINDS.of(value).encoding(value).encode())
 
 
-def _reference_count(value: Value) -> bytes:
-    number = _integer(value)
+def _reference_count(value: Any) -> bytes:
+    number = integer_in(value)
     shared = number is not None and 0 <= number < _SHARED_INTEGERS
     return replies.integer(_SHARED_COUNT) if shared else ONE
 
 
-def _idle_time(value: Value) -> bytes:
+def _idle_time(value: Any) -> bytes:
     return ZERO
 
 
-def _frequency(value: Value) -> bytes:
+def _frequency(value: Any) -> bytes:
     raise CommandError(
         "ERR An LFU maxmemory policy is not selected, access frequency not tracked. Please note that when"
         " switching between policies at runtime LRU and LFU data will take some time to adjust."
@@ -90,14 +70,13 @@ def _usage(session: Session, arguments: list[bytes]) -> bytes:
     return replies.integer(size)
 
 
-def memory_usage(key: bytes, value: Value) -> int:
+def memory_usage(key: bytes, value: Any) -> int:
     """Bytes that a key and its value take in memory, without an expiry.
 
     Of a vector index it is what `maxmemory` counts. The graphs and vectors in files, which the system pages
     in as they are used, are not counted; VINFO tells their size.
     """
-    held = value.bytes_reserved if isinstance(value, VectorIndex) else sys.getsizeof(b"") + len(value)
-    return _ENTRY_BYTES + sys.getsizeof(key) + held
+    return _ENTRY_BYTES + sys.getsizeof(key) + KINDS.of(value).bytes_held(value)
 
 
 _OBJECT_HELP = (

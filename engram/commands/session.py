@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
 import trio
@@ -16,7 +16,7 @@ import trio
 from engram.access import Access, User
 from engram.commands.allowance import Allowance, HeldReplies
 from engram.config import Config
-from engram.database import Database
+from engram.database import Database, LogicalDatabase
 from engram.errors import CommandError
 from engram.exclusion import Exclusion
 from engram.index.builder import Builder
@@ -332,7 +332,8 @@ class Session:
 
     id: int
     server: Server
-    database: Database
+    # The one that the client has selected.
+    database: LogicalDatabase
     address: str
     local_address: str
     descriptor: int
@@ -428,11 +429,11 @@ class Session:
             return lsn
         return max(journal.durable_lsn, self.observed())
 
-    def read(self, key: bytes) -> String | VectorIndex | None:
+    def read(self, key: bytes) -> Any:
         """What a key holds, counted as found or as not found."""
         return self._counted(self.database.lookup(key))
 
-    def read_many(self, keys: Iterable[bytes]) -> list[String | VectorIndex | None]:
+    def read_many(self, keys: Iterable[bytes]) -> list[Any]:
         """What each of some keys holds, counted as found or as not found."""
         values = list(map(self.database.lookup, keys))
         statistics = self.server.statistics
@@ -496,13 +497,22 @@ class Session:
         """Forgets what was queued, and all watches."""
         transaction, self.transaction = self.transaction, None
         if transaction is not None and len(transaction.commands) > _FREED_AT_ONCE:
-            self.database.engine.dropped += (transaction.commands, transaction.throttled)
+            self.server.database.engine.dropped += (transaction.commands, transaction.throttled)
         self.unwatch()
         self.reconsider()
 
+    def select(self, number: int) -> None:
+        """Has the commands of the client see another database from now on."""
+        self.database = self.server.database.logical(number)
+
+    @property
+    def database_number(self) -> int:
+        """The number of the database that the client has selected."""
+        return self.database.number
+
     def unwatch(self) -> None:
         """Forgets all watches."""
-        self.database.watches.remove(self.watch)
+        self.server.database.watches.remove(self.watch)
         self.watch = Watch()
 
     def leave(self) -> None:
@@ -513,6 +523,7 @@ class Session:
         """Back to how a client starts: https://redis.io/docs/latest/commands/reset/."""
         self.user = self.server.access.default
         self.logged_in = self.server.access.is_open
+        self.select(0)
         self.discard()
         self.server.monitors.remove(self)
         self.no_evict = self.no_touch = False

@@ -15,7 +15,7 @@ from engram.commands.limits import check_reply
 from engram.commands.session import Bytes, Pieces, Session
 from engram.commands.table import Command, Reply, wrong_arity
 from engram.commands.turns import KEYS_A_TURN, take_turns
-from engram.database import Database
+from engram.database import LogicalDatabase
 from engram.errors import CommandError
 from engram.large_string import String, pieces
 from engram.operations import AppendString, DeleteKeys, SetExpiry, SetRange, SetString, SetStrings
@@ -77,7 +77,7 @@ class _Array:
 def _set(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     database = session.database
     if len(arguments) == 3:
-        database.commit(SetString(arguments[1], arguments[2]))
+        database.commit(SetString(arguments[1], arguments[2], None, database.number))
         return OK
     key, value = arguments[1], arguments[2]
     options = _set_options(arguments)
@@ -96,7 +96,7 @@ def _set(session: Session, arguments: list[bytes]) -> bytes | Pieces:
         return refused
     if options.lifetime == b"KEEPTTL" and database.lookup(key) is not None:
         expires_at = database.keyspace.expiries.get(key)
-    database.commit(SetString(key, value, expires_at))
+    database.commit(SetString(key, value, expires_at, database.number))
     return reply
 
 
@@ -107,7 +107,8 @@ def _set_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
     for _, key, value in requests:
         keys.append(key)
         values.append(value)
-    session.database.commit(SetStrings(tuple(keys), tuple(values)))
+    database = session.database
+    database.commit(SetStrings(tuple(keys), tuple(values), database.number))
     return len(requests), OK * len(requests)
 
 
@@ -197,14 +198,14 @@ def _delete_if(session: Session, arguments: list[bytes]) -> bytes:
             raise CommandError("ERR Invalid condition. Use IFEQ, IFNE, IFDEQ, or IFDNE")
         if not _matches(match, arguments[3], value):
             return ZERO
-    database.commit(DeleteKeys((key,)))
+    database.commit(DeleteKeys((key,), database.number))
     return ONE
 
 
 def _set_for(command: str, option: bytes, session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     expires_at = expiry(option, arguments[2], database.now(), command)
-    database.commit(SetString(arguments[1], arguments[3], expires_at))
+    database.commit(SetString(arguments[1], arguments[3], expires_at, database.number))
     return OK
 
 
@@ -212,17 +213,18 @@ def _set_new(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     if database.lookup(arguments[1]) is not None:
         return ZERO
-    database.commit(SetString(arguments[1], arguments[2]))
+    database.commit(SetString(arguments[1], arguments[2], None, database.number))
     return ONE
 
 
 def _set_many(session: Session, arguments: list[bytes]) -> Reply:
     if not len(arguments) & 1:
         raise wrong_arity("mset")
+    database = session.database
     if len(arguments) <= _WORDS_A_TURN or session.executing:
-        session.database.commit(SetStrings(tuple(arguments[1::2]), tuple(arguments[2::2])))
+        database.commit(SetStrings(tuple(arguments[1::2]), tuple(arguments[2::2]), database.number))
         return OK
-    return take_turns(session.server, _set_in_turns(session.database, arguments), lambda: OK)
+    return take_turns(session.server, _set_in_turns(database, arguments), lambda: OK)
 
 
 def _set_many_new(session: Session, arguments: list[bytes]) -> Reply:
@@ -233,7 +235,7 @@ def _set_many_new(session: Session, arguments: list[bytes]) -> Reply:
         keys = tuple(arguments[1::2])
         if any(database.lookup(key) is not None for key in keys):
             return ZERO
-        database.commit(SetStrings(keys, tuple(arguments[2::2])))
+        database.commit(SetStrings(keys, tuple(arguments[2::2]), database.number))
         return ONE
     free = True
 
@@ -250,11 +252,11 @@ def _set_many_new(session: Session, arguments: list[bytes]) -> Reply:
     return take_turns(session.server, turns(), lambda: ONE if free else ZERO)
 
 
-def _set_in_turns(database: Database, arguments: Sequence[bytes]) -> Iterator[None]:
+def _set_in_turns(database: LogicalDatabase, arguments: Sequence[bytes]) -> Iterator[None]:
     with database.as_one():
         for start in range(1, len(arguments), _WORDS_A_TURN):
             words = arguments[start : start + _WORDS_A_TURN]
-            database.commit(SetStrings(tuple(words[::2]), tuple(words[1::2])))
+            database.commit(SetStrings(tuple(words[::2]), tuple(words[1::2]), database.number))
             yield
 
 
@@ -327,7 +329,7 @@ def _get_and_set(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     database = session.database
     value = session.read_string(arguments[1])
     check_reply(session, len(value or b""))
-    database.commit(SetString(arguments[1], arguments[2]))
+    database.commit(SetString(arguments[1], arguments[2], None, database.number))
     return session.encoder.null if value is None else _bulk(value)
 
 
@@ -337,7 +339,7 @@ def _get_and_delete(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     if value is None:
         return session.encoder.null
     check_reply(session, len(value))
-    database.commit(DeleteKeys((arguments[1],)))
+    database.commit(DeleteKeys((arguments[1],), database.number))
     return _bulk(value)
 
 
@@ -352,9 +354,13 @@ def _get_and_expire(session: Session, arguments: list[bytes]) -> bytes | Pieces:
     if operand is not None:
         now = database.now()
         expires_at = expiry(lifetime, operand, now, "getex")
-        database.commit(DeleteKeys((key,)) if expires_at <= now else SetExpiry(key, expires_at))
+        database.commit(
+            DeleteKeys((key,), database.number)
+            if expires_at <= now
+            else SetExpiry(key, expires_at, database.number)
+        )
     elif lifetime and key in database.keyspace.expiries:
-        database.commit(SetExpiry(key, None))
+        database.commit(SetExpiry(key, None, database.number))
     return _bulk(value)
 
 
@@ -384,7 +390,11 @@ def _append(session: Session, arguments: list[bytes]) -> bytes:
     length = len(suffix) + (len(value) if value is not None else 0)
     if length > session.server.config.proto_max_bulk_len:
         raise CommandError(TOO_LONG)
-    database.commit(SetString(key, suffix) if value is None else AppendString(key, suffix))
+    number = database.number
+    if value is None:
+        database.commit(SetString(key, suffix, None, number))
+    else:
+        database.commit(AppendString(key, suffix, number))
     return replies.integer(length)
 
 
@@ -417,7 +427,7 @@ def _set_range(session: Session, arguments: list[bytes]) -> bytes:
         return replies.integer(length)
     if offset + len(data) > session.server.config.proto_max_bulk_len:
         raise CommandError(TOO_LONG)
-    database.commit(SetRange(key, offset, data))
+    database.commit(SetRange(key, offset, data, database.number))
     return replies.integer(max(length, offset + len(data)))
 
 

@@ -68,7 +68,7 @@ def _watch_keys(session: Session, keys: Sequence[bytes]) -> None:
     for key in keys:
         # One that has lapsed goes first, or its end would look like a change.
         session.database.lookup(key)
-    session.database.watches.add(session.watch, keys)
+    session.server.database.watches.add(session.watch, session.database.number, keys)
 
 
 def _unwatch(session: Session, arguments: list[bytes]) -> bytes:
@@ -200,7 +200,7 @@ class _Execution:
 
         What is changed in all of them is one change.
         """
-        session, database = self.session, self.session.database
+        session, database = self.session, self.session.server.database
         session.allowance = self.allowance
         try:
             with database.together():
@@ -284,7 +284,7 @@ class _Execution:
     def _run_together(self, command: Command, run: Sequence[list[bytes]]) -> tuple[int, Reply]:
         """Carries out what can be together; returns how many, perhaps none, and their replies."""
         assert command.run is not None
-        database = self.session.database
+        database = self.session.server.database
         lsn = database.lsn
         try:
             return command.run(self.session, run)
@@ -296,7 +296,7 @@ class _Execution:
 
     def _excuse(self, error: Exception, lsn: int) -> str:
         """What is answered to a command that failed by an error of ours, begun at `lsn`."""
-        database = self.session.database
+        database = self.session.server.database
         if database.failure is not None:
             raise error
         if database.lsn != lsn and self.failure is None:

@@ -33,7 +33,6 @@ def _add(session: Session, arguments: list[bytes]) -> bytes:
         check_members((key,), config)
     reply = ZERO if key in index else ONE
     database.commit(AddVectors(index.id, (key,), vector))
-    database.changed(index)
     return reply
 
 
@@ -54,7 +53,6 @@ def _add_many(session: Session, arguments: list[bytes]) -> bytes:
         attributes = [attributes[position] for position in kept] if attributes else ()
     before = len(index)
     database.commit(AddVectors(index.id, tuple(keys), vectors, tuple(attributes)))
-    database.changed(index)
     return replies.integer(len(index) - before)
 
 
@@ -119,7 +117,6 @@ def _delete(session: Session, arguments: list[bytes]) -> bytes:
     if key not in index:
         return ZERO
     database.commit(DeleteVectors(index.id, (key,)))
-    database.changed(index)
     return ONE
 
 
@@ -131,7 +128,6 @@ def _set_attributes(session: Session, arguments: list[bytes]) -> bytes:
         return session.encoder.boolean(False)
     if attributes != index.attributes(key):
         database.commit(SetAttributes(index.id, (key,), (attributes,)))
-        database.changed(index)
     return session.encoder.boolean(True)
 
 

@@ -40,6 +40,7 @@ from engram.persistence import log_format
 from engram.persistence.layout import FOREIGN_NAMES, Layout, check_levels, free_name
 from engram.persistence.manifest import Manifest, read_manifest
 from engram.persistence.recovery import read_operations
+from engram.persistence.snapshot import segments_of
 
 State = Literal["ok", "torn", "damaged", "unused", "kept", "other"]
 
@@ -279,9 +280,8 @@ class Examination:
             folder = _open(self._layout.directory / name, manifest.checksum)
         except DamagedDataError as error:
             return self._beyond_repair(name, error)
-        for index in folder.metadata.get("indices", ()):
-            for segment in index["segments"]:
-                self._snapshot_segments[segment["id"]] = _Naming(segment["checksum"], f"named by {name}")
+        for segment, checksum in segments_of(folder.metadata).items():
+            self._snapshot_segments[segment] = _Naming(checksum, f"named by {name}")
         details = f"LSN {manifest.lsn}, {_columns(folder)}, {len(self._snapshot_segments)} segments"
         return FileReport(name, "ok", details)
 

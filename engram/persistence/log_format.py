@@ -6,7 +6,7 @@ ahead). Integers are little-endian and unsigned.
     file header, 64 bytes
     offset  size  field
          0     8  magic "ENGRAMWL"
-         8     4  format level, 2
+         8     4  format level, 3
         12     4  link: the chain value at the end of the previous file, 0 in file 1
         16     8  number of the file; files are numbered from 1 without gaps
         24     8  LSN of the first operation this file can hold; all before it are durable

@@ -25,7 +25,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import attrs
 import msgspec
@@ -33,13 +32,11 @@ import msgspec
 from engram.columns import ColumnFolder, open_columns
 from engram.errors import DamagedDataError, NewerFormatError
 from engram.files import Files, open_file
-from engram.operations import InstallSegment, Operation, decode_array
+from engram.operations import InstallSegment, Operation, decode_array, known_operations
 from engram.persistence import log_format
 from engram.persistence.layout import Layout, check_levels, free_name
 from engram.persistence.manifest import Manifest, read_manifest, write_manifest
 from engram.progress import Progress
-
-_TAGS = frozenset(operation.__struct_config__.tag for operation in get_args(Operation))
 
 
 @attrs.frozen(kw_only=True)
@@ -287,7 +284,7 @@ def _unknown_tag(payload: memoryview) -> int | None:
     except msgspec.DecodeError:
         return None
     tags = (array[0] for array in arrays if array)
-    return next((tag for tag in tags if isinstance(tag, int) and tag not in _TAGS), None)
+    return next((tag for tag in tags if isinstance(tag, int) and tag not in known_operations()), None)
 
 
 def _finish_last_file(layout: Layout, files: Files, replay: _LogReplay) -> tuple[Path, ...]:

@@ -19,9 +19,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from subprocess import PIPE
+from typing import Any
 
 import attrs
 import trio
@@ -70,6 +71,15 @@ def decode_result(output: bytes) -> SnapshotResult:
         return SnapshotResult(**{**fields, "segments": tuple(fields["segments"])})
     except (ValueError, TypeError, KeyError) as error:
         raise SnapshotError(f"the snapshot process reported {output[:200]!r}") from error
+
+
+def segments_of(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """The checksums of the segments that a snapshot refers to, by id; `metadata` is that of its columns."""
+    if "segments" in metadata:
+        return dict(metadata["segments"])
+    # Level 2 has them with each index.
+    segments = (segment for index in metadata["indices"] for segment in index["segments"])
+    return {segment["id"]: segment["checksum"] for segment in segments}
 
 
 async def run_child(command: Sequence[str]) -> SnapshotResult:

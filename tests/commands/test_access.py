@@ -364,7 +364,7 @@ async def test_who_deletes_itself_is_told_so(house: House) -> None:
     await client.call("AUTH bob x")
     await client.send("ACL DELUSER bob", "SET k v")
     assert await client.ended() == b":1\r\n"
-    assert len(house.database.keyspace) == 0
+    assert len(house.database.engine.keyspace) == 0
 
 
 def keeping(house: House, path: Path, *, automatic: bool, files: DiskFiles | None = None) -> Access:

@@ -203,10 +203,10 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("COPY a b FOO", b"-ERR syntax error\r\n"),
         ("COPY nosuch b FOO", b"-ERR syntax error\r\n"),
         ("COPY a b DB a", b"-ERR value is not an integer or out of range\r\n"),
-        ("COPY a b DB 1", b"-ERR DB index is out of range\r\n"),
+        ("COPY a b DB 16", b"-ERR DB index is out of range\r\n"),
         ("COPY a b DB -1", b"-ERR DB index is out of range\r\n"),
-        ("COPY a b DB 1 FOO", b"-ERR DB index is out of range\r\n"),
-        ("COPY nosuch b DB 1", b"-ERR DB index is out of range\r\n"),
+        ("COPY a b DB 16 FOO", b"-ERR DB index is out of range\r\n"),
+        ("COPY nosuch b DB 16", b"-ERR DB index is out of range\r\n"),
         (
             "COPY a b DB 99999999999",
             b"-ERR value is out of range, value must between -2147483648 and 2147483647\r\n",
@@ -214,10 +214,10 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("COPY a", b"-ERR wrong number of arguments for 'copy' command\r\n"),
         ("EXISTS b", b":0\r\n"),
     ),
-    "one database": (
+    "numbers of databases": (
         ("SET a 1", b"+OK\r\n"),
         ("SELECT 0", b"+OK\r\n"),
-        ("SELECT 1", b"-ERR DB index is out of range\r\n"),
+        ("SELECT 16", b"-ERR DB index is out of range\r\n"),
         ("SELECT -1", b"-ERR DB index is out of range\r\n"),
         ("SELECT a", b"-ERR value is not an integer or out of range\r\n"),
         (
@@ -226,7 +226,7 @@ CONVERSATIONS: dict[str, Conversation] = {
         ),
         ("SELECT 99999999999999999999", b"-ERR value is not an integer or out of range\r\n"),
         ("SWAPDB 0 0", b"+OK\r\n"),
-        ("SWAPDB 0 1", b"-ERR DB index is out of range\r\n"),
+        ("SWAPDB 0 16", b"-ERR DB index is out of range\r\n"),
         ("SWAPDB -1 0", b"-ERR DB index is out of range\r\n"),
         ("SWAPDB a 0", b"-ERR invalid first DB index\r\n"),
         ("SWAPDB a b", b"-ERR invalid first DB index\r\n"),
@@ -235,7 +235,7 @@ CONVERSATIONS: dict[str, Conversation] = {
         ("SWAPDB 0", b"-ERR wrong number of arguments for 'swapdb' command\r\n"),
         ("MOVE a 0", b"-ERR source and destination objects are the same\r\n"),
         ("MOVE nosuch 0", b"-ERR source and destination objects are the same\r\n"),
-        ("MOVE a 1", b"-ERR DB index is out of range\r\n"),
+        ("MOVE a 16", b"-ERR DB index is out of range\r\n"),
         ("MOVE a -1", b"-ERR DB index is out of range\r\n"),
         ("MOVE a b", b"-ERR value is not an integer or out of range\r\n"),
         (

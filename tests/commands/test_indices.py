@@ -278,7 +278,7 @@ async def test_vinfo_says_why_a_graph_could_not_be_built(
 ) -> None:
     await client.call("VNEW a 3")
     assert (await info(client, "a"))["last-build-error"] == ""
-    index = house.database.index(b"a")
+    index = house.database.logical(0).index(b"a")
     assert index is not None
     house.server.builder._fail(index, BuildError("the building process ended with code 70:\nKeyError: 'x'"))
     assert (await info(client, "a"))["last-build-error"] == "KeyError: 'x'"

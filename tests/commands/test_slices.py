@@ -66,13 +66,13 @@ async def test_keys_are_those_of_one_moment(
     """What lapses or changes while they are looked through makes no difference."""
     other = house.connect()
     looked = trio.Event()
-    look = house.database.live_keys_later
+    look = house.database.logical(0).live_keys_later
 
     def live_keys_later() -> Callable[[Sequence[bytes]], Sequence[bytes]]:
         looked.set()
         return look()
 
-    monkeypatch.setattr(house.database, "live_keys_later", live_keys_later)
+    monkeypatch.setattr(house.database.logical(0), "live_keys_later", live_keys_later)
     await full.send("KEYS *")
     await looked.wait()
     house.clock.time += 10

@@ -474,7 +474,7 @@ async def large(house: House) -> Client:
     """A client of a server that holds a string in blocks: zeros and an x at the end."""
     client = house.connect()
     assert await client.call(f"SETRANGE k {LENGTH - 1} x") == b":%d\r\n" % LENGTH
-    assert isinstance(house.database.string(b"k"), LargeString)
+    assert isinstance(house.database.logical(0).string(b"k"), LargeString)
     return client
 
 

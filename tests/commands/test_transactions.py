@@ -2,16 +2,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from engram import watches
 from engram.commands import transactions
 from engram.commands.slices import SLICE
-from engram.operations import AppendString, DeleteKeys, Operation, SetString
+from engram.operations import AppendString, DeleteKeys, SetString
 from tests.conftest import START, HeldSearches, House, ManualJournal, OpenHouse, vector
 
 OK, QUEUED = b"+OK\r\n", b"+QUEUED\r\n"
@@ -273,10 +272,6 @@ async def test_others_go_on_while_a_search_in_a_transaction_is_made(open_house: 
         assert await other.call("PING") == b"+PONG\r\n"
 
 
-def test_every_operation_says_which_keys_it_changes() -> None:
-    assert set(watches._BREAK) == set(get_args(Operation))
-
-
 @pytest.mark.parametrize("request_", ["GETEX k", "SET k x NX GET", "GETSET k x"])
 async def test_writes_that_answer_values_are_bounded_too(house: House, request_: str) -> None:
     house.server.config.client_output_buffer_limit = house.server.config.proto_max_bulk_len = 1 << 20
@@ -386,7 +381,7 @@ async def test_others_are_answered_beside_a_long_transaction(
         await other.send("GET a")
         await writer.send("SET a 1000", "CLIENT ID")
         assert house.server.exclusion.active
-        assert house.database.string(b"a") != b"102"
+        assert house.database.logical(0).string(b"a") != b"102"
         assert await other.reply() in (b"$3\r\n102\r\n", b"$4\r\n1000\r\n")
         assert await writer.arrived() == OK + b":3\r\n"
         assert (await client.arrived()).endswith(b":100\r\n:102\r\n")

@@ -97,14 +97,14 @@ async def test_what_fails_half_way_through_many_keys_is_no_change_that_is_half_d
         await fill(client)
         lsn = house.database.lsn
         journal.together.clear()
-        lookup = house.database.lookup
+        lookup = house.database.logical(0).lookup
 
         def fail(key: bytes) -> Any:
             if key == NAMES[turns.KEYS_A_TURN * 3]:
                 raise MemoryError
             return lookup(key)
 
-        monkeypatch.setattr(house.database, "lookup", fail)
+        monkeypatch.setattr(house.database.logical(0), "lookup", fail)
         await client.send([b"DEL", *NAMES])
         assert await client.ended() == b""
         assert house.database.lsn > lsn
@@ -121,7 +121,7 @@ async def test_what_fails_before_the_first_of_many_keys_is_changed_fails_alone(
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(house.database, "lookup", fail)
+        patched.setattr(house.database.logical(0), "lookup", fail)
         assert (await client.call([b"MSETNX", *PAIRS])).startswith(b"-OOM")
     assert house.database.failure is None
     assert not house.server.exclusion.active

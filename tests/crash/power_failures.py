@@ -404,8 +404,6 @@ class Client:
     def _commit(self) -> None:
         operation = self._operation()
         self._database.commit(operation)
-        if isinstance(operation, AddVectors | DeleteVectors | SetAttributes):
-            self._database.changed(self._database.engine.indices[operation.index])
 
     async def _released(self, lsn: int) -> None:
         released = trio.Event()
@@ -488,14 +486,13 @@ async def serve(files: RecordingFiles, requests: int, random: Random) -> None:
         await admit(persistence, exclusion, 1000)
         if not index.dropped:
             database.commit(operation)
-            database.changed(index)
 
     async def run_child(command: Sequence[str]) -> SnapshotResult:
         last_file = int(command[0])
         return await run_as_process(files, random, partial(write_snapshot, files.directory, last_file, files))
 
     builder = RecordedBuilder(store, install, files, random)
-    database.changed = builder.consider
+    database.observe_indices(builder.consider)
     with mock.patch.object(task, "run_child", run_child):
         async with trio.open_nursery() as storage_nursery:
             await storage_nursery.start(persistence.run)

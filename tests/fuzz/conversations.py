@@ -357,8 +357,8 @@ async def _check_keys(house: House) -> None:
     client = house.connect()
     assert await client.call("PING") == b"+PONG\r\n"
     listed = await client.call("KEYS *")
-    now, expiries = database.now(), database.keyspace.expiries
-    alive = sum(expiries.get(key, math.inf) > now for key in database.keyspace.values)
+    now, expiries = database.now(), database.engine.keyspace.expiries
+    alive = sum(expiries.get(key, math.inf) > now for key in database.engine.keyspace.values)
     assert listed.startswith(b"*%d\r\n" % alive)
     await client.stream.aclose()
 

@@ -50,7 +50,7 @@ def test_the_format_is_the_documented_one() -> None:
     data = log_file([b"ab"], durable_lsn=9)
     assert data[:56].hex() == (
         "454e4752414d574c"
-        "02000000"
+        "03000000"
         "efbeadde"
         "0300000000000000"
         "0b00000000000000"

@@ -3,7 +3,8 @@
     python -m tests.persistence.directories.make FOLDER
 
 writes FOLDER/level-<n>/ and FOLDER/level-<n>.jsonl: two indices, attributes, strings and expiries, in a
-snapshot, in segments and in a log behind them. Run it once a level, with the first engram that writes it.
+snapshot, in segments and in a log behind them, from level 3 on in several databases. Run it once a level, with
+the first engram that writes it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.crash.server_process import running_server
 
 EXPIRES_AT = 4_102_444_800_000  # milliseconds since the epoch: the year 2100
 SEAL_ROWS = 32
-LEVEL = 2
+LEVEL = 3
 
 
 def vector(index: int, row: int, dimension: int) -> bytes:
@@ -46,6 +47,13 @@ def fill_before_the_snapshot(client: Redis) -> None:
         )
     client.execute_command("VDEL", "words", "word 3")
     client.execute_command("VOPTIMIZE", "words")
+    client.execute_command("SELECT", 5)
+    client.execute_command("SET", "plain", "of database 5", "PXAT", EXPIRES_AT + 3)
+    client.execute_command("SET", "to be moved", "x")
+    client.execute_command("VNEW", "words", 4, "METRIC", "l2")
+    for row in range(20):
+        client.execute_command("VADD", "words", f"word {row}", vector(3, row, 4))
+    client.execute_command("SELECT", 0)
 
 
 def fill_behind_the_snapshot(client: Redis) -> None:
@@ -70,6 +78,15 @@ def fill_behind_the_snapshot(client: Redis) -> None:
     client.execute_command("VSETATTR", "words", "word 10", "")
     client.execute_command("VDEL", "words", "word 11")
     client.execute_command("VDEL", b"points \xfe", "point 12")
+    client.execute_command("COPY", "plain", "plain", "DB", 7)
+    client.execute_command("SELECT", 5)
+    client.execute_command("MOVE", "to be moved", 7)
+    client.execute_command("VDEL", "words", "word 4")
+    client.execute_command("SELECT", 9)
+    client.execute_command("SET", "to be flushed", "x")
+    client.execute_command("FLUSHDB")
+    client.execute_command("SET", "exchanged", "of database 9")
+    client.execute_command("SWAPDB", 9, 10)
 
 
 def main() -> None:
