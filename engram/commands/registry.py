@@ -1,4 +1,4 @@
-"""All commands by name."""
+"""All commands by name, those of kinds of value that were registered before this is imported included."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from engram.commands import (
 )
 from engram.commands.introspection import introspection
 from engram.commands.table import Command
+from engram.kinds import KINDS
 
 
 def _build() -> dict[bytes, Command]:
     table: dict[bytes, Command] = {}
     strings_and_keys = (strings, counters, bits, generic, objects)
     vector_indices = (indices, vectors, searches, matching)
-    for module in (clients, access, transactions, *strings_and_keys, *vector_indices, administration):
+    engrams = (clients, access, transactions, *strings_and_keys, *vector_indices, administration)
+    for module in (*engrams, *KINDS.modules.values()):
         for command in module.COMMANDS:
             table[command.name.encode()] = command
     table[b"command"] = introspection(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from engram import operations
@@ -27,13 +28,13 @@ class Kinds:
     Attributes:
         by_name: in the order in which they were registered.
         effects: by type of operation.
-        modules: the names of those that were registered beside engram's own.
+        modules: those that were registered beside engram's own, by name.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, Kind[Any]] = {}
         self.effects: dict[type[Operation], Effect] = dict(KEY_EFFECTS)
-        self.modules: list[str] = []
+        self.modules: dict[str, ModuleType] = {}
         self._by_type: dict[type, Kind[Any]] = {}
         for kind in (STRING, VECTOR_SET):
             self.add(kind)
@@ -63,7 +64,7 @@ KINDS = Kinds()
 
 
 def register(modules: Sequence[str]) -> None:
-    """Adds the kinds of these modules, each of which has a `KIND`.
+    """Adds the kinds of these modules, each of which has a `KIND` and `COMMANDS`.
 
     To be called before commands are imported, which may have some for them, and before any data is read.
 
@@ -72,5 +73,6 @@ def register(modules: Sequence[str]) -> None:
         ValueError: a name, a type or a tag is taken.
     """
     for name in modules:
-        KINDS.add(importlib.import_module(name).KIND)
-        KINDS.modules.append(name)
+        module = importlib.import_module(name)
+        KINDS.add(module.KIND)
+        KINDS.modules[name] = module

@@ -3,8 +3,8 @@
     python -m tests.persistence.directories.make FOLDER
 
 writes FOLDER/level-<n>/ and FOLDER/level-<n>.jsonl: two indices, attributes, strings and expiries, in a
-snapshot, in segments and in a log behind them, from level 3 on in several databases. Run it once a level, with
-the first engram that writes it.
+snapshot, in segments and in a log behind them, from level 3 on in several databases. Run it once a level,
+with the first engram that writes it.
 """
 
 from __future__ import annotations
