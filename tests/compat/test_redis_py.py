@@ -383,8 +383,11 @@ def test_more_keys(client: Any) -> None:
     assert client.object("ENCODING", "copied") in (b"embstr", "embstr")
     assert client.memory_usage("copied") > 0
     assert client.select(0)
+    assert client.swapdb(0, 1)
+    assert client.dbsize() == 0
+    assert client.swapdb(0, 1)
     with pytest.raises(ResponseError, match=r"^DB index is out of range$"):
-        client.swapdb(0, 1)
+        client.swapdb(0, 16)
 
 
 def test_passwords_and_permissions(server: ServerProcess, client: Any, protocol: int) -> None:

@@ -19,7 +19,7 @@ from tests.compat.differential.wire import HOST, Reply, WireClient
 from tests.crash.server_process import running_server
 
 # Given to both, so that limits are within reach of short requests.
-OPTIONS = ("--databases", "1", "--proto-max-bulk-len", "1mb")
+OPTIONS = ("--proto-max-bulk-len", "1mb")
 
 REDIS8 = Path(__file__).parents[4] / "shared" / "peers" / "redis8.6"
 

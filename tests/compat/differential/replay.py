@@ -197,8 +197,8 @@ class Replay:
             return answers if their != our else []
         elif name == "randomkey" and theirs.kind == ours.kind == "$" and theirs.text and ours.text:
             exist = all(
-                peer.control.call(b"EXISTS", reply.text).text == b"1"
-                for peer, reply in zip(self.pair.both, (theirs, ours), strict=True)
+                connection.call(b"EXISTS", reply.text).text == b"1"
+                for connection, reply in zip(client.connections, (theirs, ours), strict=True)
             )
             return [] if exist else answers
         return [

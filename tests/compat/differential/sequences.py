@@ -247,9 +247,10 @@ def _special(settings: Sequence[bytes]) -> dict[str, Strategy]:
         "acl|dryrun": st.tuples(users, keyed).map(lambda parts: (parts[0], *parts[1])),
         "auth": credentials,
         "hello": st.just(()) | hello | hello,
-        "select": _sampled("0", "0", "1", "-1", "abc", "9223372036854775808", "16", "00", "2147483648"),
-        "swapdb": _sampled("0 0", "0 1", "1 0", "a 0", "0 a", "-1 0", "0 9223372036854775808"),
-        "move": st.tuples(keys, st.sampled_from([b"0", b"1", b"abc"])),
+        "select": _sampled(*"00011259", "15", "-1", "abc", "9223372036854775808", "16", "00", "2147483648"),
+        "swapdb": _sampled("0 0", "0 1", "1 0", "2 1", "0 16", "a 0", "0 a", "-1 0", "0 9223372036854775808"),
+        "move": st.tuples(keys, st.sampled_from([b"0", b"1", b"1", b"2", b"16", b"abc"])),
+        "flushdb": _sampled("", "", "ASYNC", "sync", "x"),
         "client|setinfo": st.tuples(st.sampled_from([b"LIB-NAME", b"lib-ver", b"nosuch"]), names),
         "client|list": _sampled(
             "", "TYPE normal", "TYPE nosuch", "ID 1 a", "ID", "NO", "TYPE", "TYPE pubsub"
@@ -291,6 +292,8 @@ def _scan() -> Strategy:
 _WEIGHTS = {
     **dict.fromkeys(("set", "getex", "get", "incrby", "expire", "pexpireat", "setrange"), 4),
     **dict.fromkeys(("incrbyfloat", "mset", "copy", "rename", "bitcount", "getrange", "setbit", "scan"), 3),
+    **dict.fromkeys(("select", "move"), 4),
+    **dict.fromkeys(("swapdb", "dbsize"), 2),
     **dict.fromkeys(("multi", "exec", "watch", "object|encoding", "expireat", "pexpire", "acl|setuser"), 2),
     **dict.fromkeys(("config|set", "delex", "getdel", "msetnx", "append", "hello", "auth"), 2),
 }
