@@ -18,6 +18,7 @@ from engram.engine import Engine, Totals
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
 from engram.index.vector_index import VectorIndex
+from engram.keyspace import Keyspace
 from engram.operations import (
     AddVectors,
     AppendString,
@@ -126,8 +127,16 @@ def live(engine: Engine, steps: Iterable[Step]) -> list[Operation]:
 
 def state(engine: Engine) -> dict[str, Any]:
     """All that clients can see of an engine."""
+    return {
+        "databases": {number: keys(keyspace) for number, keyspace in engine.keyspaces.items() if keyspace},
+        "indices": sorted(engine.indices),
+        "lsn": engine.lsn,
+    }
+
+
+def keys(keyspace: Keyspace[Any]) -> dict[str, Any]:
     values: dict[bytes, Any] = {}
-    for key, value in engine.keyspace.values.items():
+    for key, value in keyspace.values.items():
         if not isinstance(value, VectorIndex):
             values[key] = value
             continue
@@ -137,10 +146,8 @@ def state(engine: Engine) -> dict[str, Any]:
         values[key] = (value.id, value.parameters, rows)
     return {
         "values": values,
-        "expiries": dict(engine.keyspace.expiries),
-        "next expiry": engine.keyspace.next_expiry(),
-        "indices": sorted(engine.indices),
-        "lsn": engine.lsn,
+        "expiries": dict(keyspace.expiries),
+        "next expiry": keyspace.next_expiry(),
     }
 
 

@@ -56,8 +56,10 @@ from engram.operations import (
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
+    ExchangeDatabases,
     Flush,
     InstallSegment,
+    MoveKey,
     Operation,
     RenameKey,
     SetAttributes,
@@ -120,40 +122,48 @@ class IndexValue:
     rows: dict[bytes, tuple[bytes, bytes]]
 
 
+Place = tuple[int, bytes]
+"""The number of a database, and a key in it."""
+
 # The value and the expiry of each key.
-State = dict[bytes, tuple[bytes | IndexValue, int | None]]
+State = dict[Place, tuple[bytes | IndexValue, int | None]]
 
 
 def after(state: State, lsn: int, operation: Operation) -> State:
     """The state after an operation, as documented and without the engine."""
     new = dict(state)
     match operation:
-        case SetString(key, value, expires_at):
-            new[key] = value, expires_at
-        case AppendString(key, suffix):
-            old, expires_at = state.get(key, (b"", None))
+        case SetString(key, value, expires_at, number):
+            new[number, key] = value, expires_at
+        case AppendString(key, suffix, number):
+            old, expires_at = state.get((number, key), (b"", None))
             assert isinstance(old, bytes)
-            new[key] = old + suffix, expires_at
-        case DeleteKeys(keys):
+            new[number, key] = old + suffix, expires_at
+        case DeleteKeys(keys, number):
             for key in keys:
-                new.pop(key, None)
-        case SetExpiry(key, expires_at):
-            new[key] = state[key][0], expires_at
-        case SetStrings(keys, values):
-            new.update(zip(keys, ((value, None) for value in values), strict=True))
-        case SetRange(key, offset, data):
-            old, expires_at = state.get(key, (b"", None))
+                new.pop((number, key), None)
+        case SetExpiry(key, expires_at, number):
+            new[number, key] = state[number, key][0], expires_at
+        case SetStrings(keys, values, number):
+            new.update(((number, key), (value, None)) for key, value in zip(keys, values, strict=True))
+        case SetRange(key, offset, data, number):
+            old, expires_at = state.get((number, key), (b"", None))
             assert isinstance(old, bytes)
             padded = old.ljust(offset, b"\0")
-            new[key] = padded[:offset] + data + padded[offset + len(data) :], expires_at
-        case RenameKey(source, destination):
-            new[destination] = new.pop(source)
-        case CopyKey(source, destination):
-            new[destination] = state[source]
-        case Flush():
-            new.clear()
-        case CreateIndex(key, _, metric):
-            new[key] = IndexValue(lsn, metric, {}), None
+            new[number, key] = padded[:offset] + data + padded[offset + len(data) :], expires_at
+        case RenameKey(source, destination, number):
+            new[number, destination] = new.pop((number, source))
+        case CopyKey(source, destination, number, other):
+            new[other, destination] = state[number, source]
+        case MoveKey(key, number, other):
+            new[other, key] = new.pop((number, key))
+        case ExchangeDatabases(first, second):
+            exchanged = {first: second, second: first}
+            new = {(exchanged.get(number, number), key): held for (number, key), held in state.items()}
+        case Flush(number):
+            new = {place: held for place, held in state.items() if number not in (None, place[0])}
+        case CreateIndex(key, _, metric, database=number):
+            new[number, key] = IndexValue(lsn, metric, {}), None
         case AddVectors(index) | DeleteVectors(index) | SetAttributes(index):
             for name, (held, expires_at) in state.items():
                 if isinstance(held, IndexValue) and held.id == index:
@@ -237,14 +247,15 @@ def start(directory: Path, files: DiskFiles | None = None) -> Found:
         for installed in index.segments:
             store.verify(installed.segment)
     state: State = {}
-    for key, value in engine.keyspace.values.items():
-        found: bytes | IndexValue
-        if isinstance(value, VectorIndex):
-            rows = {row: (value.vector(row) or b"", value.attributes(row)) for row in value.live}
-            found = IndexValue(value.id, value.parameters.metric, rows)
-        else:
-            found = bytes(value)
-        state[key] = found, engine.keyspace.expiries.get(key)
+    for number, keyspace in engine.keyspaces.items():
+        for key, value in keyspace.values.items():
+            found: bytes | IndexValue
+            if isinstance(value, VectorIndex):
+                rows = {row: (value.vector(row) or b"", value.attributes(row)) for row in value.live}
+                found = IndexValue(value.id, value.parameters.metric, rows)
+            else:
+                found = bytes(value)
+            state[number, key] = found, keyspace.expiries.get(key)
     return Found(recovery, state)
 
 
@@ -413,7 +424,9 @@ class Client:
     def _operation(self) -> Operation:
         random, engine = self._random, self._database.engine
         name = b"index-%d" % random.randrange(2)
-        value = engine.keyspace.values.get(name)
+        number, another = random.sample([0, 0, 0, 1, 15], 2)
+        values = engine.keyspaces[number].values
+        value = values.get(name)
         chance = random.random()
         if not isinstance(value, VectorIndex):
             metric = random.choice(["cosine", "l2", "dot"])
@@ -425,6 +438,7 @@ class Client:
                 parameters.connectivity,
                 parameters.expansion,
                 parameters.quantization,
+                database=number,
             )
         present = sorted(random.sample(sorted(value.live), min(len(value.live), random.randint(1, 6))))
         if chance < 0.4:
@@ -444,23 +458,30 @@ class Client:
         key, other = (b"key-%d" % random.randrange(30) for _ in range(2))
         if chance < 0.65:
             keys = tuple({b"key-%d" % random.randrange(30): None for _ in range(random.randint(1, 6))})
-            return SetStrings(keys, tuple(random.randbytes(random.choice([1, 50])) for _ in keys))
+            return SetStrings(keys, tuple(random.randbytes(random.choice([1, 50])) for _ in keys), number)
         if chance < 0.7:
-            return SetRange(key, random.choice([0, 3, 300]), random.randbytes(random.choice([1, 60])))
-        if chance < 0.85 or key not in engine.keyspace.values:
+            return SetRange(key, random.choice([0, 3, 300]), random.randbytes(random.choice([1, 60])), number)
+        if chance < 0.85 or key not in values:
             size = random.choice([1, 10, 100, 1000, 3000])
-            return SetString(key, random.randbytes(size), random.choice([None, None, 1 << 42]))
+            return SetString(key, random.randbytes(size), random.choice([None, None, 1 << 42]), number)
         if chance < 0.9:
-            return AppendString(key, random.randbytes(random.choice([3, 600])))
+            return AppendString(key, random.randbytes(random.choice([3, 600])), number)
         if chance < 0.91:
-            return RenameKey(*random.choice([(key, other), (name, b"index-%d" % random.randrange(2))]))
+            return RenameKey(
+                *random.choice([(key, other), (name, b"index-%d" % random.randrange(2))]), number
+            )
         if chance < 0.92:
-            return CopyKey(key, other)
+            return CopyKey(key, other, number, another)
+        moved = random.choice([key, name])
+        if chance < 0.93 and moved not in engine.keyspaces[another].values and another != number:
+            return MoveKey(moved, number, another)
+        if chance < 0.935:
+            return ExchangeDatabases(number, another)
         if chance < 0.95:
-            return SetExpiry(key, random.choice([None, 1 << 42]))
+            return SetExpiry(key, random.choice([None, 1 << 42]), number)
         if chance < 0.995:
-            return DeleteKeys((random.choice([key, key, name]),))
-        return Flush()
+            return DeleteKeys((random.choice([key, key, name]),), number)
+        return Flush(random.choice([None, number]))
 
 
 async def serve(files: RecordingFiles, requests: int, random: Random) -> None:

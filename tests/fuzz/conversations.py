@@ -276,7 +276,7 @@ class _Conversation:
     def replayed(self, lsn: int) -> Engine:
         """What recovery makes of the log up to `lsn`."""
         engine = Engine(SegmentStore(self.folder, DiskFiles(), 0), seal_rows=1 << 20)
-        engine.keyspace.counting = True
+        engine.keyspaces.count(True)
         for number, operation in self.journal.records[:lsn]:
             assert number == engine.lsn + 1
             engine.apply(number, decode(encode(operation)))
@@ -287,6 +287,9 @@ class _Conversation:
         engine = self.house.engine
         replayed = self.replayed(len(self.journal.records))
         assert state(replayed) == state(engine)
+        # A database that somebody has looked at takes some bytes even if nothing was ever in it.
+        for number in engine.keyspaces:
+            assert replayed.keyspaces[number] is not None
         assert replayed.bytes_held() == engine.bytes_held()
 
 
@@ -318,7 +321,7 @@ async def _conversation(folder: Path, journal: ManualJournal) -> AsyncIterator[_
     ):
         async with opened_house(folder, journal=journal, config=config, searches=searches) as house:
             await house.nursery.start(searches.run)
-            house.engine.keyspace.counting = True
+            house.engine.keyspaces.count(True)
             yield _Conversation(folder, house, journal, searches, [_talker(house) for _ in range(CLIENTS)])
             assert not house.database.watches.by_key
             assert not house.server.monitors
@@ -342,7 +345,9 @@ async def converse(folder: Path, steps: Iterable[Step]) -> None:
         conversation.check_log()
         engine = conversation.house.engine
         conversation.house.database.commit(Flush())
-        assert (len(engine.keyspace), engine.keyspace.expiries, engine.indices) == (0, {}, {})
+        assert not any(engine.keyspaces.values())
+        assert not any(keyspace.expiries for keyspace in engine.keyspaces.values())
+        assert engine.indices == {}
         assert engine.bytes_held() <= _HELD_WHEN_EMPTY
         held = conversation.house.server.held_replies
         assert held.waiting == held.reserved == 0
@@ -356,10 +361,12 @@ async def _check_keys(house: House) -> None:
         return
     client = house.connect()
     assert await client.call("PING") == b"+PONG\r\n"
-    listed = await client.call("KEYS *")
-    now, expiries = database.now(), database.engine.keyspace.expiries
-    alive = sum(expiries.get(key, math.inf) > now for key in database.engine.keyspace.values)
-    assert listed.startswith(b"*%d\r\n" % alive)
+    now = database.now()
+    for number, keyspace in list(database.engine.keyspaces.items()):
+        assert await client.call(f"SELECT {number}") == b"+OK\r\n"
+        listed = await client.call("KEYS *")
+        alive = sum(keyspace.expiries.get(key, math.inf) > now for key in keyspace.values)
+        assert listed.startswith(b"*%d\r\n" % alive)
     await client.stream.aclose()
 
 
@@ -397,7 +404,7 @@ class _Course:
     """
 
     told: list[int]
-    states: list[Mapping[bytes, object]]
+    states: list[Mapping[tuple[int, bytes], object]]
     transcript: bytes = b""
 
 
@@ -458,15 +465,16 @@ async def _courses(folder: Path, steps: Iterable[Step]) -> list[_Course]:
     return courses
 
 
-def _keys_of(client: int, engine: Engine) -> Mapping[bytes, object]:
-    """All that there is of a client's own keys."""
+def _keys_of(client: int, engine: Engine) -> Mapping[tuple[int, bytes], object]:
+    """All that there is of a client's own keys, with the numbers of their databases."""
     prefix = _prefix(b"%d" % client)
-    found: dict[bytes, object] = {}
-    for key, value in engine.keyspace.values.items():
-        if key.startswith(prefix):
-            content: object = value
-            if isinstance(value, VectorIndex):
-                rows = {name: (value.vector(name), value.attributes(name)) for name in value.live}
-                content = value.parameters, rows
-            found[key] = content, engine.keyspace.expiries.get(key)
+    found: dict[tuple[int, bytes], object] = {}
+    for number, keyspace in engine.keyspaces.items():
+        for key, value in keyspace.values.items():
+            if key.startswith(prefix):
+                content: object = value
+                if isinstance(value, VectorIndex):
+                    rows = {name: (value.vector(name), value.attributes(name)) for name in value.live}
+                    content = value.parameters, rows
+                found[number, key] = content, keyspace.expiries.get(key)
     return found

@@ -84,13 +84,14 @@ conversations = st.one_of(
 _PLAIN = """SET $a x, SET $b 12, SET $n 1, SET $a y NX, SET $b z EX 100 GET, GET $a, GET $b, GET $n, INCR $n,
     INCRBY $n 5, DECR $b, INCR $a, INCRBYFLOAT $n 0.5, APPEND $a z, SETRANGE $b 2 q, MSET $a 1 $n 2,
     MGET $a $b $v, MSETNX $a 3 $b 4, DEL $a $b, RENAME $a $b, RENAME $missing $a, COPY $b $a REPLACE,
+    MOVE $a 1, MOVE $v 0, COPY $b $a REPLACE DB 1,
     GETDEL $n, EXPIRE $a 100, PERSIST $a, TTL $a, TYPE $v, EXISTS $a $b $n $v, DEL $v, GET $v, INCR $v,
     SET $v text, GET, NONESUCH, PING, ECHO word"""
 _INDEX = """VNEW $v 2, VADD $v one ab345678, VADD $v two 12345678, VSETATTR $v one {"n":1},
     VSEARCH $v 12345678 5, VSEARCH $v 12345678 5 FILTER .n>0 WITHATTRS, VDEL $v one, VGET $v one"""
-_COURSE = """MULTI, MULTI, EXEC, EXEC, DISCARD, WATCH $a, WATCH $n $v, UNWATCH, HELLO 2, HELLO 3, RESET,
-    CLIENT REPLY SKIP, CLIENT REPLY OFF, CLIENT REPLY ON, CLIENT PAUSE 100000 WRITE, CLIENT PAUSE 100000 ALL,
-    QUIT"""
+_COURSE = """MULTI, MULTI, EXEC, EXEC, DISCARD, WATCH $a, WATCH $n $v, UNWATCH, SELECT 1, SELECT 0,
+    HELLO 2, HELLO 3, RESET, CLIENT REPLY SKIP, CLIENT REPLY OFF, CLIENT REPLY ON,
+    CLIENT PAUSE 100000 WRITE, CLIENT PAUSE 100000 ALL, QUIT"""
 # Long enough to fill a burst of replies, or a socket.
 _LONG = "ECHO $70000, ECHO $300000, SET $b $70000, SET $b $300000"
 _ALIKE = "SET $a x, SET $b y, GET $a, GET $b, INCR $n, DECR $n, INCR $a"

@@ -11,7 +11,7 @@ from engram.commands.table import Command
 from engram.database import WRONG_TYPE
 from engram.effects import Effect, State, touch_key
 from engram.errors import CommandError
-from engram.kinds.kind import KeyFields, Kind, Line, Packed, Request, Text, as_bytes, as_text
+from engram.kinds.kind import KeyFields, Kind, Line, Packed, Request, Text, Word, as_bytes, as_text
 from engram.mappings import pack_mapping, unpack_mapping
 from engram.operations import KindOperation
 from engram.protocol import replies
@@ -77,7 +77,7 @@ class _Loader:
         if self._replace:
             yield Request(["DEL", key], number, number)
         for place, (member, count) in enumerate(line.members):
-            words = ["BAG.PUT", key, as_bytes(member), str(count)]
+            words: list[Word] = ["BAG.PUT", key, as_bytes(member), str(count)]
             yield Request(words, number, number, keys=int(place == 0))
         if line.expires_at is not None:
             yield Request(["PEXPIREAT", key, str(line.expires_at)], number, number, is_last=True)
