@@ -32,6 +32,7 @@ from engram.errors import OperatorError
 from engram.files import Files, rewrite_file
 from engram.index.distances import Doubles, Floats
 from engram.index.head import ALIVE, Chunk, Lsns
+from engram.index.row_columns import rows_at
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import VectorIndex
 from engram.persistence import recover
@@ -242,9 +243,10 @@ def _vector_lines(
         alive = np.flatnonzero(deaths == ALIVE)
         for start in range(0, len(alive), _BLOCK_ROWS):
             positions = alive[start : start + _BLOCK_ROWS]
-            keys = source.keys_at(positions)
-            texts = source.attributes_at(positions)
-            for key, text, vector in zip(keys, texts, pack(source.vectors[positions]), strict=True):
+            rows = rows_at(source, positions)
+            for key, text, vector in zip(
+                rows["keys"], rows["attributes"], pack(rows["vectors"]), strict=True
+            ):
                 whole = _is_object(text)
                 yield _encode(
                     VectorLine(
