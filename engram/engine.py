@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 
 from engram.columns import Array, ColumnFolder, pack_bytes, unpack_bytes
+from engram.index.index_state import export_indices, named_segments, restore_indices
 from engram.index.parameters import Parameters
 from engram.index.segment import Segment, SegmentStore
 from engram.index.vector_index import (
     Addition,
     Deletion,
-    IndexState,
     Installation,
     OneAddition,
     VectorIndex,
@@ -307,14 +307,15 @@ class Engine:
         """
         values = self.keyspace.values
         strings = {key: value for key, value in values.items() if not isinstance(value, VectorIndex)}
-        states = [(key, value.export()) for key, value in values.items() if isinstance(value, VectorIndex)]
+        indices = {key: value for key, value in values.items() if isinstance(value, VectorIndex)}
+        index_columns, descriptions = export_indices(indices.values())
         columns = {
             **_pack_mapping("strings", strings),
             **_pack_mapping("expiries", self.keyspace.expiries),
-            **pack_bytes("index-keys", [key for key, _ in states]),
-            **IndexState.pack([state for _, state in states]),
+            **pack_bytes("index-keys", indices),
+            **{f"index-{name}": column for name, column in index_columns.items()},
         }
-        return columns, {"lsn": self.lsn, "indices": [state.describe() for _, state in states]}
+        return columns, {"lsn": self.lsn, "indices": descriptions}
 
     def restore(self, folder: ColumnFolder) -> None:
         """Fills an empty engine from a snapshot.
@@ -322,21 +323,29 @@ class Engine:
         Raises:
             DamagedDataError: a segment that the snapshot names is missing or is not what was written.
         """
-        columns = folder.columns
-        states = IndexState.unpack(folder.metadata["indices"], columns)
-        segments = {saved.id: saved.checksum for state in states for saved in state.segments}
-        with self._segments.reopening(segments):
+        columns, descriptions = folder.columns, folder.metadata["indices"]
+        with self._segments.reopening(named_segments(descriptions)):
             values: dict[bytes, String | VectorIndex] = _unpack_mapping("strings", columns, bytes)
-            for key, state in zip(unpack_bytes("index-keys", columns), states, strict=True):
-                index = VectorIndex.restore(
-                    state, self._segments, seal_rows=self._seal_rows, first_serial=self._first_serial
-                )
+            indices = restore_indices(
+                _of_indices(columns),
+                descriptions,
+                self._segments,
+                seal_rows=self._seal_rows,
+                first_serial=self._first_serial,
+            )
+            for key, index in zip(unpack_bytes("index-keys", columns), indices, strict=True):
                 values[key] = index
                 self.indices[index.id] = index
                 self._uncounted.add(index.id)
         expiries = _unpack_mapping("expiries", columns, int)
         self.keyspace.load(values, expiries)
         self.lsn = folder.metadata["lsn"]
+
+
+def _of_indices(columns: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        name.removeprefix("index-"): column for name, column in columns.items() if name.startswith("index-")
+    }
 
 
 def _pack_mapping(name: str, mapping: Mapping[bytes, Any]) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from engram.index.attributes import AttributeColumns, GrowingAttributes
 from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes, coded_row_bytes
 from engram.index.distances import Doubles, Floats, Queries, row_norms
 from engram.index.masks import MaskCache
-from engram.index.row_columns import ROW_COLUMNS, Column, NumberColumn, StringColumn, numbers_of
+from engram.index.row_columns import ROW_COLUMNS, Column, NumberColumn, Rows, StringColumn, numbers_of
 from engram.index.texts import Positions, Strings
 from engram.sizes import BYTES_OBJECT
 
@@ -161,6 +161,13 @@ class Chunk:
         self.row_ids[start:end] = row_ids
         self.keys.extend(keys)
         self.count = end
+
+    def take(self, rows: Rows, part: slice) -> None:
+        """Appends some of the rows of a snapshot; there must be room."""
+        for column in ROW_COLUMNS:
+            column.put(getattr(self, column.name), self.count, rows[column.name][part])
+        self.count += part.stop - part.start
+        self.attribute_bytes = _attribute_bytes(self.attributes)
 
     def norms_at(self, positions: Positions) -> Doubles:
         """The norms of rows that a search has asked `norms` for."""
@@ -333,6 +340,17 @@ class Head:
             tail = self.tail(spares)
             part = slice(done, min(done + tail.capacity - tail.count, len(keys)))
             tail.extend(row_ids[part], keys[part], vectors[part], lsn)
+            done = part.stop
+
+    def fill(self, rows: Rows) -> None:
+        """Takes the rows of a snapshot while there are none; they were born long ago."""
+        count = len(rows["row_ids"])
+        spares = self.reserve(count)
+        done = 0
+        while done < count:
+            tail = self.tail(spares)
+            part = slice(done, min(done + tail.capacity - tail.count, count))
+            tail.take(rows, part)
             done = part.stop
 
     def find(self, row_id: int) -> tuple[Chunk, int]:

@@ -7,13 +7,15 @@ the head alone (`head.HEAD_COLUMNS`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, Protocol, TypeAlias
 
 import attrs
 import numpy as np
 
-from engram.columns import Array
+from engram.columns import Array, pack_bytes, unpack_bytes
 from engram.index.texts import Positions, Selection, Strings, Texts
 
 # The id of a place in a chunk without a row yet: above those of all rows.
@@ -63,6 +65,22 @@ class NumberColumn:
         """What a segment with these arrays holds."""
         return arrays[self.arrays[0]]
 
+    def pack(self, parts: Iterable[Array]) -> dict[str, Array]:
+        """The array of a snapshot: all numbers of some rows and of the next ones, one after the other."""
+        flat = [part.reshape(-1) for part in parts]
+        return {_stored(self.name): np.concatenate(flat) if flat else np.empty(0, self.dtype)}
+
+    def unpack(self, arrays: Mapping[str, Array], sizes: Iterable[tuple[int, int]]) -> list[Array]:
+        """The inverse of `pack`, for parts of so many rows and dimensions each."""
+        numbers, start = arrays[_stored(self.name)], 0
+        parts = []
+        for rows, dimension in sizes:
+            shape = self.shape(rows, dimension)
+            stop = start + math.prod(shape)
+            parts.append(numbers[start:stop].reshape(shape))
+            start = stop
+        return parts
+
 
 @attrs.frozen
 class StringColumn:
@@ -71,10 +89,12 @@ class StringColumn:
     Attributes:
         name: of the attribute of a chunk or a segment: a segment has `Texts` there, a chunk a list.
         sparse: it is empty in most rows, perhaps: a chunk has a dict, by position, of the others.
+        saved_as: its name in a snapshot, where `keys` are those of the indices.
     """
 
     name: str
     sparse: bool = False
+    saved_as: str = attrs.field(default=attrs.Factory(lambda self: _stored(self.name), takes_self=True))
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -115,6 +135,15 @@ class StringColumn:
         joined, ends = self.arrays
         return Texts(arrays[joined], arrays[ends])
 
+    def pack(self, parts: Iterable[Sequence[bytes]]) -> dict[str, Array]:
+        """The arrays of a snapshot: all strings of some rows and of the next ones."""
+        return pack_bytes(self.saved_as, chain.from_iterable(parts))
+
+    def unpack(self, arrays: Mapping[str, Array], sizes: Iterable[tuple[int, int]]) -> list[list[bytes]]:
+        """The inverse of `pack`, for parts of so many rows and dimensions each."""
+        strings = iter(unpack_bytes(self.saved_as, arrays))
+        return [list(islice(strings, rows)) for rows, _ in sizes]
+
 
 def _stored(name: str) -> str:
     return name.replace("_", "-")
@@ -124,7 +153,7 @@ Column: TypeAlias = NumberColumn | StringColumn
 
 ROW_COLUMNS: tuple[Column, ...] = (
     NumberColumn("row_ids", np.int64, fill=_NO_ROW),
-    StringColumn("keys"),
+    StringColumn("keys", saved_as="row-keys"),
     NumberColumn("vectors", np.float32, wide=True),
     StringColumn("attributes", sparse=True),
 )
