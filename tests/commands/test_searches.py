@@ -12,9 +12,10 @@ import trio
 import trio.testing
 from trio.testing import lockstep_stream_pair
 
+from engram.commands.wording import BUSY
 from engram.index.filters import compile_filter
 from engram.index.search import SearchOptions, SearchResult
-from engram.index.service import BUSY, SearchService
+from engram.index.service import SearchService
 from engram.protocol import replies
 from engram.transport import SocketTransport
 from tests.commands.conftest import (

@@ -13,9 +13,10 @@ import trio
 import trio.testing
 
 from engram.index import service as service_module
+from engram.index.errors import SearchBusyError
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, SearchResult, Share, search_each
-from engram.index.service import BUSY, SearchService
+from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex, View
 
 Floats = npt.NDArray[np.float32]
@@ -556,8 +557,11 @@ class TestTurns:
         assert outcomes == {}
         clock.append(105.1)
         service.refuse_late()
-        assert {number: str(outcome) for number, outcome in outcomes.items()} == {100: BUSY, 200: BUSY}
-        assert [str(outcome) for outcome in work] == [BUSY]
+        assert sorted(outcomes) == [100, 200]
+        for outcome in (*outcomes.values(), *work):
+            assert isinstance(outcome, SearchBusyError)
+            assert outcome.timeout == service.timeout
+        assert len(work) == 1
         assert (service.waiting, service.refused) == (1, 14)
         await self.finish(service, nursery)
         assert batches == [[101]]
@@ -599,7 +603,7 @@ class TestTurns:
         await begun.wait()
         clock.append(1e9)
         service.refuse_late()
-        assert {number: str(outcome) for number, outcome in outcomes.items()} == {200: BUSY}
+        assert {number: type(outcome) for number, outcome in outcomes.items()} == {200: SearchBusyError}
         release.set()
         with trio.fail_after(30):
             while 100 not in outcomes:
@@ -629,7 +633,7 @@ class TestTurns:
         refused = trio.Event()
 
         def refuse(outcome: list[SearchResult] | Exception) -> None:
-            assert str(outcome) == BUSY
+            assert isinstance(outcome, SearchBusyError)
             refused.set()
 
         await nursery.start(service.run)

@@ -41,7 +41,7 @@ def compile_filter(expression: bytes) -> Filter:
     """The filter of an expression.
 
     Raises:
-        CommandError: the expression is not one; the text is Redis's.
+        FilterError: the expression is none.
     """
     return _compile_kept(expression) if len(expression) <= _LONGEST_KEPT else _compile(expression)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from engram.errors import CommandError
 from engram.index.attributes import Value
+from engram.index.errors import FilterSyntaxError, FilterTooDeepError, FilterTooLongError
 from engram.index.filters.program import Constant, Operator, Program, Selector, Step
 from engram.index.filters.values import LONGEST_NUMBER
 
@@ -44,16 +44,15 @@ def parse(expression: bytes) -> Program:
     """The program of an expression.
 
     Raises:
-        CommandError: the expression is not one; the text is Redis's.
+        FilterSyntaxError: the expression is not one.
+        FilterTooLongError, FilterTooDeepError: it is more than may be.
     """
     if len(expression) > LONGEST_EXPRESSION:
-        raise CommandError(f"ERR FILTER expression is longer than {LONGEST_EXPRESSION} bytes")
+        raise FilterTooLongError(LONGEST_EXPRESSION)
     try:
         return _to_postfix(_split(expression))
     except _UnreadableError as problem:
-        # Where nothing is left to show, all is shown.
-        near = (expression[problem.offset :] or expression).decode(errors="surrogateescape")
-        raise CommandError(f"ERR syntax error in FILTER expression near: {near}") from None
+        raise FilterSyntaxError(expression, problem.offset) from None
 
 
 def _split(text: bytes) -> list[Step]:
@@ -152,7 +151,7 @@ def _to_postfix(steps: list[Step]) -> Program:
             depth += 1
             deepest = max(deepest, depth)
             if depth > DEEPEST_EXPRESSION:
-                raise CommandError("ERR FILTER expression is nested too deeply")
+                raise FilterTooDeepError(DEEPEST_EXPRESSION)
             continue
         if step is Operator.CLOSE:
             while waiting and waiting[-1] is not Operator.OPEN:
