@@ -17,6 +17,7 @@ from engram.commands.arguments import (
     read_vector,
     read_vectors,
 )
+from engram.commands.distances import format_distances
 from engram.commands.indices import read_index, recall_target
 from engram.commands.limits import Compiled, bounded_filter, check
 from engram.commands.long_filters import compiled_first
@@ -48,7 +49,7 @@ def _options(
 ) -> SearchOptions:
     most = session.server.config.client_output_buffer_limit
     if not words:
-        return SearchOptions(k, most=most)
+        return SearchOptions(k, most=most, encode_distances=format_distances)
     given = options(words, _VALUED, _FLAGS)
     ef = recall = condition = radius = None
     if (word := given.get(b"EF")) is not None:
@@ -73,6 +74,7 @@ def _options(
         attributes=b"WITHATTRS" in given,
         vectors=b"WITHVECTORS" in given,
         most=most,
+        encode_distances=format_distances,
     )
 
 

@@ -31,9 +31,7 @@ def filled(metric: str, rows: Floats) -> VectorIndex:
 
 
 def pairs(result: SearchResult) -> list[tuple[int, float]]:
-    return [
-        (int(key), float(np.float32(text))) for key, text in zip(result.keys, result.distances, strict=True)
-    ]
+    return [(int(key), distance) for key, distance in zip(result.keys, result.distances, strict=True)]
 
 
 class TestService:
@@ -196,9 +194,9 @@ class TestService:
         submit(1, np.zeros(9, np.float32))
         submit(2, np.eye(4, dtype=np.float32)[3])
         await finished.wait()
-        assert outcomes[0] == [SearchResult([b"2"], [b"0"])]
+        assert outcomes[0] == [SearchResult([b"2"], [0.0])]
         assert isinstance(outcomes[1], ValueError)
-        assert outcomes[2] == [SearchResult([b"3"], [b"0"])]
+        assert outcomes[2] == [SearchResult([b"3"], [0.0])]
 
     async def test_a_search_under_way_ends_before_the_service_does(
         self, monkeypatch: pytest.MonkeyPatch

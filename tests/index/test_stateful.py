@@ -462,7 +462,7 @@ class SearchMachine(RuleBasedStateMachine):
         return queries
 
     def compare(self, moment: Moment, truth: Answer, result: SearchResult, options: SearchOptions) -> None:
-        distances = np.array([np.float32(text) for text in result.distances], np.float32)
+        distances = np.array(result.distances, np.float32)
         place = {key: number for number, key in enumerate(truth.keys)}
         places = [place[key] for key in result.keys]
         assert places == sorted(set(places))
