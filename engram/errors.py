@@ -10,8 +10,8 @@ EngramError
     ├── LogFailureError     a write or sync of the log failed; nothing more may be acknowledged
     └── ChangeFailureError  a change failed half-way; what is in memory may not be shown any more
 
-NothingChangedError, a MemoryError, says that a change which ran out of memory had not begun.
-UnknownKindError, a TypeError, is a fault of engram's own.
+What an index refuses has a tree of its own: see `engram.index.errors`. NothingChangedError, a MemoryError,
+says that a change which ran out of memory had not begun. UnknownKindError, a TypeError, is our own fault.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _read_level_2(folder: ColumnFolder) -> SnapshotColumns:
         if name.startswith("strings-"):
             name = f"{STRING.name}.maps-{name.removeprefix('strings-')}"
         elif name.startswith("index-"):
-            name = f"{VECTOR_SET.name}.{name}"
+            name = f"{VECTOR_SET.name}.{name.removeprefix('index-')}"
         columns[f"0.{name}"] = column
     databases = {"0": {STRING.name: None, VECTOR_SET.name: indices}}
     return SnapshotColumns(folder.path, columns, databases, segments_of(folder.metadata))

@@ -1,4 +1,4 @@
-"""Reading the arguments of commands: numbers, options, cursors and expiry times, with Redis's errors."""
+"""Reading the arguments of commands: numbers, vectors, options, cursors, expiries; with Redis's errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
+from engram.commands.wording import in_words
 from engram.config import Config
 from engram.errors import CommandError
+from engram.index.errors import VectorError
+from engram.index.vectors import Vector, decode_vector, join_vectors
 from engram.large_string import String
 from engram.scan_order import PAGE_BYTES
 
@@ -52,6 +55,22 @@ def stored_integer(value: String) -> int:
     """As `integer`, of what a key holds."""
     # One in blocks has far more digits than any number.
     return integer(value if type(value) is bytes else b"")
+
+
+def read_vector(argument: bytes, dimension: int) -> Vector:
+    """A vector, as `decode_vector` gives it. Raises CommandError for anything else."""
+    try:
+        return decode_vector(argument, dimension)
+    except VectorError as error:
+        raise in_words(error) from None
+
+
+def read_vectors(arguments: Sequence[bytes], dimension: int) -> bytes:
+    """Vectors, as `join_vectors` gives them. Raises CommandError when one of them is none."""
+    try:
+        return join_vectors(arguments, dimension)
+    except VectorError as error:
+        raise in_words(error) from None
 
 
 def small_integer(argument: bytes) -> int:

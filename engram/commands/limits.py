@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from engram.commands.allowance import SMALL_REPLY, NoRoomError, reply_too_long
 from engram.commands.session import Session
 from engram.commands.table import Command
+from engram.commands.wording import in_words
 from engram.config import Config
 from engram.errors import CommandError
+from engram.index.errors import FilterError, FilterTooDeepError, FilterTooLongError
 from engram.index.filters import Filter, compile_filter
 
 
@@ -64,7 +66,7 @@ def _check_lengths(names: Iterable[bytes], kind: str, config: Config) -> None:
         raise CommandError(f"ERR {kind} is longer than max-key-length, {most} bytes")
 
 
-Compiled = Filter | CommandError
+Compiled = Filter | FilterError
 """A filter that has been compiled already, or what was wrong with it."""
 
 
@@ -75,13 +77,14 @@ def bounded_filter(session: Session, expression: bytes, compiled: Compiled | Non
     """
     config = session.server.config
     if len(expression) > config.vector_max_filter_length:
-        raise CommandError(f"ERR FILTER expression is longer than {config.vector_max_filter_length} bytes")
-    if isinstance(compiled, CommandError):
-        raise compiled
-    if compiled is not None and compiled.text == expression:
-        condition = compiled
-    else:
-        condition = compile_filter(expression)
-    if condition.depth > config.vector_max_filter_depth:
-        raise CommandError("ERR FILTER expression is nested too deeply")
-    return condition
+        raise in_words(FilterTooLongError(config.vector_max_filter_length))
+    if compiled is None or (isinstance(compiled, Filter) and compiled.text != expression):
+        try:
+            compiled = compile_filter(expression)
+        except FilterError as error:
+            compiled = error
+    if isinstance(compiled, FilterError):
+        raise in_words(compiled)
+    if compiled.depth > config.vector_max_filter_depth:
+        raise in_words(FilterTooDeepError(config.vector_max_filter_depth))
+    return compiled

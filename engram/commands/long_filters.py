@@ -10,7 +10,7 @@ from engram.commands.limits import Compiled
 from engram.commands.session import Barrier, Pieces, Session, Slot
 from engram.commands.table import Reply
 from engram.commands.transactions import wait_for
-from engram.errors import CommandError
+from engram.index.errors import FilterError
 from engram.index.filters import compile_filter
 
 # Shorter ones are compiled at once: a millisecond or two, and most have been compiled before.
@@ -37,7 +37,7 @@ def compiled_first(
         compiled: Compiled
         try:
             compiled = await trio.to_thread.run_sync(compile_filter, expression)
-        except CommandError as error:
+        except FilterError as error:
             compiled = error
         await session.server.exclusion.wait()
         found = handler(session, arguments, compiled)

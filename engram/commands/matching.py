@@ -15,8 +15,10 @@ from engram.commands.long_filters import compiled_first
 from engram.commands.session import Barrier, Pieces, Session, Slot
 from engram.commands.table import Command, Reply
 from engram.commands.turns import take_turns
+from engram.commands.wording import in_words
 from engram.database import RECORD_OVERHEAD, LogicalDatabase
 from engram.errors import CommandError
+from engram.index.errors import RefusalError
 from engram.index.filters import Filter
 from engram.index.matching import Matching, count_matching, find_matching, find_matching_since
 from engram.index.vector_index import VectorIndex, View
@@ -168,8 +170,8 @@ async def _find(session: Session, find: Callable[[], tuple[Matching, int]]) -> t
     finally:
         wanted = False
     outcome = outcomes.pop()
-    if isinstance(outcome, CommandError):
-        raise outcome
+    if isinstance(outcome, RefusalError):
+        raise in_words(outcome)
     if isinstance(outcome, Exception):
         raise CommandError(f"ERR searching failed: {outcome}") from outcome
     return outcome

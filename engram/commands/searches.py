@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from engram.commands.allowance import Allowance, NoRoomError, reply_too_long
-from engram.commands.arguments import NOT_AN_INTEGER, SYNTAX_ERROR, integer, number, options
+from engram.commands.arguments import (
+    NOT_AN_INTEGER,
+    SYNTAX_ERROR,
+    integer,
+    number,
+    options,
+    read_vector,
+    read_vectors,
+)
+from engram.commands.distances import format_distances
 from engram.commands.indices import read_index, recall_target
 from engram.commands.limits import Compiled, bounded_filter, check
 from engram.commands.long_filters import compiled_first
@@ -18,7 +27,6 @@ from engram.errors import CommandError
 from engram.index.distances import Floats
 from engram.index.search import SearchOptions, SearchResult
 from engram.index.vector_index import VectorIndex, View
-from engram.index.vectors import decode_vector, join_vectors
 from engram.protocol import replies
 from engram.protocol.replies import EMPTY_ARRAY, Encoder
 
@@ -41,7 +49,7 @@ def _options(
 ) -> SearchOptions:
     most = session.server.config.client_output_buffer_limit
     if not words:
-        return SearchOptions(k, most=most)
+        return SearchOptions(k, most=most, encode_distances=format_distances)
     given = options(words, _VALUED, _FLAGS)
     ef = recall = condition = radius = None
     if (word := given.get(b"EF")) is not None:
@@ -66,6 +74,7 @@ def _options(
         attributes=b"WITHATTRS" in given,
         vectors=b"WITHVECTORS" in given,
         most=most,
+        encode_distances=format_distances,
     )
 
 
@@ -82,7 +91,7 @@ def _search(session: Session, arguments: list[bytes], compiled: Compiled | None 
     if compiled is None and (later := compiled_first(session, arguments, 4, _search)):
         return later
     index = read_index(session, arguments[1])
-    query = decode_vector(arguments[2], index.parameters.dimension)
+    query = read_vector(arguments[2], index.parameters.dimension)
     search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:], compiled)
     if search.k == 0 or not len(index):
         return EMPTY_ARRAY
@@ -101,7 +110,7 @@ def _search_many(session: Session, arguments: list[bytes], compiled: Compiled | 
         raise CommandError(SYNTAX_ERROR)
     check(count, session.server.config.vector_max_queries, "the number of queries")
     dimension = index.parameters.dimension
-    queries = np.frombuffer(join_vectors(blobs, dimension), "<f4").reshape(count, dimension)
+    queries = np.frombuffer(read_vectors(blobs, dimension), "<f4").reshape(count, dimension)
     search = _options(session, index, k, rest, compiled)
     if k == 0 or not len(index):
         return replies.array([EMPTY_ARRAY] * count)

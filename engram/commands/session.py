@@ -15,11 +15,13 @@ import trio
 
 from engram.access import Access, User
 from engram.commands.allowance import Allowance, HeldReplies
+from engram.commands.wording import in_words
 from engram.config import Config
 from engram.database import Database, LogicalDatabase
 from engram.errors import CommandError
 from engram.exclusion import Exclusion
 from engram.index.builder import Builder
+from engram.index.errors import RefusalError
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
@@ -462,6 +464,8 @@ class Session:
         To be called from where an error would end the server. If no answer can be made, the client ends.
         """
         try:
+            if isinstance(outcome, RefusalError):
+                outcome = in_words(outcome)
             if isinstance(outcome, MemoryError):
                 outcome = CommandError(f"OOM {failed}: there is not enough memory for it")
             if isinstance(outcome, Exception):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engram.commands.arguments import options, scan_count, scan_cursor, scan_size
+from engram.commands.arguments import options, read_vector, read_vectors, scan_count, scan_cursor, scan_size
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import check, check_members, check_reply, check_results
 from engram.commands.session import Session, Slot
 from engram.commands.table import Command, wrong_arity
 from engram.index.vector_index import VectorIndex
-from engram.index.vectors import decode_vector, join_vectors
 from engram.operations import AddVectors, DeleteVectors, SetAttributes
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
@@ -27,7 +26,7 @@ def _add(session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     index = existing_index(session, arguments[1])
     key, vector = arguments[2], arguments[3]
-    decode_vector(vector, index.parameters.dimension)
+    read_vector(vector, index.parameters.dimension)
     config = session.server.config
     if len(key) > config.max_key_length:
         check_members((key,), config)
@@ -43,7 +42,7 @@ def _add_many(session: Session, arguments: list[bytes]) -> bytes:
     config = session.server.config
     check(len(keys), config.vector_max_rows, "the number of vectors")
     check_members(keys, config)
-    vectors = join_vectors(blobs, index.parameters.dimension)
+    vectors = read_vectors(blobs, index.parameters.dimension)
     last = {key: position for position, key in enumerate(keys)}
     if len(last) < len(keys):
         # Of a key given twice the last counts.

@@ -1,6 +1,6 @@
 """Attributes of rows as columns: what their JSON objects say, field by field, as arrays.
 
-A filter (`filters.py`) knows four kinds of values: numbers (JSON's booleans are 1 and 0), strings, null, and
+A filter (`filters`) knows four kinds of values: numbers (JSON's booleans are 1 and 0), strings, null, and
 tuples (JSON's arrays). Anything else is missing, and so is every field of a row whose attributes are not a
 JSON object.
 

@@ -22,7 +22,8 @@ from engram.errors import DamagedDataError, EngramError, LogFailureError, one_li
 from engram.index.build_process import CERTAIN_FAILURE, BuildJob, BuildResult
 from engram.index.head import ALIVE
 from engram.index.pace import Pace, Wait
-from engram.index.segment import RowSource, SegmentStore
+from engram.index.row_columns import RowSource
+from engram.index.segment import SegmentStore
 from engram.index.texts import Positions
 from engram.index.vector_index import Plan, VectorIndex
 from engram.operations import InstallSegment

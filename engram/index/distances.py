@@ -37,8 +37,6 @@ _GATHERED_NUMBERS = 1 << 17
 # Covers the rounding of ranks to float32, several times.
 _SLACK = 1e-6
 
-# Texts of distances that are made in one go: nothing else runs in this process meanwhile.
-_TEXTS_AT_ONCE = 2048
 # Cosine distances are whole multiples of 1 / _COSINE_STEPS: about what float64 tells apart. Without, the same
 # direction would be at some such distance from itself, or a negative one.
 _COSINE_STEPS = 2.0**50
@@ -209,23 +207,3 @@ def _gamma(dimension: int) -> float:
     # The further terms are for rounding the scaled query, the norms and the ranks themselves.
     steps = (dimension + 32) * _UNIT_ROUNDOFF
     return 1.01 * steps / (1.0 - steps)
-
-
-def format_distances(distances: Floats) -> list[bytes]:
-    """Decimal texts, the shortest that read back as the same float32, without exponent: `0`, `2.5`, `-6`."""
-    texts: list[bytes] = []
-    for start in range(0, len(distances), _TEXTS_AT_ONCE):
-        texts += _format(distances[start : start + _TEXTS_AT_ONCE])
-    return texts
-
-
-def _format(distances: Floats) -> list[bytes]:
-    # Adding 0 turns -0 into 0.
-    texts: list[bytes] = (distances + np.float32(0.0)).astype("S32").tolist()
-    texts = [text[:-2] if text[-2:] == b".0" else text for text in texts]
-    if b"e" in b"".join(texts):
-        for position, text in enumerate(texts):
-            if b"e" in text:
-                plain = np.format_float_positional(distances[position], unique=True, trim="-")
-                texts[position] = plain.encode()
-    return texts

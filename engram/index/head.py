@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,17 +11,26 @@ from engram.index.attributes import AttributeColumns, GrowingAttributes
 from engram.index.codes import UNCODED_ROWS, GrowingCodes, RowCodes, coded_row_bytes
 from engram.index.distances import Doubles, Floats, Queries, row_norms
 from engram.index.masks import MaskCache
+from engram.index.row_columns import ROW_COLUMNS, Column, NumberColumn, Rows, StringColumn, numbers_of
 from engram.index.texts import Positions, Strings
 from engram.sizes import BYTES_OBJECT
 
 # The death of a row that lives.
 ALIVE = np.iinfo(np.int64).max
 
-_FIRST_CAPACITY = 16
-_NO_ROW = np.iinfo(np.int64).max
+# What a chunk holds of each row. Its birth is the LSN that added it, 0 when that was long ago, its death the
+# LSN that killed it, or ALIVE.
+HEAD_COLUMNS: tuple[Column, ...] = (
+    *ROW_COLUMNS,
+    NumberColumn("births", np.int64, fill=0),
+    NumberColumn("deaths", np.int64, fill=ALIVE),
+)
 
-# What a row takes in a chunk beside its vector: its id, birth, death and norm, and its place in the keys.
-_ROW_BYTES = 5 * 8
+_FIRST_CAPACITY = 16
+
+# What a row takes in a chunk, its norm included, beside what it takes for each dimension.
+_ROW_BYTES = sum(column.row_bytes(0) for column in HEAD_COLUMNS) + 8
+_DIMENSION_BYTES = sum(column.row_bytes(1) - column.row_bytes(0) for column in HEAD_COLUMNS)
 # The objects of a chunk and of its arrays; and of a JSON text, with what it takes in a dictionary.
 _CHUNK_OBJECT_BYTES = 1500
 _ATTRIBUTES_OBJECT_BYTES = BYTES_OBJECT + 96
@@ -34,10 +45,7 @@ class Chunk:
     Rows are only appended, and of what is there only a death is ever changed, once. So a search, in
     another thread, may read the first `count` rows of the moment it was asked for, without a lock.
 
-    vectors: (capacity, dimension) float32; row_ids: (capacity,) int64, increasing; births: (capacity,) int64,
-    the LSN that added the row, 0 when that was long ago; deaths: (capacity,) int64, the LSN that killed the
-    row or ALIVE; keys: one for each row; attributes: JSON texts by
-    position, of the rows that have them.
+    Each of HEAD_COLUMNS is an attribute. Row ids increase.
     """
 
     __slots__ = (
@@ -45,30 +53,28 @@ class Chunk:
         "_codes",
         "_norms",
         "attribute_bytes",
-        "attributes",
-        "births",
         "capacity",
         "count",
         "dead",
-        "deaths",
-        "keys",
         "masks",
         "norms_known",
-        "row_ids",
-        "vectors",
+        *(column.name for column in HEAD_COLUMNS),
     )
+
+    row_ids: RowIds
+    keys: list[bytes]
+    vectors: Floats
+    # JSON texts, of the rows that have them.
+    attributes: dict[int, bytes]
+    births: Lsns
+    deaths: Lsns
 
     def __init__(self, capacity: int, dimension: int) -> None:
         self.capacity = capacity
         self.count = 0
         self.dead = 0
-        self.vectors: Floats = np.empty((capacity, dimension), np.float32)
-        # Above those of all rows where there is none yet.
-        self.row_ids: RowIds = np.full(capacity, _NO_ROW, np.int64)
-        self.births: Lsns = np.zeros(capacity, np.int64)
-        self.deaths: Lsns = np.full(capacity, ALIVE, np.int64)
-        self.keys: list[bytes] = []
-        self.attributes: dict[int, bytes] = {}
+        for column in HEAD_COLUMNS:
+            setattr(self, column.name, column.allocate(capacity, dimension))
         # What the texts of attributes take.
         self.attribute_bytes = 0
         self._norms: Doubles = np.empty(capacity, np.float64)
@@ -101,22 +107,17 @@ class Chunk:
     @property
     def bytes_held(self) -> int:
         """What the arrays take; keys and attributes come beside."""
-        codes = 0 if self._codes is None else self._codes.bytes_held
-        return (
-            self.vectors.nbytes
-            + self.row_ids.nbytes
-            + self.births.nbytes
-            + self.deaths.nbytes
-            + self._norms.nbytes
-            + codes
+        columns = sum(
+            numbers_of(self, column).nbytes for column in HEAD_COLUMNS if isinstance(column, NumberColumn)
         )
+        return columns + self._norms.nbytes + (0 if self._codes is None else self._codes.bytes_held)
 
     @property
     def bytes_reserved(self) -> int:
         """What the arrays take once they have been searched, codes included, and attributes; without keys."""
         capacity = self.capacity
         dimension = int(self.vectors.shape[1])
-        row = 4 * dimension + _ROW_BYTES
+        row = _DIMENSION_BYTES * dimension + _ROW_BYTES
         if capacity >= UNCODED_ROWS:
             row += coded_row_bytes(dimension)
         return _CHUNK_OBJECT_BYTES + capacity * row + self.attribute_bytes
@@ -161,6 +162,13 @@ class Chunk:
         self.keys.extend(keys)
         self.count = end
 
+    def take(self, rows: Rows, part: slice) -> None:
+        """Appends some of the rows of a snapshot; there must be room."""
+        for column in ROW_COLUMNS:
+            column.put(getattr(self, column.name), self.count, rows[column.name][part])
+        self.count += part.stop - part.start
+        self.attribute_bytes = _attribute_bytes(self.attributes)
+
     def norms_at(self, positions: Positions) -> Doubles:
         """The norms of rows that a search has asked `norms` for."""
         return self._norms[positions]
@@ -190,13 +198,13 @@ class Chunk:
             growing = self._attribute_columns = GrowingAttributes(self.capacity)
         return growing.columns(count, self.attributes_at)
 
-    def keys_of(self, positions: Positions) -> Strings:
-        """The keys of the rows at these positions, to be copied block by block."""
-        return Strings(self.keys_at(positions))
+    def strings_at(self, column: StringColumn, positions: Positions) -> list[bytes]:
+        """The strings of the rows at these positions."""
+        return column.at(getattr(self, column.name), positions)
 
-    def attributes_of(self, positions: Positions) -> Strings:
-        """The JSON texts of the rows at these positions, to be copied block by block."""
-        return Strings(self.attributes_at(positions))
+    def strings_of(self, column: StringColumn, positions: Positions) -> Strings:
+        """The same, to be copied block by block."""
+        return Strings(self.strings_at(column, positions))
 
     def position(self, row_id: int) -> int:
         """Where a row is that is known to be here."""
@@ -218,17 +226,20 @@ class Chunk:
         This one stays as it is for those who search it.
         """
         copied = Chunk(capacity, dimension)
-        rows = slice(start, self.count)
-        copied.extend(self.row_ids[rows], self.keys[rows], self.vectors[rows], self.births[rows])
-        copied.deaths[: copied.count] = self.deaths[rows]
+        for column in HEAD_COLUMNS:
+            held = getattr(self, column.name)
+            if isinstance(column, NumberColumn):
+                column.put(getattr(copied, column.name), 0, held[start : self.count])
+            else:
+                setattr(copied, column.name, column.rest(held, start))
+        copied.count = self.count - start
         copied.dead = int(np.count_nonzero(copied.deaths[: copied.count] != ALIVE))
-        copied.attributes = {
-            position - start: text for position, text in self.attributes.items() if position >= start
-        }
-        copied.attribute_bytes = _ATTRIBUTES_OBJECT_BYTES * len(copied.attributes) + sum(
-            map(len, copied.attributes.values())
-        )
+        copied.attribute_bytes = _attribute_bytes(copied.attributes)
         return copied
+
+
+def _attribute_bytes(texts: Mapping[int, bytes]) -> int:
+    return _ATTRIBUTES_OBJECT_BYTES * len(texts) + sum(map(len, texts.values()))
 
 
 class Head:
@@ -329,6 +340,17 @@ class Head:
             tail = self.tail(spares)
             part = slice(done, min(done + tail.capacity - tail.count, len(keys)))
             tail.extend(row_ids[part], keys[part], vectors[part], lsn)
+            done = part.stop
+
+    def fill(self, rows: Rows) -> None:
+        """Takes the rows of a snapshot while there are none; they were born long ago."""
+        count = len(rows["row_ids"])
+        spares = self.reserve(count)
+        done = 0
+        while done < count:
+            tail = self.tail(spares)
+            part = slice(done, min(done + tail.capacity - tail.count, count))
+            tail.take(rows, part)
             done = part.stop
 
     def find(self, row_id: int) -> tuple[Chunk, int]:

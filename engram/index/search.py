@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 
 from engram.index.codes import RowCodes
-from engram.index.distances import Doubles, Floats, Queries, format_distances
+from engram.index.distances import Doubles, Floats, Queries
 from engram.index.filters import Filter, Mask
 from engram.index.head import ALIVE, Chunk, Lsns
 from engram.index.matching import chunk_mask, segment_mask
@@ -44,6 +44,11 @@ def call_in_turn(call: Callable[[int, int], None], count: int, worker: int) -> N
         call(number, worker)
 
 
+def _as_floats(distances: Floats) -> list[float]:
+    floats: list[float] = distances.tolist()
+    return floats
+
+
 @attrs.frozen
 class SearchOptions:
     """What is asked of a search. Searches of equal options run together.
@@ -57,6 +62,7 @@ class SearchOptions:
         exact: without graphs: none of the nearest is missed.
         attributes, vectors: whether results hold them.
         most: a result whose strings would take more bytes is given without them.
+        encode_distances: makes what results hold of many distances at once, (n,), in the search thread.
     """
 
     k: int
@@ -68,20 +74,22 @@ class SearchOptions:
     attributes: bool = False
     vectors: bool = False
     most: int = attrs.field(default=sys.maxsize, eq=False)
+    encode_distances: Callable[[Floats], list[Any]] = _as_floats
 
 
 @attrs.frozen
 class SearchResult:
-    """Keys and the texts of their distances, closest first; of equal distances the older row first.
+    """Keys and their distances, closest first; of equal distances the older row first.
 
-    Distances are compared as float64 and given as float32.
+    Distances are compared as float64. They are given as float32, or as what `SearchOptions.encode_distances`
+    makes of these.
     `attributes` (JSON texts, empty for rows without) and `vectors` (float32 bytes) are empty lists unless
     they were asked for. Where more than `SearchOptions.most` bytes would have to be copied, all lists are
     empty, and `excess` is how many.
     """
 
     keys: list[bytes]
-    distances: list[bytes]
+    distances: list[Any]
     attributes: list[bytes] = attrs.field(factory=list)
     vectors: list[bytes] = attrs.field(factory=list)
     excess: int = 0
@@ -169,7 +177,7 @@ class _Candidates:
         options: SearchOptions,
     ) -> list[SearchResult]:
         """The results of queries that have so many candidates each, `order` of them in all."""
-        texts = format_distances(queries.rounded(distances[order]))
+        encoded = options.encode_distances(queries.rounded(distances[order]))
         keys = [b""] * len(order)
         attributes = [b""] * len(order) if options.attributes else []
         vectors = [b""] * len(order) if options.vectors else []
@@ -184,7 +192,7 @@ class _Candidates:
         start = 0
         for length in lengths:
             part = slice(start, start + length)
-            results.append(SearchResult(keys[part], texts[part], attributes[part], vectors[part]))
+            results.append(SearchResult(keys[part], encoded[part], attributes[part], vectors[part]))
             start = part.stop
         return results
 

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 import attrs
@@ -42,45 +42,33 @@ from engram.index.graph import Graph, Quantizer
 from engram.index.masks import MaskCache
 from engram.index.parameters import Parameters
 from engram.index.recall import Curve, expansion_for
+from engram.index.row_columns import (
+    ROW_COLUMNS,
+    NumberColumn,
+    RowSource,
+    StringColumn,
+    numbers_of,
+)
 from engram.index.texts import Positions, Selection, Strings, Texts
 from engram.progress import Progress
 
 GRAPH = "graph.usearch"
 VECTORS = "vectors.npy"
 
-# What is written before the graph is built.
-ROW_FILES = (
-    "row-ids.npy",
-    "keys-bytes.npy",
-    "keys-ends.npy",
-    "attributes-bytes.npy",
-    "attributes-ends.npy",
-    VECTORS,
-)
+# What is written before the graph is built, in this order: vectors, most of the bytes, come last.
+_WRITTEN = sorted(ROW_COLUMNS, key=lambda column: isinstance(column, NumberColumn) and column.wide)
+ROW_FILES = tuple(f"{name}.npy" for column in _WRITTEN for name in column.arrays)
 
 _COPIED_BYTES = 1 << 20
-
-
-class RowSource(Protocol):
-    """Rows by position: a chunk of the head, or a segment."""
-
-    @property
-    def row_ids(self) -> npt.NDArray[np.int64]: ...
-
-    @property
-    def vectors(self) -> Floats: ...
-
-    def keys_of(self, positions: Positions) -> Selection | Strings: ...
-
-    def attributes_of(self, positions: Positions) -> Selection | Strings: ...
 
 
 @attrs.frozen(eq=False)
 class Segment:
     """An opened segment of `size` bytes; its files may be unlinked while it is used.
 
-    `graphs` holds one view of the graph for each search worker. `curve` holds pairs of an ef and the
-    recall@10 measured at it, both increasing; it is empty where graphs are too small to be searched.
+    Each of ROW_COLUMNS is an attribute. `graphs` holds one view of the graph for each search worker. `curve`
+    holds pairs of an ef and the recall@10 measured at it, both increasing; it is empty where graphs are too
+    small to be searched.
     """
 
     id: str
@@ -90,11 +78,11 @@ class Segment:
     parameters: Parameters
     curve: Curve
     row_ids: npt.NDArray[np.int64]
+    keys: Texts
     vectors: Floats
+    attributes: Texts
     norms: Doubles
     graphs: tuple[Graph, ...]
-    keys: Texts
-    attributes: Texts
     attribute_columns: AttributeColumns
     size: int
     _folder: ColumnFolder
@@ -133,13 +121,17 @@ class Segment:
         """The JSON texts of the rows at these positions, empty for those without."""
         return self.attributes.at(positions)
 
-    def keys_of(self, positions: Positions) -> Selection:
-        """The keys of the rows at these positions, as arrays."""
-        return Selection(self.keys, positions)
+    def strings_at(self, column: StringColumn, positions: Positions) -> list[bytes]:
+        """The strings of the rows at these positions."""
+        return self._texts(column).at(positions)
 
-    def attributes_of(self, positions: Positions) -> Selection:
-        """The JSON texts of the rows at these positions, as arrays."""
-        return Selection(self.attributes, positions)
+    def strings_of(self, column: StringColumn, positions: Positions) -> Selection:
+        """The same, to be copied block by block."""
+        return Selection(self._texts(column), positions)
+
+    def _texts(self, column: StringColumn) -> Texts:
+        texts: Texts = getattr(self, column.name)
+        return texts
 
 
 def _bytes(array: Array) -> memoryview:
@@ -150,11 +142,12 @@ Parts = Sequence[tuple[RowSource, Positions]]
 """Rows at positions of sources."""
 
 
-def _vector_bytes(parts: Parts) -> Iterator[memoryview]:
+def _number_bytes(column: NumberColumn, parts: Parts) -> Iterator[memoryview]:
     for source, positions in parts:
-        step = max(1, _COPIED_BYTES // (4 * source.vectors.shape[1]))
+        numbers = numbers_of(source, column)
+        step = max(1, _COPIED_BYTES // numbers.strides[0])
         for start in range(0, len(positions), step):
-            yield _bytes(source.vectors[positions[start : start + step]])
+            yield _bytes(numbers[positions[start : start + step]])
 
 
 class SegmentStore:
@@ -202,35 +195,32 @@ class SegmentStore:
         opened = open_columns(path, checksum, deferred=deferred)
         metadata: dict[str, Any] = opened.metadata
         columns = opened.columns
-        vectors = columns["vectors"]
-        shape = (len(columns["row-ids"]), metadata["parameters"]["dimension"])
+        parameters = Parameters(**metadata["parameters"])
+        rows: dict[str, Any] = {column.name: column.open(columns) for column in ROW_COLUMNS}
+        vectors: Floats = rows["vectors"]
+        shape = (len(rows["row_ids"]), parameters.dimension)
         if vectors.dtype != np.float32 or vectors.shape != shape:
             # Their checksum may not have been compared.
             raise DamagedDataError(path / VECTORS, f"does not hold {shape[0]} rows of {shape[1]} float32")
-        attributes = Texts(columns["attributes-bytes"], columns["attributes-ends"])
-        parameters = Parameters(**metadata["parameters"])
         quantizer = Quantizer(
             parameters.metric, parameters.quantization, metadata["scale"], np.array(columns["center"])
         )
         graphs = tuple(Graph.open(path / GRAPH, parameters, quantizer) for _ in range(self._views))
-        if any(len(graph) != len(columns["row-ids"]) for graph in graphs):
+        if any(len(graph) != len(vectors) for graph in graphs):
             raise DamagedDataError(path / GRAPH, "does not have as many nodes as the segment has rows")
         segment = Segment(
-            segment_id,
-            path,
-            checksum,
-            metadata["index"],
-            parameters,
-            tuple((expansion, recall) for expansion, recall in metadata["curve"]),
-            columns["row-ids"],
-            vectors,
-            columns["norms"],
-            graphs,
-            Texts(columns["keys-bytes"], columns["keys-ends"]),
-            attributes,
-            unpack_attributes(columns, metadata["attributes"], attributes),
-            opened.size,
-            opened,
+            id=segment_id,
+            path=path,
+            checksum=checksum,
+            index_id=metadata["index"],
+            parameters=parameters,
+            curve=tuple((expansion, recall) for expansion, recall in metadata["curve"]),
+            norms=columns["norms"],
+            graphs=graphs,
+            attribute_columns=unpack_attributes(columns, metadata["attributes"], rows["attributes"]),
+            size=opened.size,
+            folder=opened,
+            **rows,
         )
         self._opened[segment_id] = segment
         return segment
@@ -292,38 +282,46 @@ class SegmentStore:
             return 0
         path = self.building(segment_id)
         self.files.make_folder(path)
-        dimension = parts[0][0].vectors.shape[1]
-        self._write_column(
-            path, "row-ids", np.concatenate([source.row_ids[wanted] for source, wanted in parts])
-        )
-        self._write_texts(path, "keys", lambda: (source.keys_of(wanted) for source, wanted in parts))
-        self._write_texts(
-            path, "attributes", lambda: (source.attributes_of(wanted) for source, wanted in parts)
-        )
-        self._write_array(path / VECTORS, np.dtype(np.float32), (rows, dimension), _vector_bytes(parts))
+        for column in _WRITTEN:
+            if isinstance(column, NumberColumn):
+                self._write_numbers(path, column, parts, rows)
+            else:
+                self._write_strings(path, column, parts)
         return rows
 
-    def _write_texts(self, path: Path, name: str, parts: Callable[[], Iterable[Selection | Strings]]) -> None:
-        """Writes the two columns of strings; `parts` gives them, twice, so that none is held for long."""
-        ends = np.cumsum(np.concatenate([part.lengths for part in parts()]), dtype=np.int64)
-        data = (_bytes(block) for part in parts() for block in part.blocks())
-        self._write_array(path / f"{name}-bytes.npy", np.dtype(np.uint8), (int(ends[-1]),), data)
-        self._write_column(path, f"{name}-ends", ends)
+    def _write_numbers(self, path: Path, column: NumberColumn, parts: Parts, rows: int) -> None:
+        (name,) = column.arrays
+        shape = rows, *numbers_of(parts[0][0], column).shape[1:]
+        self._write_array(path, name, column.dtype, shape, _number_bytes(column, parts))
 
-    def _write_column(self, path: Path, name: str, column: Array) -> None:
-        self._write_array(path / f"{name}.npy", column.dtype, column.shape, [_bytes(column)])
+    def _write_strings(self, path: Path, column: StringColumn, parts: Parts) -> None:
+        """Takes the strings twice, so that none is held for long."""
+        joined, stops = column.arrays
+
+        def strings() -> Iterator[Selection | Strings]:
+            return (source.strings_of(column, positions) for source, positions in parts)
+
+        ends = np.cumsum(np.concatenate([part.lengths for part in strings()]), dtype=np.int64)
+        data = (_bytes(block) for part in strings() for block in part.blocks())
+        self._write_array(path, joined, np.uint8, (int(ends[-1]),), data)
+        self._write_array(path, stops, np.int64, ends.shape, [_bytes(ends)])
 
     def _write_array(
-        self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], data: Iterable[memoryview]
+        self,
+        path: Path,
+        name: str,
+        dtype: type[np.generic],
+        shape: tuple[int, ...],
+        data: Iterable[memoryview],
     ) -> None:
         header = io.BytesIO()
         description = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
             "fortran_order": False,
             "shape": shape,
         }
         np.lib.format.write_array_header_1_0(header, description)
-        self.files.write_file(path, chain([header.getvalue()], data))
+        self.files.write_file(path / f"{name}.npy", chain([header.getvalue()], data))
 
     def adopt(self, segment: Segment) -> None:
         """Keeps an opened segment for `take`."""

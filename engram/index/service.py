@@ -17,8 +17,8 @@ import numpy as np
 import trio
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from engram.errors import CommandError
 from engram.index.distances import Floats
+from engram.index.errors import SearchBusyError
 from engram.index.search import SearchOptions, SearchResult, Share, call_in_turn, search_each
 from engram.index.vector_index import View
 from engram.supervision import keep_running
@@ -26,8 +26,6 @@ from engram.supervision import keep_running
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-BUSY = "BUSY The search waited for its turn longer than search-queue-timeout, and was not begun."
 
 # Searches that have waited for too long are looked for so many times before they have waited as long again,
 # but with pauses, in seconds, within these bounds.
@@ -255,7 +253,7 @@ class SearchService:
     that walks several graphs.
 
     Clients take turns: each has a search in a batch before any has its next. What is not begun within
-    `timeout` seconds is answered with a CommandError, `BUSY`; with a timeout of 0 it waits.
+    `timeout` seconds is answered with a SearchBusyError; with a timeout of 0 it waits.
 
     The counters are `searches` (queries) and `batches` run, what is `waiting`, and what was `refused`.
     """
@@ -379,7 +377,7 @@ class SearchService:
             self.waiting -= sum(each.size for each in late)
         for each in [each for each in late if each.wanted()]:
             self.refused += each.size
-            _call(each.finish(CommandError(BUSY)))
+            _call(each.finish(SearchBusyError(self.timeout)))
 
     def _serve(self, worker: int, token: trio.lowlevel.TrioToken) -> None:
         while True:

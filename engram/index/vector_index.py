@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
-from engram.columns import Array, pack_bytes, unpack_bytes
 from engram.errors import DamagedDataError, NothingChangedError
 from engram.index.distances import Floats
 from engram.index.head import ALIVE, Chunk, Head, Lsns, RowIds
 from engram.index.merging import DEAD_FRACTION, LARGEST_SEGMENT, next_merge
 from engram.index.parameters import Parameters
-from engram.index.segment import Segment, SegmentStore
+from engram.index.row_columns import Rows
+from engram.index.segment import Segment
 from engram.index.texts import Positions
 from engram.scan_order import PAGE_BYTES, ScanOrder
 from engram.sizes import BYTES_OBJECT, INTEGER_OBJECT, table_bytes
@@ -239,90 +238,6 @@ class IndexStatistics:
     curves: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
 
 
-@attrs.frozen(eq=False)
-class SegmentState:
-    """A segment in a snapshot; `dead` holds the positions of its dead rows, int64."""
-
-    id: str
-    checksum: int
-    dead: npt.NDArray[np.int64]
-
-
-@attrs.frozen(eq=False)
-class IndexState:
-    """An index in a snapshot: the live rows of its head, shape (n, dimension), and its segments."""
-
-    id: int
-    parameters: Parameters
-    next_row: int
-    row_ids: RowIds
-    keys: list[bytes]
-    vectors: Floats
-    attributes: list[bytes]
-    segments: list[SegmentState]
-
-    def describe(self) -> dict[str, Any]:
-        """What of the state is not in columns; JSON can hold it."""
-        return {
-            "id": self.id,
-            "parameters": attrs.asdict(self.parameters),
-            "next_row": self.next_row,
-            "head_rows": len(self.keys),
-            "segments": [
-                {"id": segment.id, "checksum": segment.checksum, "dead_rows": len(segment.dead)}
-                for segment in self.segments
-            ],
-        }
-
-    @staticmethod
-    def pack(states: Sequence[IndexState]) -> dict[str, Array]:
-        """The columns of all the indices of a snapshot, one index after the other."""
-        dead = [segment.dead for state in states for segment in state.segments]
-        return {
-            "index-row-ids": _join([state.row_ids for state in states], np.int64),
-            **pack_bytes("index-row-keys", [key for state in states for key in state.keys]),
-            "index-vectors": _join([state.vectors.reshape(-1) for state in states], np.float32),
-            **pack_bytes("index-attributes", [text for state in states for text in state.attributes]),
-            "index-dead-rows": _join(dead, np.int64),
-        }
-
-    @staticmethod
-    def unpack(descriptions: Sequence[dict[str, Any]], columns: Mapping[str, Array]) -> list[IndexState]:
-        """The inverse of `describe` and `pack`."""
-        keys = unpack_bytes("index-row-keys", columns)
-        attributes = unpack_bytes("index-attributes", columns)
-        states = []
-        row = number = death = 0
-        for described in descriptions:
-            parameters = Parameters(**described["parameters"])
-            rows = slice(row, row + described["head_rows"])
-            numbers = slice(number, number + described["head_rows"] * parameters.dimension)
-            row, number = rows.stop, numbers.stop
-            segments = []
-            for segment in described["segments"]:
-                deaths = slice(death, death + segment["dead_rows"])
-                death = deaths.stop
-                dead = columns["index-dead-rows"][deaths]
-                segments.append(SegmentState(segment["id"], segment["checksum"], dead))
-            states.append(
-                IndexState(
-                    described["id"],
-                    parameters,
-                    described["next_row"],
-                    columns["index-row-ids"][rows],
-                    keys[rows],
-                    columns["index-vectors"][numbers].reshape(-1, parameters.dimension),
-                    attributes[rows],
-                    segments,
-                )
-            )
-        return states
-
-
-def _join(parts: Sequence[Array], dtype: npt.DTypeLike) -> Array:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
-
-
 class VectorIndex:
     """One index. Its id is the LSN that created it; every method is synchronous.
 
@@ -377,6 +292,11 @@ class VectorIndex:
     def segments(self) -> tuple[InstalledSegment, ...]:
         """The segments, oldest rows first."""
         return self._segments.installed
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks of the head, oldest rows first."""
+        return self._head.chunks
 
     def __len__(self) -> int:
         return len(self.live)
@@ -779,65 +699,44 @@ class VectorIndex:
                 located.append((chunk, rows.searchsorted(dying[first:last])))
         return located
 
-    def export(self) -> IndexState:
-        """The state as a snapshot holds it."""
-        row_ids: list[RowIds] = []
-        vectors: list[Floats] = []
-        keys: list[bytes] = []
-        attributes: list[bytes] = []
-        for chunk in self._head.chunks:
-            alive = np.flatnonzero(chunk.deaths[: chunk.count] == ALIVE)
-            row_ids.append(chunk.row_ids[alive])
-            vectors.append(chunk.vectors[alive])
-            keys += chunk.keys_at(alive)
-            attributes += chunk.attributes_at(alive)
-        return IndexState(
-            self.id,
-            self.parameters,
-            self._next_row,
-            _join(row_ids, np.int64),
-            keys,
-            np.concatenate(vectors) if vectors else np.empty((0, self.parameters.dimension), np.float32),
-            attributes,
-            [
-                SegmentState(
-                    installed.id, installed.segment.checksum, np.flatnonzero(installed.deaths != ALIVE)
-                )
-                for installed in self.segments
-            ],
-        )
-
     @classmethod
     def restore(
-        cls, state: IndexState, store: SegmentStore, *, seal_rows: int = SEAL_ROWS, first_serial: int = 1
+        cls,
+        index_id: int,
+        parameters: Parameters,
+        next_row: int,
+        segments: Iterable[tuple[Segment, Positions]],
+        rows: Rows,
+        *,
+        seal_rows: int = SEAL_ROWS,
+        first_serial: int = 1,
     ) -> VectorIndex:
-        """The index that `export` gave the state of.
+        """An index of these segments, each with the positions of its dead rows, and with `rows` in its head.
 
         Raises:
-            DamagedDataError: a segment is missing, or is not what was written.
+            DamagedDataError: a segment is of another index.
         """
-        index = cls(state.id, state.parameters, seal_rows=seal_rows, first_serial=first_serial)
+        index = cls(index_id, parameters, seal_rows=seal_rows, first_serial=first_serial)
+        live = index.live
         installed = []
-        for saved in state.segments:
-            segment = store.take(saved.id, saved.checksum)
+        for segment, dead in segments:
             index._check(segment)
             deaths = np.full(len(segment.row_ids), ALIVE, np.int64)
-            deaths[saved.dead] = 0
-            installed.append(InstalledSegment(segment, deaths, len(saved.dead)))
-            live = index.live
+            deaths[dead] = 0
+            installed.append(InstalledSegment(segment, deaths, len(dead)))
             live.update(zip(segment.keys.all(), segment.row_ids.tolist(), strict=True))
-            for key, row_id in zip(
-                segment.keys_at(saved.dead), segment.row_ids[saved.dead].tolist(), strict=True
-            ):
+            for key, row_id in zip(segment.keys_at(dead), segment.row_ids[dead].tolist(), strict=True):
                 # A later row may have the key.
                 if live[key] == row_id:
                     del live[key]
-        index._key_bytes = sum(map(len, index.live))
-        index._order = ScanOrder(index.live, first_serial)
+        index._head.fill(rows)
+        for chunk in index._head.chunks:
+            live.update(zip(chunk.keys, chunk.row_ids[: chunk.count].tolist(), strict=True))
+        index._key_bytes = sum(map(len, live))
+        index._order = ScanOrder(live, first_serial)
         index._segments = _Segments.of(installed)
         index._merge_wanted = index._merge(waiting=False) is not None
-        index._append(0, index._addition(state.row_ids, state.keys, state.vectors, state.attributes))
-        index._next_row = state.next_row
+        index._next_row = next_row
         return index
 
     def _check(self, segment: Segment) -> None:

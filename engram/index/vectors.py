@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engram.errors import CommandError
+from engram.index.errors import VectorEncodingError, VectorNormError, WrongDimensionError
 
 Vector = npt.NDArray[np.float32]
 
@@ -21,18 +21,19 @@ def decode_vector(blob: bytes, dimension: int) -> Vector:
     It is a read-only view of `blob`.
 
     Raises:
-        CommandError: the bytes are no float32 vector, have another dimension, or hold a NaN, an infinity
-            or so large numbers that distances would overflow.
+        VectorEncodingError: the bytes are no float32 numbers.
+        WrongDimensionError: there are more of them, or fewer.
+        VectorNormError: there is a NaN or an infinity among them, or distances would overflow.
     """
     size = len(blob)
     if size != 4 * dimension:
         if not size or size % 4:
-            raise CommandError("ERR invalid vector encoding")
-        raise CommandError(f"ERR wrong vector dimension: index expects {dimension}, got {size // 4}")
+            raise VectorEncodingError(size)
+        raise WrongDimensionError(dimension, size // 4)
     vector = np.frombuffer(blob, "<f4")
     # Unlike other products, vdot does not warn of an overflow. Written so that a NaN fails too.
     if not np.vdot(vector, vector) <= MAXIMUM_NORM**2:
-        raise CommandError(f"ERR vector must be finite, with a norm of at most {MAXIMUM_NORM:g}")
+        raise VectorNormError(MAXIMUM_NORM)
     return vector
 
 
@@ -40,7 +41,7 @@ def join_vectors(blobs: Sequence[bytes], dimension: int) -> bytes:
     """Vectors, each as `decode_vector` takes it, one after the other.
 
     Raises:
-        CommandError: as `decode_vector`, for one that is wrong; those of a wrong size come first.
+        VectorError: as `decode_vector`, for one that is wrong; those of a wrong size come first.
     """
     for blob in blobs:
         if len(blob) != 4 * dimension:

@@ -12,9 +12,11 @@ from engram.columns import Array, pack_bytes, unpack_bytes
 from engram.effects import Effect, State, Touched, touch_key
 from engram.index.distances import Doubles, Floats
 from engram.index.head import ALIVE, Chunk, Lsns
+from engram.index.index_state import export_indices, named_segments, restore_indices
 from engram.index.parameters import Parameters
+from engram.index.row_columns import rows_at
 from engram.index.segment import Segment
-from engram.index.vector_index import Addition, Deletion, IndexState, Installation, OneAddition, VectorIndex
+from engram.index.vector_index import Addition, Deletion, Installation, OneAddition, VectorIndex
 from engram.kinds.kind import (
     Base64,
     KeyFields,
@@ -146,20 +148,17 @@ def _drop(state: State, index: VectorIndex) -> None:
 
 
 def _pack(indices: Mapping[bytes, VectorIndex]) -> Packed:
-    states = [index.export() for index in indices.values()]
-    columns = {**pack_bytes("index-keys", indices), **IndexState.pack(states)}
-    segments = {saved.id: saved.checksum for state in states for saved in state.segments}
-    return Packed(columns, [state.describe() for state in states], segments)
+    columns, descriptions = export_indices(indices.values())
+    return Packed({**pack_bytes("keys", indices), **columns}, descriptions, named_segments(descriptions))
 
 
 def _unpack(description: Any, columns: Mapping[str, Array], state: State) -> dict[bytes, VectorIndex]:
-    packed = IndexState.unpack(description, columns)
-    indices = {}
-    for key, one in zip(unpack_bytes("index-keys", columns), packed, strict=True):
-        index = VectorIndex.restore(
-            one, state.segments, seal_rows=state.seal_rows, first_serial=state.first_serial
-        )
-        indices[key] = state.indices[index.id] = index
+    restored = restore_indices(
+        columns, description, state.segments, seal_rows=state.seal_rows, first_serial=state.first_serial
+    )
+    indices = dict(zip(unpack_bytes("keys", columns), restored, strict=True))
+    for index in restored:
+        state.indices[index.id] = index
         state.index_totals.change(index)
     return indices
 
@@ -211,9 +210,10 @@ def _dump(state: State, fields: KeyFields, index: VectorIndex, base64: bool) -> 
         alive = np.flatnonzero(deaths == ALIVE)
         for start in range(0, len(alive), _DUMPED_ROWS):
             positions = alive[start : start + _DUMPED_ROWS]
-            keys = source.keys_at(positions)
-            texts = source.attributes_at(positions)
-            for key, text, vector in zip(keys, texts, pack(source.vectors[positions]), strict=True):
+            rows = rows_at(source, positions)
+            for key, text, vector in zip(
+                rows["keys"], rows["attributes"], pack(rows["vectors"]), strict=True
+            ):
                 whole = _is_object(text)
                 yield VectorLine(
                     index=name,

@@ -14,6 +14,8 @@ from engram.commands.arguments import (
     integer,
     number,
     options,
+    read_vector,
+    read_vectors,
     scan_count,
     scan_cursor,
     small_integer,
@@ -135,3 +137,12 @@ def test_a_range_is_clamped_as_redis_does(value: bytes, start: int, end: int) ->
 )
 def test_cursors_in_forms_that_c_reads(argument: bytes, cursor: int) -> None:
     assert scan_cursor(argument) == cursor
+
+
+def test_a_vector_that_is_none_is_refused() -> None:
+    assert read_vector(bytes(16), 4).tolist() == [0.0] * 4
+    assert read_vectors([bytes(16), bytes(16)], 4) == bytes(32)
+    with pytest.raises(CommandError, match=r"^ERR wrong vector dimension: index expects 4, got 3$"):
+        read_vector(bytes(12), 4)
+    with pytest.raises(CommandError, match=r"^ERR invalid vector encoding$"):
+        read_vectors([bytes(16), b"odd"], 4)

@@ -12,9 +12,11 @@ import trio
 import trio.testing
 from trio.testing import lockstep_stream_pair
 
+from engram.commands.distances import format_distances
+from engram.commands.wording import BUSY
 from engram.index.filters import compile_filter
 from engram.index.search import SearchOptions, SearchResult
-from engram.index.service import BUSY, SearchService
+from engram.index.service import SearchService
 from engram.protocol import replies
 from engram.transport import SocketTransport
 from tests.commands.conftest import (
@@ -256,8 +258,18 @@ async def test_options_reach_the_search(open_house: OpenHouse) -> None:
         )
         await client.arrived()
         assert searches.options == [
-            SearchOptions(3),
-            SearchOptions(3, 7, 0.75, compile_filter(b".n"), 0.5, exact=True, attributes=True, vectors=True),
+            SearchOptions(3, encode_distances=format_distances),
+            SearchOptions(
+                3,
+                7,
+                0.75,
+                compile_filter(b".n"),
+                0.5,
+                exact=True,
+                attributes=True,
+                vectors=True,
+                encode_distances=format_distances,
+            ),
         ]
 
 

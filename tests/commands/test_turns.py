@@ -12,7 +12,8 @@ import trio
 from engram.commands import matching, turns
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Pieces
-from engram.index import filters
+from engram.index.filters import Filter
+from engram.index.filters import filter as filter_module
 from engram.large_string import LargeString
 from engram.operations import DeleteKeys, DeleteVectors, SetStrings
 from tests.conftest import Client, House, ManualJournal, OpenHouse, vector
@@ -214,13 +215,13 @@ async def test_a_long_filter_is_compiled_in_a_thread(
     house: House, words: list[bytes], reply: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiling: list[int] = []
-    compile_filter = filters._compile
+    compile_filter = filter_module._compile
 
-    def compile_and_tell(expression: bytes) -> filters.Filter:
+    def compile_and_tell(expression: bytes) -> Filter:
         compiling.append(threading.get_ident())
         return compile_filter(expression)
 
-    monkeypatch.setattr(filters, "_compile", compile_and_tell)
+    monkeypatch.setattr(filter_module, "_compile", compile_and_tell)
     client = house.connect()
     await client.call("VNEW index 1")
     await client.call([b"VMADD", b"index", b"m", vector(1), b'{"a":5}', b"n", vector(2), b"", b"ATTRS"])

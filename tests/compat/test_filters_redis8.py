@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis import Redis, ResponseError
 
-from engram.errors import CommandError
+from engram.commands.wording import in_words
+from engram.index.errors import FilterError
 from engram.index.filters import compile_filter
 from engram.protocol import replies
 from tests.filter_cases import expressions, json_texts, soup, to_json
@@ -83,8 +84,8 @@ def ask_engram(texts: list[bytes], expressions: list[bytes]) -> list[list[bool] 
     for expression in expressions:
         try:
             compiled = compile_filter(expression)
-        except CommandError as error:
-            answers.append(replies.error(str(error))[1:-2].decode())
+        except FilterError as error:
+            answers.append(replies.error(str(in_words(error)))[1:-2].decode())
         else:
             answers.append([compiled.accepts(text) for text in texts])
     return answers

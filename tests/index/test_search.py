@@ -81,9 +81,7 @@ def filled(metric: str, rows: Floats, **settings: int) -> VectorIndex:
 
 
 def pairs(result: SearchResult) -> list[tuple[int, float]]:
-    return [
-        (int(key), float(np.float32(text))) for key, text in zip(result.keys, result.distances, strict=True)
-    ]
+    return [(int(key), distance) for key, distance in zip(result.keys, result.distances, strict=True)]
 
 
 def recall(results: list[SearchResult], expected: list[list[tuple[int, float]]]) -> float:
@@ -159,7 +157,7 @@ class TestHead:
         query = np.array([[sign * 1e-30]], np.float32)
         (result,) = search_batch([filled("dot", rows).view(2)], query, SearchOptions(3), 0)
         assert result.keys == ([b"1", b"0", b"2"] if sign > 0 else [b"2", b"0", b"1"])
-        assert result.distances == [b"0", b"0", b"0"]
+        assert result.distances == [0.0, 0.0, 0.0]
 
     def test_near_duplicates_are_told_apart(self, nearest: Nearest) -> None:
         # Closer to each other than float32 sums can tell.
@@ -174,7 +172,7 @@ class TestHead:
         index = filled("l2", np.eye(3, dtype=np.float32))
         (result,) = search_batch([index.view(2)], np.zeros((1, 3), np.float32), SearchOptions(1 << 40), 0)
         assert result.keys == [b"0", b"1", b"2"]
-        assert result.distances == [b"1", b"1", b"1"]
+        assert result.distances == [1.0, 1.0, 1.0]
 
     def test_the_largest_norms_do_not_bring_dead_rows_back(self) -> None:
         # The errors allowed for are then so large that a bound of the greatest float32 overflows.
@@ -394,7 +392,7 @@ class TestSegments:
         build(index).install(3, index)
         (result,) = search_batch([index.view(3)], rows[:1], SearchOptions(700), 0)
         assert len(result.keys) == 700
-        assert result.distances == [b"0"] * 400 + [b"2"] * 300
+        assert result.distances == [0.0] * 400 + [2.0] * 300
 
     @pytest.mark.usefixtures("walked")
     def test_an_ef_that_is_asked_for_is_used(

@@ -50,9 +50,7 @@ def ask(index: VectorIndex, queries: Floats, options: SearchOptions, lsn: int = 
 
 
 def pairs(result: SearchResult) -> Pairs:
-    return [
-        (int(key), float(np.float32(text))) for key, text in zip(result.keys, result.distances, strict=True)
-    ]
+    return [(int(key), distance) for key, distance in zip(result.keys, result.distances, strict=True)]
 
 
 def recall_of(results: list[SearchResult], truths: list[Pairs]) -> float:
@@ -243,7 +241,7 @@ class TestRadius:
         queries = np.array([[50.0], [0.0], [100.0], [-9.0]], np.float32).repeat(DIMENSION, axis=1)
         results = ask(filled("l2", rows, build), queries, SearchOptions(10, radius=0.0, exact=True))
         assert [len(result.keys) for result in results] == [0, 3, 10, 0]
-        assert results[1] == SearchResult([b"0", b"1", b"2"], [b"0"] * 3)
+        assert results[1] == SearchResult([b"0", b"1", b"2"], [0.0] * 3)
 
     @pytest.mark.usefixtures("cheap_walks")
     def test_only_rows_that_match_are_found_inside(
@@ -427,7 +425,7 @@ class TestSubmit:
         service.submit(1, index.view(2), queries, SearchOptions(1), outcomes)
         assert service.waiting == count
         (outcome,) = await outcomes.wait(1)
-        assert outcome == [SearchResult([b"%d" % row], [b"0"]) for row in order.tolist()]
+        assert outcome == [SearchResult([b"%d" % row], [0.0]) for row in order.tolist()]
         assert (service.waiting, service.searches, service.batches) == (0, count, -(-count // 8))
 
     async def test_others_are_answered_beside_one_with_many_queries(

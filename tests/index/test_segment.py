@@ -18,6 +18,7 @@ from engram.files import DiskFiles
 from engram.index.builder import live_rows
 from engram.index.graph import Graph
 from engram.index.parameters import default_parameters
+from engram.index.row_columns import StringColumn
 from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import GRAPH, Segment, SegmentStore
 from engram.index.texts import Positions, Selection, Texts
@@ -288,11 +289,11 @@ class Rows:
     keys: Texts
     attributes: Texts
 
-    def keys_of(self, positions: Positions) -> Selection:
-        return Selection(self.keys, positions)
+    def strings_at(self, column: StringColumn, positions: Positions) -> list[bytes]:
+        return self.strings_of(column, positions).texts.at(positions)
 
-    def attributes_of(self, positions: Positions) -> Selection:
-        return Selection(self.attributes, positions)
+    def strings_of(self, column: StringColumn, positions: Positions) -> Selection:
+        return Selection(getattr(self, column.name), positions)
 
 
 def read_texts(folder: Path, name: str) -> Texts:

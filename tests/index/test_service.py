@@ -13,9 +13,10 @@ import trio
 import trio.testing
 
 from engram.index import service as service_module
+from engram.index.errors import SearchBusyError
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, SearchResult, Share, search_each
-from engram.index.service import BUSY, SearchService
+from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex, View
 
 Floats = npt.NDArray[np.float32]
@@ -30,9 +31,7 @@ def filled(metric: str, rows: Floats) -> VectorIndex:
 
 
 def pairs(result: SearchResult) -> list[tuple[int, float]]:
-    return [
-        (int(key), float(np.float32(text))) for key, text in zip(result.keys, result.distances, strict=True)
-    ]
+    return [(int(key), distance) for key, distance in zip(result.keys, result.distances, strict=True)]
 
 
 class TestService:
@@ -195,9 +194,9 @@ class TestService:
         submit(1, np.zeros(9, np.float32))
         submit(2, np.eye(4, dtype=np.float32)[3])
         await finished.wait()
-        assert outcomes[0] == [SearchResult([b"2"], [b"0"])]
+        assert outcomes[0] == [SearchResult([b"2"], [0.0])]
         assert isinstance(outcomes[1], ValueError)
-        assert outcomes[2] == [SearchResult([b"3"], [b"0"])]
+        assert outcomes[2] == [SearchResult([b"3"], [0.0])]
 
     async def test_a_search_under_way_ends_before_the_service_does(
         self, monkeypatch: pytest.MonkeyPatch
@@ -556,8 +555,11 @@ class TestTurns:
         assert outcomes == {}
         clock.append(105.1)
         service.refuse_late()
-        assert {number: str(outcome) for number, outcome in outcomes.items()} == {100: BUSY, 200: BUSY}
-        assert [str(outcome) for outcome in work] == [BUSY]
+        assert sorted(outcomes) == [100, 200]
+        for outcome in (*outcomes.values(), *work):
+            assert isinstance(outcome, SearchBusyError)
+            assert outcome.timeout == service.timeout
+        assert len(work) == 1
         assert (service.waiting, service.refused) == (1, 14)
         await self.finish(service, nursery)
         assert batches == [[101]]
@@ -599,7 +601,7 @@ class TestTurns:
         await begun.wait()
         clock.append(1e9)
         service.refuse_late()
-        assert {number: str(outcome) for number, outcome in outcomes.items()} == {200: BUSY}
+        assert {number: type(outcome) for number, outcome in outcomes.items()} == {200: SearchBusyError}
         release.set()
         with trio.fail_after(30):
             while 100 not in outcomes:
@@ -629,7 +631,7 @@ class TestTurns:
         refused = trio.Event()
 
         def refuse(outcome: list[SearchResult] | Exception) -> None:
-            assert str(outcome) == BUSY
+            assert isinstance(outcome, SearchBusyError)
             refused.set()
 
         await nursery.start(service.run)

@@ -28,12 +28,13 @@ from hypothesis.stateful import (
 from engram.index import planner, vector_index
 from engram.index.distances import METRICS
 from engram.index.filters import Filter, compile_filter
+from engram.index.index_state import export_indices, restore_indices
 from engram.index.matching import count_matching, find_matching, find_matching_since
 from engram.index.parameters import QUANTIZATIONS, Parameters
 from engram.index.recall import Sample
 from engram.index.search import SearchOptions, SearchResult, search_batch
 from engram.index.segment import SegmentStore
-from engram.index.vector_index import IndexState, VectorIndex, View
+from engram.index.vector_index import VectorIndex, View
 
 Floats = npt.NDArray[np.float32]
 Build = Callable[..., Any]
@@ -359,9 +360,7 @@ class SearchMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        state = self.index.export()
-        (restored,) = IndexState.unpack([state.describe()], IndexState.pack([state]))
-        self.index = VectorIndex.restore(restored, self.store, seal_rows=self.seal_rows)
+        (self.index,) = restore_indices(*export_indices([self.index]), self.store, seal_rows=self.seal_rows)
         self.life = object()
         self.past = []
         self.remember()
@@ -463,7 +462,7 @@ class SearchMachine(RuleBasedStateMachine):
         return queries
 
     def compare(self, moment: Moment, truth: Answer, result: SearchResult, options: SearchOptions) -> None:
-        distances = np.array([np.float32(text) for text in result.distances], np.float32)
+        distances = np.array(result.distances, np.float32)
         place = {key: number for number, key in enumerate(truth.keys)}
         places = [place[key] for key in result.keys]
         assert places == sorted(set(places))

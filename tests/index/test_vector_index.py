@@ -21,10 +21,11 @@ from hypothesis.stateful import (
 
 from engram.errors import DamagedDataError
 from engram.index.distances import METRICS
+from engram.index.index_state import export_indices, restore_indices
 from engram.index.parameters import default_parameters
 from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import SegmentStore
-from engram.index.vector_index import IndexState, VectorIndex, View
+from engram.index.vector_index import VectorIndex, View
 
 Floats = npt.NDArray[np.float32]
 Nearest = Callable[[str, Floats, Floats, int], list[tuple[int, float]]]
@@ -46,9 +47,8 @@ def copy_of(
     index: VectorIndex, store: SegmentStore, seal_rows: int = SEAL_ROWS, first_serial: int = 1
 ) -> VectorIndex:
     """What a restart makes of the index."""
-    state = index.export()
-    (restored,) = IndexState.unpack([state.describe()], IndexState.pack([state]))
-    return VectorIndex.restore(restored, store, seal_rows=seal_rows, first_serial=first_serial)
+    (copy,) = restore_indices(*export_indices([index]), store, seal_rows=seal_rows, first_serial=first_serial)
+    return copy
 
 
 @attrs.frozen

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.errors import CommandError
+from engram.index.errors import VectorEncodingError, VectorError, VectorNormError, WrongDimensionError
 from engram.index.vectors import decode_vector, join_vectors
 
 
@@ -19,19 +19,21 @@ def test_little_endian_floats_are_read_as_they_were_written(numbers: list[float]
 
 
 @pytest.mark.parametrize(
-    ("blob", "message"),
+    ("blob", "error", "facts"),
     [
-        (b"", "ERR invalid vector encoding"),
-        (b"abc", "ERR invalid vector encoding"),
-        (bytes(17), "ERR invalid vector encoding"),
-        (bytes(12), "ERR wrong vector dimension: index expects 4, got 3"),
-        (bytes(20), "ERR wrong vector dimension: index expects 4, got 5"),
+        (b"", VectorEncodingError, {"size": 0}),
+        (b"abc", VectorEncodingError, {"size": 3}),
+        (bytes(17), VectorEncodingError, {"size": 17}),
+        (bytes(12), WrongDimensionError, {"expected": 4, "got": 3}),
+        (bytes(20), WrongDimensionError, {"expected": 4, "got": 5}),
     ],
 )
-def test_bytes_of_another_length_are_refused(blob: bytes, message: str) -> None:
-    with pytest.raises(CommandError) as caught:
+def test_bytes_of_another_length_are_refused(
+    blob: bytes, error: type[VectorError], facts: dict[str, int]
+) -> None:
+    with pytest.raises(error) as caught:
         decode_vector(blob, 4)
-    assert str(caught.value) == message
+    assert vars(caught.value) == facts
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1.1e18], ids=repr)
@@ -39,12 +41,13 @@ def test_bytes_of_another_length_are_refused(blob: bytes, message: str) -> None:
 def test_numbers_whose_distances_are_not_finite_are_refused(number: float, position: int) -> None:
     vector = np.ones(4, "<f4")
     vector[position] = number
-    with pytest.raises(CommandError, match="ERR vector must be finite, with a norm of at most 1e"):
+    with pytest.raises(VectorNormError) as caught:
         decode_vector(vector.tobytes(), 4)
+    assert caught.value.limit == 1e18
 
 
 def test_infinities_that_cancel_are_refused() -> None:
-    with pytest.raises(CommandError, match="finite"):
+    with pytest.raises(VectorNormError):
         decode_vector(np.array([np.inf, -np.inf], "<f4").tobytes(), 2)
 
 
@@ -63,11 +66,11 @@ def test_several_vectors_are_taken_as_each_of_them_would_be(given_blobs: list[by
     for blob in sorted(given_blobs, key=lambda blob: len(blob) == 4 * dimension):
         try:
             decode_vector(blob, dimension)
-        except CommandError as error:
-            expected = str(error)
+        except VectorError as error:
+            expected = repr(error)
             break
     try:
         found: bytes | str = join_vectors(given_blobs, dimension)
-    except CommandError as error:
-        found = str(error)
+    except VectorError as error:
+        found = repr(error)
     assert found == expected
