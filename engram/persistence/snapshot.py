@@ -2,7 +2,7 @@
 
 The order, each step durable before the next:
 
-    1. the log is rotated (task.py): the closed files end at the snapshot's LSN
+    1. the log is rotated (log.py): the closed files end at the snapshot's LSN
     2. the child reads the current snapshot and the closed files, writes the files of snapshot-<lsn>/ and
        syncs them and the folder, and reads all of it back
     3. its table and the sizes of its files are compared here

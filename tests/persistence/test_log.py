@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from engram.columns import unpack_bytes
 from engram.errors import CommandError, LogFailureError
 from engram.operations import InstallSegment, Operation, SetString, decode, encode
-from engram.persistence import task
+from engram.persistence import queue
 from engram.persistence.layout import Layout
+from engram.persistence.log import Persistence
 from engram.persistence.manifest import read_manifest
-from engram.persistence.task import AppendFsync, Persistence, PersistenceSettings
+from engram.persistence.settings import AppendFsync, PersistenceSettings
 from tests.persistence.conftest import HookedFiles, LogMaker, numbered, operation, read_back
 
 # Stands in for the server's snapshot process: a folder of columns that holds the operations themselves.
@@ -976,7 +977,7 @@ def whole_log(directory: Path) -> bytes:
 async def test_what_is_recovered_together_fits_into_a_record(
     directory: Path, files: HookedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "LARGEST_TOGETHER", 1000)
+    monkeypatch.setattr(queue, "LARGEST_TOGETHER", 1000)
     async with started(directory, files) as running:
         persistence = running.persistence
         refused = "^ERR what would be changed at once does not fit into one record"
