@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from engram.errors import CommandError
+from engram.errors import LogFullError
 from engram.persistence import log_format
 from engram.persistence.queue import FRAME_SIZE, RunQueue
 from engram.persistence.settings import PersistenceSettings
@@ -56,7 +56,7 @@ class Admission:
         The caller appends before its next checkpoint, or not at all.
 
         Raises:
-            CommandError: MISCONF, no space can be allocated on disk. It is tried again about once a second.
+            LogFullError: no space can be allocated on disk. It is tried again about once a second.
         """
         self._waiting += 1
         try:
@@ -79,7 +79,7 @@ class Admission:
             while not self._fits(size):
                 if not self._fits_on_disk(size):
                     if reason := self._space.refusal(_file_size_for(size)):
-                        raise CommandError(f"MISCONF Errors writing to the log: {reason}")
+                        raise LogFullError(reason)
                     self._wanted = size
                     self._space.prepare()
                 await self._progress.park()

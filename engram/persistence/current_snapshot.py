@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from engram.errors import CommandError, DamagedDataError, LogFailureError
+from engram.errors import DamagedDataError, LogFailureError, SnapshotError, SnapshotRunningError
 from engram.files import Files
 from engram.persistence.housekeeping import PASSING, Housekeeping, reason
 from engram.persistence.layout import Layout
@@ -23,6 +23,7 @@ from engram.persistence.snapshot import install_snapshot, run_child
 
 # One that is due by itself is not tried again sooner when the last one has failed.
 _RETRY = 60.0
+_SHUTTING_DOWN = "the server is shutting down"
 
 
 @attrs.frozen
@@ -45,7 +46,7 @@ class _Run:
     """One snapshot being made; `error` is why there was none, empty when there is."""
 
     done: trio.Event = attrs.Factory(trio.Event)
-    error: str = "the server is shutting down"
+    error: str = _SHUTTING_DOWN
 
 
 class CurrentSnapshot:
@@ -132,15 +133,21 @@ class CurrentSnapshot:
         """Makes a snapshot of what was appended so far and waits until it is current.
 
         Raises:
-            CommandError: ERR, another one is being made, or it failed; serving can go on.
+            SnapshotRunningError: another one is being made.
+            SnapshotError: it failed; serving can go on.
         """
         run = self._start()
         await run.done.wait()
         if run.error:
-            raise CommandError(f"ERR save failed: {run.error}")
+            raise SnapshotError(run.error)
 
     def request(self) -> None:
-        """Starts a snapshot in the background. Raises CommandError when one is being made."""
+        """Starts a snapshot in the background.
+
+        Raises:
+            SnapshotRunningError: another one is being made.
+            SnapshotError: none can be made any more.
+        """
         self._start()
 
     def consider(self) -> None:
@@ -155,9 +162,9 @@ class CurrentSnapshot:
 
     def _start(self) -> _Run:
         if self._run is not None:
-            raise CommandError("ERR Background save already in progress")
+            raise SnapshotRunningError
         if self._nursery is None:
-            raise CommandError("ERR save failed: the server is shutting down")
+            raise SnapshotError(_SHUTTING_DOWN)
         self._run = _Run()
         self._nursery.start_soon(self._make, self._run)
         return self._run

@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from engram.errors import LogFailureError
+from engram.errors import LogFailureError, SnapshotError
 from engram.files import Files
 from engram.persistence.admission import Admission
 from engram.persistence.current_snapshot import CurrentSnapshot, Rotation
@@ -27,7 +27,6 @@ from engram.persistence.named_segments import NamedSegments
 from engram.persistence.queue import RunQueue
 from engram.persistence.recovery import Recovery
 from engram.persistence.settings import PersistenceSettings
-from engram.persistence.snapshot import SnapshotError
 from engram.persistence.space import Space
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import msgspec
 
-from engram.errors import CommandError
+from engram.errors import RecordTooLargeError
 from engram.operations import LARGEST_TOGETHER, InstallSegment, Operation, encode
 from engram.persistence import log_format
 from engram.persistence.log_writer import PreparedFile, Run
@@ -20,8 +20,6 @@ from engram.persistence.space import Space
 
 # Bytes around the operations of a record, however many it holds.
 FRAME_SIZE = log_format.RECORD_HEADER_SIZE + log_format.ARRAY_HEADER_SIZE
-
-_TOO_LARGE = "ERR what would be changed at once does not fit into one record of the log, which holds 4 GiB"
 
 
 @attrs.define
@@ -97,7 +95,7 @@ class RunQueue:
         What is returned is for `append`, the next call, unless the operation is not applied after all.
 
         Raises:
-            CommandError: it does not fit into one record.
+            RecordTooLargeError: it does not fit into one record.
             ValueError: `lsn` does not follow the last one.
         """
         if lsn != self.appended_lsn + 1:
@@ -119,14 +117,14 @@ class RunQueue:
         """Encodes an operation for `append_together`; `before` is what those before it take.
 
         Raises:
-            CommandError: what is to be recovered together does not fit into one record.
+            RecordTooLargeError: what is to be recovered together does not fit into one record.
         """
         try:
             payload = encode(operation)
         except msgspec.MsgspecError as error:
-            raise CommandError(_TOO_LARGE) from error
+            raise RecordTooLargeError from error
         if before + len(payload) > LARGEST_TOGETHER:
-            raise CommandError(_TOO_LARGE)
+            raise RecordTooLargeError
         return payload
 
     def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:

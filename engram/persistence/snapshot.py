@@ -28,17 +28,13 @@ import trio
 
 from engram.child_process import module_environment
 from engram.columns import read_table
-from engram.errors import EngramError, LogFailureError, NewerFormatError
+from engram.errors import LogFailureError, NewerFormatError, SnapshotError
 from engram.files import Files
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, write_manifest
 
 # Ten points lower, other clients' PINGs waited several milliseconds for its slices.
 _CHILD_NICENESS = 19
-
-
-class SnapshotError(EngramError):
-    """A snapshot could not be made; the state on disk is as before."""
 
 
 @attrs.frozen

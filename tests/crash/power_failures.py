@@ -41,7 +41,7 @@ from trio._core import _run as trio_run
 
 from engram.database import Database
 from engram.engine import Engine
-from engram.errors import CommandError
+from engram.errors import SnapshotRunningError
 from engram.exclusion import Exclusion
 from engram.files import DiskFiles
 from engram.index.build_process import BuildJob, build_segment
@@ -389,7 +389,7 @@ class Client:
             lsn = self._database.lsn
             chance = self._random.random()
             if chance < 0.06:
-                with suppress(CommandError):
+                with suppress(SnapshotRunningError):
                     self._persistence.request_snapshot()
             elif chance < 0.08:
                 self._persistence.settings.appendfsync = self._random.choice(["everysec", "no"])

@@ -9,7 +9,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram.errors import CommandError
+from engram.errors import LogFullError
 from engram.operations import encode
 from engram.persistence.settings import PersistenceSettings
 from tests.persistence.conftest import operation
@@ -88,7 +88,7 @@ def test_space_is_never_promised_twice(clients: list[list[int]], capacity: int, 
             if not parts.admission.has_room(room):
                 try:
                     await parts.admission.admit(room)
-                except CommandError:
+                except LogFullError:
                     refused.append(size)
                     continue
             queued = parts.queue.queued_bytes
@@ -123,9 +123,7 @@ async def test_a_refusal_says_why() -> None:
     parts = Parts(files=CountedFiles(capacity=0))
     async with trio.open_nursery() as nursery:
         await parts.start(nursery)
-        with pytest.raises(
-            CommandError, match=r"^MISCONF Errors writing to the log: No space left on device$"
-        ):
+        with pytest.raises(LogFullError, match=r"^No space left on device$"):
             await parts.admission.admit(10)
         nursery.cancel_scope.cancel()
 

@@ -8,13 +8,12 @@ import pytest
 import trio
 import trio.testing
 
-from engram.errors import CommandError, LogFailureError
+from engram.errors import LogFailureError, SnapshotError, SnapshotRunningError
 from engram.persistence.current_snapshot import CurrentSnapshot, Rotation
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest
 from engram.persistence.named_segments import NamedSegments
 from engram.persistence.settings import PersistenceSettings
-from engram.persistence.snapshot import SnapshotError
 from tests.persistence.conftest import operation
 from tests.persistence.parts import DIRECTORY, InTurn, Parts, recovered
 
@@ -76,7 +75,7 @@ async def test_with_nothing_new_it_is_current_at_once(autojump_clock: trio.testi
 async def test_why_it_has_failed_is_told_and_kept(autojump_clock: trio.testing.MockClock) -> None:
     async with serving() as bench:
         bench.append()
-        with pytest.raises(CommandError, match=r"^ERR save failed: No space left on device$"):
+        with pytest.raises(SnapshotError, match=r"^No space left on device$"):
             await bench.snapshot.replace()
         assert bench.snapshot.last_save_error == "No space left on device"
         assert (bench.snapshot.last_save_time, bench.snapshot.last_save_seconds) == (1, 5)
@@ -88,7 +87,7 @@ async def test_what_leaves_the_disk_in_doubt_is_handed_on(autojump_clock: trio.t
     async with serving() as bench:
         bench.append()
         bench.error = LogFailureError("cannot be synced")
-        with pytest.raises(CommandError, match="cannot be synced"):
+        with pytest.raises(SnapshotError, match="cannot be synced"):
             await bench.snapshot.replace()
         assert bench.failures == [bench.error]
 
@@ -98,18 +97,18 @@ async def test_one_is_made_at_a_time() -> None:
         bench.append()
         bench.snapshot.request()
         assert bench.snapshot.running
-        with pytest.raises(CommandError, match=r"^ERR Background save already in progress$"):
+        with pytest.raises(SnapshotRunningError):
             bench.snapshot.request()
 
 
 async def test_none_is_made_when_all_ends(autojump_clock: trio.testing.MockClock) -> None:
-    shutting_down = r"^ERR save failed: the server is shutting down$"
+    shutting_down = r"^the server is shutting down$"
     async with serving() as bench:
         bench.append()
         bench.snapshot.request()
         await trio.sleep(1)
     assert bench.snapshot.last_save_error == "the server is shutting down"
-    with pytest.raises(CommandError, match=shutting_down):
+    with pytest.raises(SnapshotError, match=shutting_down):
         bench.snapshot.request()
 
 
