@@ -11,7 +11,7 @@ import attrs
 
 from engram.effects import Effect, Touched
 from engram.engine import Engine
-from engram.errors import ChangeFailureError, CommandError, NothingChangedError
+from engram.errors import ChangeFailureError, CommandError, NothingChangedError, RecordTooLargeError
 from engram.index.vector_index import VectorIndex
 from engram.kinds import KINDS
 from engram.large_string import LargeString, String
@@ -105,6 +105,8 @@ class Database:
         # Why nothing can be changed, or may be shown, any more; and what is called when that has come.
         self.failure: ChangeFailureError | None = None
         self.on_failure: Callable[[], None] = lambda: None
+        # What `commit` raises for a change that is too large for the log.
+        self.too_large: Callable[[RecordTooLargeError], Exception] = lambda error: error
         # Made ahead, for it is most likely when there is no memory.
         self._possible_failure = ChangeFailureError()
         self._watched = self.watches.by_key
@@ -160,13 +162,16 @@ class Database:
         Raises:
             ChangeFailureError: it has failed after that step, or one before it has. `failure` holds the error
                 from then on, and whoever runs the database ends.
-            CommandError: it is too large for the log. Nothing has changed.
+            RecordTooLargeError: or as `too_large` says. Nothing has changed.
             Exception: any other, such as MemoryError. Nothing has changed.
         """
         engine = self.engine
         lsn = engine.lsn + 1
         reserve = self._reserve
-        payload = b"" if reserve is None else reserve(lsn, operation)
+        try:
+            payload = b"" if reserve is None else reserve(lsn, operation)
+        except RecordTooLargeError as error:
+            raise self.too_large(error) from None
         effect, observers = self._effects[type(operation)]
         prepare = effect.prepare
         prepared = None if prepare is None else prepare(engine, lsn, operation)

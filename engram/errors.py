@@ -2,6 +2,11 @@
 
 EngramError
 ├── CommandError            what a client did wrong; its text is the error reply
+├── StorageError            what the log or a snapshot cannot take or do; nothing has changed by it
+│   ├── LogFullError        no space can be allocated for the log
+│   ├── RecordTooLargeError a change does not fit into one record of the log
+│   ├── SnapshotRunningError another snapshot is being made
+│   └── SnapshotError       a snapshot could not be made
 └── OperatorError           what the operator must see
     ├── ConfigError         a setting is unknown or malformed
     ├── DirectoryInUseError another server holds the data directory
@@ -28,6 +33,37 @@ class CommandError(EngramError):
 
     The text is sent as it is: a code word in capitals (ERR, WRONGTYPE, MISCONF...) and a sentence.
     """
+
+
+class StorageError(EngramError):
+    """The log or a snapshot cannot take or do what was asked of it; nothing has changed by it.
+
+    `engram.commands.storage_errors` has the words for clients.
+    """
+
+
+class LogFullError(StorageError):
+    """No space can be allocated for the log: `reason` says why, in the system's words."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class RecordTooLargeError(StorageError):
+    """What is to be recovered together does not fit into one record of the log."""
+
+
+class SnapshotRunningError(StorageError):
+    """Another snapshot is being made."""
+
+
+class SnapshotError(StorageError):
+    """A snapshot could not be made, for this `reason`; the state on disk is as before."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
 
 
 class OperatorError(EngramError):

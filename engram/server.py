@@ -24,6 +24,7 @@ from engram.child_process import module_command
 from engram.commands.client import describe
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Server, Session
+from engram.commands.storage_errors import refusals_in_words
 from engram.config import Config
 from engram.database import RECORD_OVERHEAD, Database
 from engram.descriptors import RESERVED, DescriptorLimits, in_use, raise_limits
@@ -206,7 +207,9 @@ async def _serve(
     async def install(index: VectorIndex, operation: InstallSegment) -> None:
         while True:
             if persistence is not None:
-                await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
+                # VINFO shows it to clients.
+                with refusals_in_words():
+                    await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
             if not server.exclusion.active:
                 break
             await server.exclusion.wait()

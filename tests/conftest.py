@@ -27,7 +27,7 @@ from engram.config import Config
 from engram.connection import Connection
 from engram.database import Database
 from engram.engine import Engine
-from engram.errors import CommandError
+from engram.errors import CommandError, LogFullError
 from engram.files import DiskFiles
 from engram.index.builder import Builder
 from engram.index.search import SearchOptions, SearchResult
@@ -104,8 +104,7 @@ class ManualJournal:
 
     `together` holds the operations of each call that makes them one, `boundaries` the LSNs at which a record
     ends: after a crash the last change is one of them.
-    `refusal` is the text of the error that admission ends with while `room` is False; without one,
-    admission waits.
+    `refusal` is why admission ends with an error while `room` is False; without one, admission waits.
     """
 
     def __init__(self, *, automatic: bool = False) -> None:
@@ -133,7 +132,7 @@ class ManualJournal:
         await trio.lowlevel.checkpoint()
         while not self.room:
             if self.refusal:
-                raise CommandError(self.refusal)
+                raise LogFullError(self.refusal)
             await self._parked.park()
 
     def reserve(self, lsn: int, operation: Operation) -> bytes:

@@ -15,7 +15,7 @@ from engram.commands.session import Barrier, Session
 from engram.commands.table import Reply, log_room
 from engram.config import Config
 from engram.database import RECORD_OVERHEAD
-from engram.errors import CommandError
+from engram.errors import LogFullError
 from engram.index.search import SearchResult
 from engram.operations import AppendString, DeleteKeys, Operation, SetString
 from tests.conftest import (
@@ -593,7 +593,7 @@ async def test_a_reply_released_while_its_client_is_ending(open_house: OpenHouse
 # Admission
 
 
-MISCONF = "MISCONF Errors writing to the log: No space left on device"
+NO_SPACE = "No space left on device"
 
 
 async def test_a_write_without_room_is_refused_and_changes_nothing(open_house: OpenHouse) -> None:
@@ -602,8 +602,8 @@ async def test_a_write_without_room_is_refused_and_changes_nothing(open_house: O
         client = house.connect()
         await client.call("SET k v")
         await client.call("VNEW a 1")
-        journal.room, journal.refusal = False, MISCONF
-        refused = f"-{MISCONF}\r\n".encode()
+        journal.room, journal.refusal = False, NO_SPACE
+        refused = f"-MISCONF Errors writing to the log: {NO_SPACE}\r\n".encode()
         before = journal.records.copy()
         for request in ("SET k w", "DEL k", "INCR n", "EXPIRE k 5", "FLUSHALL", "VNEW b 1", "SET k x GET"):
             assert (request, await client.call(request)) == (request, refused)
@@ -623,7 +623,7 @@ async def test_a_lapsed_key_reads_as_gone_without_room_to_delete_it(open_house: 
         client = house.connect()
         await client.call("SET k v PX 5")
         house.clock.time += 5
-        journal.room, journal.refusal = False, MISCONF
+        journal.room, journal.refusal = False, NO_SPACE
         assert await client.call("GET k") == b"$-1\r\n"
         assert await client.call("KEYS *") == b"*0\r\n"
         assert len(journal.records) == 1
@@ -638,14 +638,14 @@ class ScarceJournal(ManualJournal):
     def __init__(self) -> None:
         super().__init__(automatic=True)
         self.space = 1 << 30
-        self.refusal = "MISCONF no space left"
+        self.refusal = NO_SPACE
 
     def has_room(self, size: int) -> bool:
         return size <= self.space
 
     async def admit(self, size: int) -> None:
         if not self.has_room(size):
-            raise CommandError(self.refusal)
+            raise LogFullError(self.refusal)
 
     def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
         super().append(lsn, operation, payload)

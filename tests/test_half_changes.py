@@ -18,7 +18,7 @@ import pytest
 
 from engram.database import Database
 from engram.engine import Engine
-from engram.errors import ChangeFailureError, CommandError
+from engram.errors import ChangeFailureError, RecordTooLargeError
 from engram.files import DiskFiles
 from engram.index.build_process import BuildJob, build_segment
 from engram.index.builder import live_rows
@@ -326,7 +326,7 @@ def test_an_error_at_any_line_of_a_change(bench: Bench, change: Operation, count
 
 
 @pytest.mark.parametrize("name", ["reserve", "encode", "append", "append_together"])
-@pytest.mark.parametrize("error", [MemoryError(), CommandError("ERR too large"), KeyError("bug")])
+@pytest.mark.parametrize("error", [MemoryError(), RecordTooLargeError(), KeyError("bug")])
 @pytest.mark.parametrize("together", [False, True])
 def test_an_error_of_the_log(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception, together: bool

@@ -9,8 +9,9 @@ from engram.commands import configuration, monitoring, topology, waiting
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
 from engram.commands.information import render
 from engram.commands.session import Session, Slot
+from engram.commands.storage_errors import refusals_in_words, worded
 from engram.commands.table import Command
-from engram.errors import CommandError
+from engram.errors import CommandError, SnapshotRunningError, StorageError
 from engram.operations import Flush
 from engram.protocol import replies
 from engram.protocol.replies import OK
@@ -72,8 +73,8 @@ def save(session: Session, arguments: list[bytes]) -> bytes | Slot:
     async def run() -> None:
         try:
             await storage.snapshot()
-        except CommandError as error:
-            slot.fill(session.server.error(str(error)))
+        except StorageError as error:
+            slot.fill(session.server.error(str(worded(error))))
         else:
             slot.fill(OK)
 
@@ -88,8 +89,9 @@ def _bgsave(session: Session, arguments: list[bytes]) -> bytes:
     if storage is None:
         raise CommandError(NOT_PERSISTENT)
     if storage.status.snapshot_running:
-        raise CommandError("ERR Background save already in progress")
-    storage.request_snapshot()
+        raise worded(SnapshotRunningError())
+    with refusals_in_words():
+        storage.request_snapshot()
     return replies.simple("Background saving started")
 
 
@@ -100,7 +102,8 @@ def _bgrewriteaof(session: Session, arguments: list[bytes]) -> bytes:
         raise CommandError(NOT_PERSISTENT)
     if storage.status.snapshot_running:
         raise CommandError("ERR Background append only file rewriting already in progress")
-    storage.request_snapshot()
+    with refusals_in_words():
+        storage.request_snapshot()
     return replies.simple("Background append only file rewriting started")
 
 

@@ -15,6 +15,7 @@ import trio
 
 from engram.access import Access, User
 from engram.commands.allowance import Allowance, HeldReplies
+from engram.commands.storage_errors import refusals_in_words, worded
 from engram.commands.wording import in_words
 from engram.config import Config
 from engram.database import Database, LogicalDatabase
@@ -268,6 +269,8 @@ class Server:
         return MemoryLimit(self.config, self.database)
 
     def __attrs_post_init__(self) -> None:
+        # Handlers and the connection meet the log through the database and `admit`: they know words only.
+        self.database.too_large = worded
         self.reconsider()
 
     def error(self, text: str) -> bytes:
@@ -298,7 +301,8 @@ class Server:
             await self.pause.wait(writes=True)
             await self.exclusion.wait()
             if journal is not None and not journal.has_room(room):
-                await journal.admit(room)
+                with refusals_in_words():
+                    await journal.admit(room)
             if not (self.pause.holds(writes=True) or self.exclusion.active):
                 break
         await trio.lowlevel.checkpoint_if_cancelled()

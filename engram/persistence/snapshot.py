@@ -2,7 +2,7 @@
 
 The order, each step durable before the next:
 
-    1. the log is rotated (task.py): the closed files end at the snapshot's LSN
+    1. the log is rotated (log.py): the closed files end at the snapshot's LSN
     2. the child reads the current snapshot and the closed files, writes the files of snapshot-<lsn>/ and
        syncs them and the folder, and reads all of it back
     3. its table and the sizes of its files are compared here
@@ -29,17 +29,13 @@ import trio
 
 from engram.child_process import module_environment
 from engram.columns import read_table
-from engram.errors import EngramError, LogFailureError, NewerFormatError
+from engram.errors import LogFailureError, NewerFormatError, SnapshotError
 from engram.files import Files
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import Manifest, write_manifest
 
 # Ten points lower, other clients' PINGs waited several milliseconds for its slices.
 _CHILD_NICENESS = 19
-
-
-class SnapshotError(EngramError):
-    """A snapshot could not be made; the state on disk is as before."""
 
 
 @attrs.frozen

@@ -13,7 +13,7 @@ import trio.testing
 from engram.commands import configuration
 from engram.commands.session import StorageStatus
 from engram.config import SETTINGS, Config, load_config
-from engram.errors import CommandError, ConfigError
+from engram.errors import ConfigError, SnapshotError
 from tests.commands.conftest import Conversation, Converse
 from tests.conftest import House, OpenHouse
 
@@ -174,7 +174,7 @@ class Snapshots:
     async def snapshot(self) -> None:
         await self.finish.wait()
         if self.error:
-            raise CommandError(self.error)
+            raise SnapshotError(self.error)
 
     def request_snapshot(self) -> None:
         self.requested += 1
@@ -195,7 +195,7 @@ async def test_save_answers_when_the_snapshot_is_made(open_house: OpenHouse, com
 @pytest.mark.parametrize("command", ["SAVE", "VSAVE"])
 async def test_a_snapshot_that_fails_is_an_error(open_house: OpenHouse, command: str) -> None:
     storage = Snapshots()
-    storage.error = "ERR save failed: No space left on device"
+    storage.error = "No space left on device"
     storage.finish.set()
     async with open_house(storage=storage) as house:
         client = house.connect()

@@ -239,7 +239,7 @@ async def test_vdelby_waits_for_room_in_the_log(open_house: OpenHouse) -> None:
         await fill(client)
         assert await client.call(delete(".n > 4")) == b":5\r\n"
         journal.room = False
-        journal.refusal = "MISCONF Errors writing to the log: No space left on device"
+        journal.refusal = "No space left on device"
         assert await client.call(delete(".n > 2")) == (
             b"-MISCONF Errors writing to the log: No space left on device\r\n"
         )

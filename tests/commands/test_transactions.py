@@ -232,11 +232,11 @@ async def test_without_room_a_transaction_is_refused_whole(open_house: OpenHouse
     journal = ManualJournal(automatic=True)
     async with open_house(journal=journal) as house:
         client = house.connect()
-        journal.room, journal.refusal = False, "MISCONF no space"
+        journal.room, journal.refusal = False, "no space"
         await client.send("MULTI", "GET a", "EXEC", "MULTI", "SET b 1", "EXEC", "EXEC")
         assert await client.arrived() == (
             OK + QUEUED + b"*1\r\n$-1\r\n" + OK + QUEUED
-            + b"-EXECABORT Transaction discarded because of: MISCONF no space\r\n"
+            + b"-EXECABORT Transaction discarded because of: MISCONF Errors writing to the log: no space\r\n"
             b"-ERR EXEC without MULTI\r\n"
         )  # fmt: skip
 

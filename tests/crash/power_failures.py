@@ -41,7 +41,7 @@ from trio._core import _run as trio_run
 
 from engram.database import Database
 from engram.engine import Engine
-from engram.errors import CommandError
+from engram.errors import SnapshotRunningError
 from engram.exclusion import Exclusion
 from engram.files import DiskFiles
 from engram.index.build_process import BuildJob, build_segment
@@ -70,7 +70,15 @@ from engram.operations import (
     decode,
     encode,
 )
-from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover, task
+from engram.persistence import (
+    Persistence,
+    PersistenceSettings,
+    Recovery,
+    current_snapshot,
+    lock_directory,
+    log,
+    recover,
+)
 from engram.persistence.layout import Layout
 from engram.persistence.log_writer import Commit, LogWriter, PreparedFile, Run
 from engram.persistence.snapshot import SnapshotResult
@@ -308,20 +316,22 @@ class RecordedPersistence(Persistence):
     def __init__(self, files: RecordingFiles, settings: PersistenceSettings, recovery: Recovery) -> None:
         super().__init__(files.directory, files, settings, recovery, lambda last_file: [str(last_file)])
         self._recording = files
+        self._append, self._append_together = self.append, self.append_together
+        self.append, self.append_together = self._record, self._record_together
 
-    def append(self, lsn: int, operation: Operation, payload: bytes) -> None:
+    def _record(self, lsn: int, operation: Operation, payload: bytes) -> None:
         self._recording.mark(Sent(lsn, operation))
         if isinstance(operation, InstallSegment):
             self._recording.segment_records.add(payload)
-        super().append(lsn, operation, payload)
+        self._append(lsn, operation, payload)
         self.on_release(lsn, self._acknowledge)
 
-    def append_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
+    def _record_together(self, first_lsn: int, payloads: Sequence[bytes]) -> None:
         last_lsn = first_lsn + len(payloads) - 1
         for lsn, payload in enumerate(payloads, first_lsn):
             self._recording.mark(Sent(lsn, decode(payload), inside=lsn < last_lsn))
         self._recording.transactions.add(b"".join(payloads))
-        super().append_together(first_lsn, payloads)
+        self._append_together(first_lsn, payloads)
         self.on_release(last_lsn, self._acknowledge)
 
     def _acknowledge(self) -> None:
@@ -390,7 +400,7 @@ class Client:
             lsn = self._database.lsn
             chance = self._random.random()
             if chance < 0.06:
-                with suppress(CommandError):
+                with suppress(SnapshotRunningError):
                     self._persistence.request_snapshot()
             elif chance < 0.08:
                 self._persistence.settings.appendfsync = self._random.choice(["everysec", "no"])
@@ -514,7 +524,7 @@ async def serve(files: RecordingFiles, requests: int, random: Random) -> None:
 
     builder = RecordedBuilder(store, install, files, random)
     database.observe_indices(builder.consider)
-    with mock.patch.object(task, "run_child", run_child):
+    with mock.patch.object(current_snapshot, "run_child", run_child):
         async with trio.open_nursery() as storage_nursery:
             await storage_nursery.start(persistence.run)
             async with trio.open_nursery() as work_nursery:
@@ -562,7 +572,7 @@ def repeatable(random: Random) -> Iterator[None]:
     with (
         mock.patch.object(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         mock.patch.object(trio.to_thread, "run_sync", call_at_once),
-        mock.patch.object(task, "LogThread", LogInTurn),
+        mock.patch.object(log, "LogThread", LogInTurn),
         mock.patch.object(secrets, "token_hex", lambda size: random.randbytes(size).hex()),
         mock.patch.object(secrets, "randbits", random.getrandbits),
     ):

@@ -22,8 +22,8 @@ def server_with_error(folder: Path, module: str, function: str, word: str) -> Se
     ("module", "function", "word"),
     [
         ("engram.keyspace", "Keyspace.set", "after-trip"),
-        ("engram.persistence.task", "Persistence.append", "before-trip"),
-        ("engram.persistence.task", "Persistence.append", "after-trip"),
+        ("engram.persistence.queue", "RunQueue.append", "before-trip"),
+        ("engram.persistence.queue", "RunQueue.append", "after-trip"),
     ],
 )
 def test_an_error_after_the_first_step_of_a_change_ends_the_server(
@@ -51,7 +51,7 @@ def test_an_error_after_the_first_step_of_a_change_ends_the_server(
 @pytest.mark.parametrize(
     ("module", "function"),
     [
-        ("engram.persistence.task", "encode"),
+        ("engram.persistence.queue", "encode"),
         ("engram.database", "Database.commit"),
         ("engram.database", "Database.string"),
     ],

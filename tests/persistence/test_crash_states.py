@@ -17,8 +17,8 @@ import pytest
 from engram.errors import DamagedDataError
 from engram.index.segment import GRAPH
 from engram.operations import decode
-from engram.persistence import Persistence
 from engram.persistence.layout import Layout
+from engram.persistence.queue import RunQueue
 from tests.crash.power_failures import (
     FailedStateError,
     Tally,
@@ -192,13 +192,13 @@ def test_removing_files_too_early_is_found_out() -> None:
 
 
 def test_a_transaction_in_several_records_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def append_together(persistence: Persistence, first_lsn: int, payloads: Sequence[bytes]) -> None:
+    def append_together(queue: RunQueue, first_lsn: int, payloads: Sequence[bytes]) -> None:
         for lsn, payload in enumerate(payloads, first_lsn):
             operation = decode(payload)
-            Persistence.append(persistence, lsn, operation, persistence.reserve(lsn, operation))
-            persistence._plan_run()
+            queue.append(lsn, operation, queue.reserve(lsn, operation))
+            queue._plan_run()
 
-    monkeypatch.setattr(Persistence, "append_together", append_together)
+    monkeypatch.setattr(RunQueue, "append_together", append_together)
     assert "inside a transaction" in found_out(RecordingFiles)
 
 

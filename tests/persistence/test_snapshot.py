@@ -12,13 +12,12 @@ import trio
 from crc32c import crc32c
 
 from engram.columns import TABLE, write_columns
-from engram.errors import DamagedDataError
+from engram.errors import DamagedDataError, SnapshotError
 from engram.files import DiskFiles
 from engram.format_level import LEVEL
 from engram.persistence.layout import Layout
 from engram.persistence.manifest import read_manifest
 from engram.persistence.snapshot import (
-    SnapshotError,
     SnapshotResult,
     decode_result,
     install_snapshot,

@@ -19,12 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram.columns import unpack_bytes
-from engram.errors import CommandError, LogFailureError
+from engram.errors import (
+    LogFailureError,
+    LogFullError,
+    RecordTooLargeError,
+    SnapshotError,
+    SnapshotRunningError,
+)
 from engram.operations import InstallSegment, Operation, SetString, decode, encode
-from engram.persistence import task
+from engram.persistence import queue
 from engram.persistence.layout import Layout
+from engram.persistence.log import Persistence
 from engram.persistence.manifest import read_manifest
-from engram.persistence.task import AppendFsync, Persistence, PersistenceSettings
+from engram.persistence.settings import AppendFsync, PersistenceSettings
 from tests.persistence.conftest import HookedFiles, LogMaker, numbered, operation, read_back
 
 # Stands in for the server's snapshot process: a folder of columns that holds the operations themselves.
@@ -404,11 +411,11 @@ async def fill(running: Running, size: int) -> None:
     while not reason:
         try:
             await running.persistence.admit(size)
-        except CommandError as error:
-            reason = str(error)
+        except LogFullError as error:
+            reason = error.reason
         else:
             running.append(size=size)
-    assert reason == "MISCONF Errors writing to the log: No space left on device"
+    assert reason == "No space left on device"
 
 
 async def test_the_queue_has_a_budget(directory: Path, files: HookedFiles) -> None:
@@ -523,9 +530,7 @@ async def test_without_space_writes_are_refused_until_there_is(
         persistence = running.persistence
         for _ in range(2):
             assert not persistence.has_room(10)
-            with pytest.raises(
-                CommandError, match=exactly("MISCONF Errors writing to the log: No space left on device")
-            ):
+            with pytest.raises(LogFullError, match=exactly("No space left on device")):
                 await persistence.admit(10)
         assert persistence.status.allocation_error == "No space left on device"
         files.hook = lambda *_: None
@@ -559,7 +564,7 @@ async def test_no_space_for_a_large_operation_does_not_stop_small_ones(
         running.append()
         await running.durable(1)
         files.hook = full
-        with pytest.raises(CommandError, match="MISCONF"):
+        with pytest.raises(LogFullError):
             await running.persistence.admit(1 << 20)
         assert running.persistence.has_room(100)
         await running.persistence.admit(100)
@@ -684,9 +689,9 @@ async def test_one_snapshot_at_a_time(directory: Path, files: HookedFiles) -> No
             nursery.start_soon(running.persistence.snapshot)
             await trio.testing.wait_all_tasks_blocked()
             assert running.persistence.status.snapshot_running
-            with pytest.raises(CommandError, match=exactly("ERR Background save already in progress")):
+            with pytest.raises(SnapshotRunningError):
                 await running.persistence.snapshot()
-            with pytest.raises(CommandError, match=exactly("ERR Background save already in progress")):
+            with pytest.raises(SnapshotRunningError):
                 running.persistence.request_snapshot()
         assert not running.persistence.status.snapshot_running
         assert running.persistence.status.last_save_ok
@@ -708,7 +713,7 @@ async def test_a_failing_snapshot_leaves_all_as_it_was(directory: Path, files: H
     commands = [[sys.executable, "-c", program], []]
     async with started(directory, files, command=lambda last: commands[0]) as running:
         running.append(3)
-        with pytest.raises(CommandError, match=exactly("ERR save failed: out of wit")):
+        with pytest.raises(SnapshotError, match=exactly("out of wit")):
             await running.persistence.snapshot()
         status = running.persistence.status
         assert (status.last_save_ok, status.last_save_error) == (False, "out of wit")
@@ -730,7 +735,7 @@ async def test_a_manifest_that_cannot_be_written_leaves_the_old_state(
         running.append(3)
         await running.durable(3)
         files.hook = failing("write_file", errno.ENOSPC)
-        with pytest.raises(CommandError, match=exactly("ERR save failed: No space left on device")):
+        with pytest.raises(SnapshotError, match=exactly("No space left on device")):
             await running.persistence.snapshot()
         assert layout.snapshots() == []
         running.append()
@@ -824,7 +829,7 @@ async def test_a_grown_log_makes_a_snapshot_by_itself(directory: Path, files: Ho
         running.append(size=1200)
         await running.durable(2)
         assert running.persistence.status.snapshot_running
-        with pytest.raises(CommandError, match="in progress"):
+        with pytest.raises(SnapshotRunningError):
             running.persistence.request_snapshot()
         while running.persistence.status.snapshot_running:
             await trio.lowlevel.checkpoint()
@@ -901,7 +906,7 @@ async def test_a_snapshot_needs_space_for_the_next_file(directory: Path, files: 
         await running.durable(1)
         files.hook = failing("create", errno.ENOSPC)
         await fill(running, 5000)
-        with pytest.raises(CommandError, match=exactly("ERR save failed: No space left on device")):
+        with pytest.raises(SnapshotError, match=exactly("No space left on device")):
             await running.persistence.snapshot()
         await running.durable(running.persistence.appended_lsn)
 
@@ -913,8 +918,8 @@ async def test_closing_ends_a_running_snapshot(directory: Path, files: HookedFil
     async def save(persistence: Persistence) -> None:
         try:
             await persistence.snapshot()
-        except CommandError as error:
-            failures.append(str(error))
+        except SnapshotError as error:
+            failures.append(error.reason)
 
     async with (
         trio.open_nursery() as nursery,
@@ -924,7 +929,7 @@ async def test_closing_ends_a_running_snapshot(directory: Path, files: HookedFil
         nursery.start_soon(save, running.persistence)
         await running.durable(3)
         await trio.testing.wait_all_tasks_blocked()
-    assert failures == ["ERR save failed: the server is shutting down"]
+    assert failures == ["the server is shutting down"]
     assert read_back(directory).operations == numbered(1, 3)
 
 
@@ -976,13 +981,12 @@ def whole_log(directory: Path) -> bytes:
 async def test_what_is_recovered_together_fits_into_a_record(
     directory: Path, files: HookedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "LARGEST_TOGETHER", 1000)
+    monkeypatch.setattr(queue, "LARGEST_TOGETHER", 1000)
     async with started(directory, files) as running:
         persistence = running.persistence
-        refused = "^ERR what would be changed at once does not fit into one record"
-        with pytest.raises(CommandError, match=refused):
+        with pytest.raises(RecordTooLargeError):
             persistence.reserve(1, SetString(b"k", bytes(1000)))
-        with pytest.raises(CommandError, match=refused):
+        with pytest.raises(RecordTooLargeError):
             persistence.encode(SetString(b"k", bytes(500)), 500)
         # Nothing came of it; and what is gathered goes into as many records as it takes.
         running.append(5, size=900)
