@@ -3,9 +3,10 @@
     python -m benchmarks.versions --other ../old
 
 Each checkout's engram runs from its own environment (`.venv/bin/engram`), one in memory and one that syncs
-each write. All stay up, on one core, while the load takes turns on another. The table has the median of the
-ratios, new to old, and its 95 % confidence interval by order statistics. The exit code is 1 unless all these
-intervals lie above the goal.
+each write, and for searches a third that has opened a copy of the old one's data directory: graphs are built
+by chance, and two of them differ by more than two versions. All stay up, on one core, while the load takes
+turns on another. The table has the median of the ratios, new to old, and its 95 % confidence interval by
+order statistics. The exit code is 1 unless all these intervals lie above the goal.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import argparse
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -62,11 +64,12 @@ _DIMENSION = 384
 
 @attrs.frozen
 class Version:
-    """The servers of one checkout: `memory` keeps nothing, `disk` syncs each write."""
+    """The servers of one checkout: `memory` keeps nothing, `disk` syncs each write, `graphs` is searched."""
 
     name: str
     memory: Peer
     disk: Peer
+    graphs: Peer | None = None
 
 
 @attrs.frozen
@@ -117,8 +120,9 @@ class Loads:
         return Turn(rate(measured), (peer.cpu_seconds() - before) / sum(one.replies for one in measured))
 
     def search(self, clients: int, version: Version) -> Turn:
-        work = partial(exchange, version.memory.port, self.requests, clients, self.seconds)
-        return self.together(version.memory, [work])
+        peer = version.graphs
+        assert peer is not None
+        return self.together(peer, [partial(exchange, peer.port, self.requests, clients, self.seconds)])
 
     def add(self, durable: bool, version: Version) -> Turn:
         peer = version.disk if durable else version.memory
@@ -235,17 +239,47 @@ def median_interval(values: Sequence[float]) -> Interval:
 def running_version(
     name: str, checkout: Path, folder: Path, arguments: argparse.Namespace
 ) -> Iterator[Version]:
+    with ExitStack() as stack:
+        memory, disk = (
+            stack.enter_context(running_engram(name, checkout, folder, flags, arguments))
+            # No snapshot comes between.
+            for flags in ("", f"--dir {folder / name} --appendfsync always --snapshot-log-size 1024gb")
+        )
+        yield Version(name, memory, disk)
+
+
+def running_engram(
+    name: str, checkout: Path, folder: Path, flags: str, arguments: argparse.Namespace
+) -> AbstractContextManager[Peer]:
     # In another folder than this one, from which an old version's children would import the new one.
     program = f"env -C {shlex.quote(str(folder))} {shlex.quote(str(checkout.resolve() / '.venv/bin/engram'))}"
-    data = shlex.quote(str(folder / name))
-    with ExitStack() as stack:
-        peers = []
-        # No snapshot comes between.
-        for flags in ("", f"--dir {data} --appendfsync always --snapshot-log-size 1024gb"):
-            port = free_port()
-            command = f"{program} --port {port} {flags} {arguments.engram_flags}"
-            peers.append(stack.enter_context(running(name, command, port, arguments.server_cores)))
-        yield Version(name, *peers)
+    port = free_port()
+    command = f"{program} --port {port} {flags} {arguments.engram_flags}"
+    return running(name, command, port, arguments.server_cores)
+
+
+def with_graphs(
+    versions: Sequence[tuple[Version, Path]],
+    folder: Path,
+    rows: RowFile,
+    arguments: argparse.Namespace,
+    stack: ExitStack,
+) -> list[Version]:
+    """The versions, each with a server that has the graphs which the first of them has built."""
+    built = folder / "built"
+    (first, checkout), *_ = versions
+    with running_engram(first.name, checkout, folder, f"--dir {built}", arguments) as peer:
+        add_rows(peer, Loading(Engram(rows.dimension), rows), arguments.load_cores)
+        wait_for_graphs(peer, optimize=True)
+        with closing(Client(peer.port)) as client:
+            client.call(b"VSAVE")
+    found = []
+    for version, checkout in versions:
+        copy = folder / f"{version.name}-graphs"
+        shutil.copytree(built, copy)
+        graphs = running_engram(version.name, checkout, folder, f"--dir {copy}", arguments)
+        found.append(attrs.evolve(version, graphs=stack.enter_context(graphs)))
+    return found
 
 
 def make_rows(arguments: argparse.Namespace, folder: Path) -> tuple[RowFile, np.ndarray]:
@@ -312,17 +346,15 @@ def main() -> int:
         requests = search_requests(Engram(rows.dimension), queries, K)
         loads = Loads(arguments.load_cores, arguments.seconds, rows, requests)
         try:
+            checkouts = (arguments.other, arguments.this)
             old, new = (
                 stack.enter_context(running_version(name, checkout, folder, arguments))
-                for name, checkout in (("old", arguments.other), ("new", arguments.this))
+                for name, checkout in zip(("old", "new"), checkouts, strict=True)
             )
             measures = make_measures(loads, old, arguments.only)
             if any(name.startswith("VSEARCH") for name in measures):
-                for version in (old, new):
-                    add_rows(version.memory, Loading(Engram(rows.dimension), rows), arguments.load_cores)
-                for version in (old, new):
-                    # Into how many graphs rows come to lie differs from start to start.
-                    wait_for_graphs(version.memory, optimize=True)
+                pairs = list(zip((old, new), checkouts, strict=True))
+                old, new = with_graphs(pairs, folder, rows, arguments, stack)
             ratios = take_turns(measures, old, new, arguments.pairs)
         except (LoadError, ServerError, OSError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
