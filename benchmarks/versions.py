@@ -3,10 +3,11 @@
     python -m benchmarks.versions --other ../old
 
 Each checkout's engram runs from its own environment (`.venv/bin/engram`), one in memory and one that syncs
-each write, and for searches a third that has opened a copy of the old one's data directory: graphs are built
-by chance, and two of them differ by more than two versions. All stay up, on one core, while the load takes
-turns on another. The table has the median of the ratios, new to old, and its 95 % confidence interval by
-order statistics. The exit code is 1 unless all these intervals lie above the goal.
+each write. They stay up, on one core, while the load takes turns on another. Searches differ by more from
+start to start than from version to version: graphs are built by chance, and the system places them in memory
+by chance. So both versions open copies of a directory that the old one has made, and start anew for each pair.
+The table has the median of the ratios, new to old, and its 95 % confidence interval by order statistics. The
+exit code is 1 unless all these intervals lie above the goal.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -184,17 +185,22 @@ def make_measures(loads: Loads, version: Version, parts: Sequence[str]) -> dict[
     return measures | {name: measure for name, measure in others.items() if named(name)}
 
 
-def take_turns(measures: dict[str, Measure], old: Version, new: Version, pairs: int) -> dict[str, Ratios]:
+def take_turns(
+    measures: dict[str, Measure],
+    versions: Callable[[int], AbstractContextManager[Sequence[Version]]],
+    pairs: int,
+) -> dict[str, Ratios]:
     """Each pair has a turn of both for each measure; who goes first alternates. A pair that does not count is
-    first."""
+    first. `versions` gives old and new for the pair of a number."""
     ratios = {name: Ratios([], []) for name in measures}
-    for pair in range(-1, pairs):
-        for name, measure in measures.items():
-            first, second = (old, new) if pair % 2 == 0 else (new, old)
-            turns = {first.name: measure(first), second.name: measure(second)}
-            if pair >= 0:
-                ratios[name].rates.append(turns[new.name].rate / turns[old.name].rate)
-                ratios[name].cpus.append(turns[new.name].cpu / turns[old.name].cpu)
+    for pair in range(-1, pairs) if measures else ():
+        with versions(pair) as (old, new):
+            for name, measure in measures.items():
+                first, second = (old, new) if pair % 2 == 0 else (new, old)
+                turns = {first.name: measure(first), second.name: measure(second)}
+                if pair >= 0:
+                    ratios[name].rates.append(turns[new.name].rate / turns[old.name].rate)
+                    ratios[name].cpus.append(turns[new.name].cpu / turns[old.name].cpu)
         print(f"pair {pair + 1} of {pairs}", file=sys.stderr, flush=True)
     return ratios
 
@@ -258,28 +264,37 @@ def running_engram(
     return running(name, command, port, arguments.server_cores)
 
 
-def with_graphs(
-    versions: Sequence[tuple[Version, Path]],
-    folder: Path,
-    rows: RowFile,
-    arguments: argparse.Namespace,
-    stack: ExitStack,
-) -> list[Version]:
-    """The versions, each with a server that has the graphs which the first of them has built."""
+def build_graphs(checkout: Path, folder: Path, rows: RowFile, arguments: argparse.Namespace) -> Path:
+    """A data directory with all rows in one graph."""
     built = folder / "built"
-    (first, checkout), *_ = versions
-    with running_engram(first.name, checkout, folder, f"--dir {built}", arguments) as peer:
+    with running_engram("old", checkout, folder, f"--dir {built}", arguments) as peer:
         add_rows(peer, Loading(Engram(rows.dimension), rows), arguments.load_cores)
         wait_for_graphs(peer, optimize=True)
         with closing(Client(peer.port)) as client:
             client.call(b"VSAVE")
+    return built
+
+
+@contextmanager
+def with_graphs(
+    versions: Sequence[Version], checkouts: Sequence[Path], built: Path, arguments: argparse.Namespace
+) -> Iterator[list[Version]]:
+    """The versions, each with a server that has just opened a copy of a directory with graphs."""
     found = []
-    for version, checkout in versions:
-        copy = folder / f"{version.name}-graphs"
-        shutil.copytree(built, copy)
-        graphs = running_engram(version.name, checkout, folder, f"--dir {copy}", arguments)
-        found.append(attrs.evolve(version, graphs=stack.enter_context(graphs)))
-    return found
+    with tempfile.TemporaryDirectory(dir=built.parent) as name, ExitStack() as stack:
+        for version, checkout in zip(versions, checkouts, strict=True):
+            copy = Path(name) / version.name
+            shutil.copytree(built, copy)
+            graphs = running_engram(version.name, checkout, Path(name), f"--dir {copy}", arguments)
+            found.append(attrs.evolve(version, graphs=stack.enter_context(graphs)))
+        yield found
+
+
+@contextmanager
+def ordered(versions: AbstractContextManager[Sequence[Version]]) -> Iterator[Sequence[Version]]:
+    """The old one first."""
+    with versions as found:
+        yield sorted(found, key=lambda version: version.name, reverse=True)
 
 
 def make_rows(arguments: argparse.Namespace, folder: Path) -> tuple[RowFile, np.ndarray]:
@@ -352,10 +367,17 @@ def main() -> int:
                 for name, checkout in zip(("old", "new"), checkouts, strict=True)
             )
             measures = make_measures(loads, old, arguments.only)
-            if any(name.startswith("VSEARCH") for name in measures):
-                pairs = list(zip((old, new), checkouts, strict=True))
-                old, new = with_graphs(pairs, folder, rows, arguments, stack)
-            ratios = take_turns(measures, old, new, arguments.pairs)
+            searches = {name: measures.pop(name) for name in list(measures) if name.startswith("VSEARCH")}
+            ratios = take_turns(measures, lambda pair: nullcontext((old, new)), arguments.pairs)
+            if searches:
+                built = build_graphs(arguments.other, folder, rows, arguments)
+
+                def started(pair: int) -> AbstractContextManager[Sequence[Version]]:
+                    # Nor is it always the same one that starts first.
+                    turn = 1 if pair % 4 < 2 else -1
+                    return ordered(with_graphs((old, new)[::turn], checkouts[::turn], built, arguments))
+
+                ratios |= take_turns(searches, started, arguments.pairs)
         except (LoadError, ServerError, OSError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
             return 2
