@@ -5,9 +5,9 @@
 Each checkout's engram runs from its own environment (`.venv/bin/engram`), one in memory and one that syncs
 each write. They stay up, on one core, while the load takes turns on another. Searches differ by more from
 start to start than from version to version: graphs are built by chance, and the system places them in memory
-by chance. So both versions open copies of a directory that the old one has made, and start anew for each pair.
-The table has the median of the ratios, new to old, and its 95 % confidence interval by order statistics. The
-exit code is 1 unless all these intervals lie above the goal.
+by chance. So both versions open copies of a directory that the old one has made, and start anew for each
+pair. The table has the median of the ratios, new to old, and its 95 % confidence interval by order
+statistics. The exit code is 1 unless all these intervals lie above the goal.
 """
 
 from __future__ import annotations

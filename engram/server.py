@@ -381,8 +381,8 @@ async def _report_progress(progress: Progress) -> None:
 def _tune_collector() -> None:
     # What was recovered lives for long: it need not be looked at again and again.
     gc.freeze()
-    # Clients that come and go are garbage in cycles. A collection of 50,000 such objects held all others up for
-    # 36 ms, one of 5,000 takes 3.
+    # Clients that come and go are garbage in cycles. A collection of 50,000 such objects held all others up
+    # for 36 ms, one of 5,000 takes 3.
     gc.set_threshold(5_000, 20, 100)
 
 
