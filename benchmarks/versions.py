@@ -3,9 +3,11 @@
     python -m benchmarks.versions --other ../old
 
 Each checkout's engram runs from its own environment (`.venv/bin/engram`), one in memory and one that syncs
-each write. All stay up, on one core, while the load takes turns on another. The table has the median of the
-ratios, new to old, and its 95 % confidence interval by order statistics. The exit code is 1 unless all these
-intervals lie above the goal.
+each write. They stay up, on one core, while the load takes turns on another. Searches differ by more from
+start to start than from version to version: graphs are built by chance, and the system places them in memory
+by chance. So both versions open copies of a directory that the old one has made, and start anew for each
+pair. The table has the median of the ratios, new to old, and its 95 % confidence interval by order
+statistics. The exit code is 1 unless all these intervals lie above the goal.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import argparse
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -62,11 +65,12 @@ _DIMENSION = 384
 
 @attrs.frozen
 class Version:
-    """The servers of one checkout: `memory` keeps nothing, `disk` syncs each write."""
+    """The servers of one checkout: `memory` keeps nothing, `disk` syncs each write, `graphs` is searched."""
 
     name: str
     memory: Peer
     disk: Peer
+    graphs: Peer | None = None
 
 
 @attrs.frozen
@@ -117,8 +121,9 @@ class Loads:
         return Turn(rate(measured), (peer.cpu_seconds() - before) / sum(one.replies for one in measured))
 
     def search(self, clients: int, version: Version) -> Turn:
-        work = partial(exchange, version.memory.port, self.requests, clients, self.seconds)
-        return self.together(version.memory, [work])
+        peer = version.graphs
+        assert peer is not None
+        return self.together(peer, [partial(exchange, peer.port, self.requests, clients, self.seconds)])
 
     def add(self, durable: bool, version: Version) -> Turn:
         peer = version.disk if durable else version.memory
@@ -180,17 +185,22 @@ def make_measures(loads: Loads, version: Version, parts: Sequence[str]) -> dict[
     return measures | {name: measure for name, measure in others.items() if named(name)}
 
 
-def take_turns(measures: dict[str, Measure], old: Version, new: Version, pairs: int) -> dict[str, Ratios]:
+def take_turns(
+    measures: dict[str, Measure],
+    versions: Callable[[int], AbstractContextManager[Sequence[Version]]],
+    pairs: int,
+) -> dict[str, Ratios]:
     """Each pair has a turn of both for each measure; who goes first alternates. A pair that does not count is
-    first."""
+    first. `versions` gives old and new for the pair of a number."""
     ratios = {name: Ratios([], []) for name in measures}
-    for pair in range(-1, pairs):
-        for name, measure in measures.items():
-            first, second = (old, new) if pair % 2 == 0 else (new, old)
-            turns = {first.name: measure(first), second.name: measure(second)}
-            if pair >= 0:
-                ratios[name].rates.append(turns[new.name].rate / turns[old.name].rate)
-                ratios[name].cpus.append(turns[new.name].cpu / turns[old.name].cpu)
+    for pair in range(-1, pairs) if measures else ():
+        with versions(pair) as (old, new):
+            for name, measure in measures.items():
+                first, second = (old, new) if pair % 2 == 0 else (new, old)
+                turns = {first.name: measure(first), second.name: measure(second)}
+                if pair >= 0:
+                    ratios[name].rates.append(turns[new.name].rate / turns[old.name].rate)
+                    ratios[name].cpus.append(turns[new.name].cpu / turns[old.name].cpu)
         print(f"pair {pair + 1} of {pairs}", file=sys.stderr, flush=True)
     return ratios
 
@@ -235,17 +245,56 @@ def median_interval(values: Sequence[float]) -> Interval:
 def running_version(
     name: str, checkout: Path, folder: Path, arguments: argparse.Namespace
 ) -> Iterator[Version]:
+    with ExitStack() as stack:
+        memory, disk = (
+            stack.enter_context(running_engram(name, checkout, folder, flags, arguments))
+            # No snapshot comes between.
+            for flags in ("", f"--dir {folder / name} --appendfsync always --snapshot-log-size 1024gb")
+        )
+        yield Version(name, memory, disk)
+
+
+def running_engram(
+    name: str, checkout: Path, folder: Path, flags: str, arguments: argparse.Namespace
+) -> AbstractContextManager[Peer]:
     # In another folder than this one, from which an old version's children would import the new one.
     program = f"env -C {shlex.quote(str(folder))} {shlex.quote(str(checkout.resolve() / '.venv/bin/engram'))}"
-    data = shlex.quote(str(folder / name))
-    with ExitStack() as stack:
-        peers = []
-        # No snapshot comes between.
-        for flags in ("", f"--dir {data} --appendfsync always --snapshot-log-size 1024gb"):
-            port = free_port()
-            command = f"{program} --port {port} {flags} {arguments.engram_flags}"
-            peers.append(stack.enter_context(running(name, command, port, arguments.server_cores)))
-        yield Version(name, *peers)
+    port = free_port()
+    command = f"{program} --port {port} {flags} {arguments.engram_flags}"
+    return running(name, command, port, arguments.server_cores)
+
+
+def build_graphs(checkout: Path, folder: Path, rows: RowFile, arguments: argparse.Namespace) -> Path:
+    """A data directory with all rows in one graph."""
+    built = folder / "built"
+    with running_engram("old", checkout, folder, f"--dir {built}", arguments) as peer:
+        add_rows(peer, Loading(Engram(rows.dimension), rows), arguments.load_cores)
+        wait_for_graphs(peer, optimize=True)
+        with closing(Client(peer.port)) as client:
+            client.call(b"VSAVE")
+    return built
+
+
+@contextmanager
+def with_graphs(
+    versions: Sequence[Version], checkouts: Sequence[Path], built: Path, arguments: argparse.Namespace
+) -> Iterator[list[Version]]:
+    """The versions, each with a server that has just opened a copy of a directory with graphs."""
+    found = []
+    with tempfile.TemporaryDirectory(dir=built.parent) as name, ExitStack() as stack:
+        for version, checkout in zip(versions, checkouts, strict=True):
+            copy = Path(name) / version.name
+            shutil.copytree(built, copy)
+            graphs = running_engram(version.name, checkout, Path(name), f"--dir {copy}", arguments)
+            found.append(attrs.evolve(version, graphs=stack.enter_context(graphs)))
+        yield found
+
+
+@contextmanager
+def ordered(versions: AbstractContextManager[Sequence[Version]]) -> Iterator[Sequence[Version]]:
+    """The old one first."""
+    with versions as found:
+        yield sorted(found, key=lambda version: version.name, reverse=True)
 
 
 def make_rows(arguments: argparse.Namespace, folder: Path) -> tuple[RowFile, np.ndarray]:
@@ -312,18 +361,23 @@ def main() -> int:
         requests = search_requests(Engram(rows.dimension), queries, K)
         loads = Loads(arguments.load_cores, arguments.seconds, rows, requests)
         try:
+            checkouts = (arguments.other, arguments.this)
             old, new = (
                 stack.enter_context(running_version(name, checkout, folder, arguments))
-                for name, checkout in (("old", arguments.other), ("new", arguments.this))
+                for name, checkout in zip(("old", "new"), checkouts, strict=True)
             )
             measures = make_measures(loads, old, arguments.only)
-            if any(name.startswith("VSEARCH") for name in measures):
-                for version in (old, new):
-                    add_rows(version.memory, Loading(Engram(rows.dimension), rows), arguments.load_cores)
-                for version in (old, new):
-                    # Into how many graphs rows come to lie differs from start to start.
-                    wait_for_graphs(version.memory, optimize=True)
-            ratios = take_turns(measures, old, new, arguments.pairs)
+            searches = {name: measures.pop(name) for name in list(measures) if name.startswith("VSEARCH")}
+            ratios = take_turns(measures, lambda pair: nullcontext((old, new)), arguments.pairs)
+            if searches:
+                built = build_graphs(arguments.other, folder, rows, arguments)
+
+                def started(pair: int) -> AbstractContextManager[Sequence[Version]]:
+                    # Nor is it always the same one that starts first.
+                    turn = 1 if pair % 4 < 2 else -1
+                    return ordered(with_graphs((old, new)[::turn], checkouts[::turn], built, arguments))
+
+                ratios |= take_turns(searches, started, arguments.pairs)
         except (LoadError, ServerError, OSError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
             return 2

@@ -25,6 +25,7 @@ DEADLINE_SECONDS = 60.0
 
 _POLL_SECONDS = 0.01
 # Where the modules of tests are found, whatever folder this one was started in.
+_PROGRESS = re.compile(r'message="[^"]*: \d+ of \d+ MiB"$')
 _ROOT = str(Path(__file__).parents[2])
 
 
@@ -56,6 +57,11 @@ class ServerProcess:
         # Not read(): the server writes at the offset that this descriptor shares with its own.
         descriptor = self._error_file.fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
+
+    @property
+    def complaints(self) -> str:
+        """What the server has written to standard error, but for how far a slow machine had it at its start."""
+        return "".join(line for line in self.errors.splitlines(keepends=True) if not _PROGRESS.search(line))
 
     def wait_until_listening(self) -> None:
         """Raises StartError when the server ends instead."""

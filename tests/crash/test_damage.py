@@ -101,7 +101,7 @@ def test_a_torn_tail_is_cut_reported_and_kept(make_tail: Tail, tmp_path: Path) -
             assert client.set("later", VALUE)
 
     with running_server("--dir", str(directory)) as server, server.client() as client:
-        assert server.errors == ""
+        assert server.complaints == ""
         assert "recovered 4 keys" in server.greeting
         assert client.get("later") == VALUE
 
@@ -177,7 +177,7 @@ def first(directory: Path, pattern: str) -> Path:
 def test_an_undamaged_copy_starts(directory: Path) -> None:
     with running_server("--dir", str(directory), *SETTINGS) as server:
         assert f"recovered 3 keys and {ROWS} vectors" in server.greeting
-        assert server.errors == ""
+        assert server.complaints == ""
 
 
 @pytest.mark.parametrize("pattern", DURABLE)

@@ -295,7 +295,7 @@ def test_a_failing_snapshot_is_reported_and_changes_nothing(faults: Faults, tmp_
             assert client.execute_command("VSAVE") == b"OK"
             assert client.info("persistence")["rdb_last_bgsave_status"] == "ok"
             assert (directory / "MANIFEST").read_bytes() != manifest
-        assert server.errors == ""
+        assert server.complaints == ""
         server.kill()
     finally:
         server.close()
@@ -347,7 +347,7 @@ def test_files_that_cannot_be_removed_do_not_matter(faults: Faults, tmp_path: Pa
             assert not (directory / "wal-0000000002.log").exists()
         with faults.injected(server, "/^unlink:error=EIO"):
             assert server.terminate() == 0
-        assert server.errors == ""
+        assert server.complaints == ""
         assert list(directory.glob("prepared-*.log"))
     finally:
         server.close()

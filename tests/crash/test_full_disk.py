@@ -234,7 +234,7 @@ def test_a_snapshot_without_space_fails_alone(disk: Path, ballast: Ballast) -> N
             info = client.info("persistence")
             assert info["rdb_last_bgsave_status"] == "ok"
             assert info["last_save_error"] == ""
-        assert server.errors == ""
+        assert server.complaints == ""
         server.kill()
     finally:
         server.close()

@@ -445,4 +445,4 @@ def test_a_browser_is_not_answered(request_: bytes, server: ServerProcess) -> No
             browser.sendall(request_)
             assert b"OK" not in receive_all(browser)
         assert client.get("k") is None
-        assert "attack" in server.errors.lower()
+        wait_until(lambda: "attack" in server.errors.lower(), "the line of the log")
