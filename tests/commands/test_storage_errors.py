@@ -28,7 +28,7 @@ WORDS: list[tuple[StorageError, str]] = [
 @pytest.mark.parametrize(("error", "words"), WORDS)
 def test_each_error_has_words(error: StorageError, words: str) -> None:
     assert str(worded(error)) == words
-    with pytest.raises(CommandError) as raised, in_words():
+    with pytest.raises(CommandError) as raised, refusals_in_words():
         raise error
     assert str(raised.value) == words
 
@@ -38,9 +38,9 @@ def test_each_kind_is_worded() -> None:
 
 
 def test_other_errors_pass() -> None:
-    with pytest.raises(CommandError, match=r"^ERR other$"), in_words():
+    with pytest.raises(CommandError, match=r"^ERR other$"), refusals_in_words():
         raise CommandError("ERR other")
-    with pytest.raises(KeyError), in_words():
+    with pytest.raises(KeyError), refusals_in_words():
         raise KeyError
 
 
