@@ -60,7 +60,7 @@ class ServerProcess:
 
     @property
     def complaints(self) -> str:
-        """What the server has written to standard error, but for how far a slow machine had it at its start."""
+        """What the server has written to standard error, without how far its start was on a slow machine."""
         return "".join(line for line in self.errors.splitlines(keepends=True) if not _PROGRESS.search(line))
 
     def wait_until_listening(self) -> None:
