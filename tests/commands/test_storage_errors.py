@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from engram.commands.storage_errors import worded
+from engram.commands.storage_errors import refusals_in_words, worded
 from engram.errors import (
     CommandError,
     LogFullError,
