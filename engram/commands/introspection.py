@@ -113,58 +113,63 @@ def _key_specification(keys: tuple[int, int, int], flags: tuple[str, ...], encod
     )
 
 
-def introspection(table: Mapping[bytes, Command]) -> Command:
-    """The COMMAND command over a table of lower-case names (itself included, once it is added)."""
+class _Introspection:
+    """The commands that tell of a table, by lower-case names, in which they are themselves."""
 
-    def find(name: bytes) -> Command | None:
+    def __init__(self, table: Mapping[bytes, Command]) -> None:
+        self._table = table
+        self._info_of = cache(command_info)
+        self._docs_of = cache(_named_docs)
+
+    def _find(self, name: bytes) -> Command | None:
         head, _, tail = name.lower().partition(b"|")
-        command = table.get(head)
+        command = self._table.get(head)
         return command.subcommands.get(tail) if command is not None and tail else command
 
-    @cache
-    def info_of(command: Command, encoder: Encoder) -> bytes:
-        return command_info(command, encoder)
-
-    @cache
-    def docs_of(command: Command, encoder: Encoder) -> bytes:
-        return _bulk(command.name) + command_docs(command, encoder)
-
-    def described(
-        session: Session, names: list[bytes], describe: Callable[[Command, Encoder], bytes], missing: bytes
+    def _described(
+        self,
+        session: Session,
+        names: list[bytes],
+        describe: Callable[[Command, Encoder], bytes],
+        missing: bytes,
     ) -> list[bytes]:
         """What is said of each command named, as often as it is; raises CommandError for too much."""
         encoder = session.encoder
         known = {
-            name: missing if (command := find(name)) is None else describe(command, encoder)
+            name: missing if (command := self._find(name)) is None else describe(command, encoder)
             for name in dict.fromkeys(names)
         }
         found = [known[name] for name in names]
         check_reply(session, sum(map(len, found)))
         return found
 
-    def everything(session: Session, arguments: list[bytes]) -> bytes:
-        return replies.array(info_of(each, session.encoder) for each in table.values())
+    def everything(self, session: Session, arguments: list[bytes]) -> bytes:
+        """COMMAND: all entries."""
+        return replies.array(self._info_of(each, session.encoder) for each in self._table.values())
 
-    def info(session: Session, arguments: list[bytes]) -> Reply:
+    def info(self, session: Session, arguments: list[bytes]) -> Reply:
+        """COMMAND INFO."""
         if len(arguments) == 2:
-            return everything(session, arguments)
-        found = described(session, arguments[2:], info_of, session.encoder.null)
+            return self.everything(session, arguments)
+        found = self._described(session, arguments[2:], self._info_of, session.encoder.null)
         return Pieces((replies.array_header(len(found)), *found))
 
-    def docs(session: Session, arguments: list[bytes]) -> Reply:
+    def docs(self, session: Session, arguments: list[bytes]) -> Reply:
+        """COMMAND DOCS."""
         if len(arguments) == 2:
-            found = [docs_of(each, session.encoder) for each in table.values()]
+            found = [self._docs_of(each, session.encoder) for each in self._table.values()]
         else:
-            found = list(filter(None, described(session, arguments[2:], docs_of, b"")))
+            found = list(filter(None, self._described(session, arguments[2:], self._docs_of, b"")))
         # Each is a name with what is said of it.
         return Pieces((session.encoder.map_header(len(found)), *found))
 
-    def count(session: Session, arguments: list[bytes]) -> bytes:
-        return replies.integer(len(table))
+    def count(self, session: Session, arguments: list[bytes]) -> bytes:
+        """COMMAND COUNT."""
+        return replies.integer(len(self._table))
 
-    def keyed(request: list[bytes]) -> Command:
+    def _keyed(self, request: list[bytes]) -> Command:
         """The command that a request is for; raises CommandError when it has no keys."""
-        command = table.get(request[0].lower())
+        command = self._table.get(request[0].lower())
         if command is not None and command.subcommands and len(request) > 1:
             command = command.subcommands.get(request[1].lower())
         if command is None:
@@ -177,22 +182,29 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
             raise CommandError("ERR Invalid number of arguments specified for command") from error
         return command
 
-    def get_keys(session: Session, arguments: list[bytes]) -> bytes:
+    def get_keys(self, session: Session, arguments: list[bytes]) -> bytes:
+        """COMMAND GETKEYS."""
         request = arguments[2:]
-        return replies.bulk_array(request[position] for position in keyed(request).key_positions(request))
+        return replies.bulk_array(
+            request[position] for position in self._keyed(request).key_positions(request)
+        )
 
-    def get_keys_and_flags(session: Session, arguments: list[bytes]) -> bytes:
+    def get_keys_and_flags(self, session: Session, arguments: list[bytes]) -> bytes:
+        """COMMAND GETKEYSANDFLAGS."""
         request = arguments[2:]
         encoded: dict[tuple[str, ...], bytes] = {}
         found = []
-        for position, flags in keyed(request).key_uses(request):
+        for position, flags in self._keyed(request).key_uses(request):
             if flags not in encoded:
                 encoded[flags] = session.encoder.set(map(replies.simple, flags))
             found.append(b"*2\r\n" + replies.bulk(request[position]) + encoded[flags])
         return replies.array(found)
 
-    def listing(session: Session, arguments: list[bytes]) -> bytes:
-        listed = [each for command in table.values() for each in (command, *command.subcommands.values())]
+    def listing(self, session: Session, arguments: list[bytes]) -> bytes:
+        """COMMAND LIST."""
+        listed = [
+            each for command in self._table.values() for each in (command, *command.subcommands.values())
+        ]
         if len(arguments) > 2:
             if len(arguments) != 5 or arguments[2].upper() != b"FILTERBY":
                 raise CommandError(SYNTAX_ERROR)
@@ -209,78 +221,85 @@ def introspection(table: Mapping[bytes, Command]) -> Command:
                     raise CommandError(SYNTAX_ERROR)
         return replies.bulk_array(each.name.encode() for each in listed)
 
-    group, flags, categories = "server", ("loading", "stale"), ("@connection",)
-    since = "2.8.13"
-    part = partial(Command, group=group, flags=flags, more_categories=categories)
-    held = container(
-        "command",
-        (
-            part("command|count", count, 2, "", "Returns a count of commands.", since=since),
-            part(
-                "command|info",
-                info,
-                -2,
-                "[command-name [command-name ...]]",
-                "Returns information about one, multiple or all commands.",
-                since=since,
-                complexity="O(N) where N is the number of commands to look up",
-            ),
-            part(
-                "command|docs",
-                docs,
-                -2,
-                "[command-name [command-name ...]]",
-                "Returns documentary information about one, multiple or all commands.",
-                since="7.0.0",
-                complexity="O(N) where N is the number of commands to look up",
-            ),
-            part(
-                "command|getkeys",
-                get_keys,
-                -3,
-                "command [arg ...]",
-                "Extracts the key names from an arbitrary command.",
-                since=since,
-                complexity="O(N) where N is the number of arguments to the command",
-            ),
-            part(
-                "command|getkeysandflags",
-                get_keys_and_flags,
-                -3,
-                "command [arg ...]",
-                "Extracts the key names from an arbitrary command, and what it does with them.",
-                since="7.0.0",
-                complexity="O(N) where N is the number of arguments to the command",
-            ),
-            part(
-                "command|list",
-                listing,
-                -2,
-                "[FILTERBY (MODULE module-name | ACLCAT category | PATTERN pattern)]",
-                "Returns a list of command names.",
-                since="7.0.0",
-                complexity="O(N) where N is the number of commands",
-            ),
-            attrs.evolve(help_command("command", group, _HELP), more_categories=categories),
-        ),
-        summary="Returns detailed information about all commands.",
-        group=group,
-        since=since,
-    )
+
+def _named_docs(command: Command, encoder: Encoder) -> bytes:
+    return _bulk(command.name) + command_docs(command, encoder)
+
+
+def introspection(table: Mapping[bytes, Command]) -> Command:
+    """The COMMAND command over a table of lower-case names (itself included, once it is added)."""
+    told = _Introspection(table)
+    parts = (*_parts(told), attrs.evolve(help_command("command", _GROUP, _HELP), more_categories=_CATEGORIES))
+    summary = "Returns detailed information about all commands."
+    held = container("command", parts, summary=summary, group=_GROUP, since=_SINCE)
     return Command(
         "command",
-        everything,
+        told.everything,
         -1,
         "",
-        held.summary,
-        group,
-        flags,
-        since=since,
+        summary,
+        _GROUP,
+        _FLAGS,
+        since=_SINCE,
         complexity="O(N) where N is the number of commands",
-        more_categories=categories,
+        more_categories=_CATEGORIES,
         subcommands=held.subcommands,
     )
 
+
+def _parts(told: _Introspection) -> tuple[Command, ...]:
+    part = partial(Command, group=_GROUP, flags=_FLAGS, more_categories=_CATEGORIES)
+    return (
+        part("command|count", told.count, 2, "", "Returns a count of commands.", since=_SINCE),
+        part(
+            "command|info",
+            told.info,
+            -2,
+            "[command-name [command-name ...]]",
+            "Returns information about one, multiple or all commands.",
+            since=_SINCE,
+            complexity="O(N) where N is the number of commands to look up",
+        ),
+        part(
+            "command|docs",
+            told.docs,
+            -2,
+            "[command-name [command-name ...]]",
+            "Returns documentary information about one, multiple or all commands.",
+            since="7.0.0",
+            complexity="O(N) where N is the number of commands to look up",
+        ),
+        part(
+            "command|getkeys",
+            told.get_keys,
+            -3,
+            "command [arg ...]",
+            "Extracts the key names from an arbitrary command.",
+            since=_SINCE,
+            complexity="O(N) where N is the number of arguments to the command",
+        ),
+        part(
+            "command|getkeysandflags",
+            told.get_keys_and_flags,
+            -3,
+            "command [arg ...]",
+            "Extracts the key names from an arbitrary command, and what it does with them.",
+            since="7.0.0",
+            complexity="O(N) where N is the number of arguments to the command",
+        ),
+        part(
+            "command|list",
+            told.listing,
+            -2,
+            "[FILTERBY (MODULE module-name | ACLCAT category | PATTERN pattern)]",
+            "Returns a list of command names.",
+            since="7.0.0",
+            complexity="O(N) where N is the number of commands",
+        ),
+    )
+
+
+_GROUP, _FLAGS, _CATEGORIES, _SINCE = "server", ("loading", "stale"), ("@connection",), "2.8.13"
 
 _HELP = (
     "COMMAND <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
