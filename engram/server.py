@@ -19,7 +19,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from engram.access import open_access
+from engram.access import Access, open_access
 from engram.child_process import module_command
 from engram.commands.client import describe
 from engram.commands.registry import COMMANDS
@@ -163,6 +163,159 @@ def search_threads(config: Config) -> tuple[int, int]:
     return threads, max(0, min(cores, _MOST_HELPED) - threads)
 
 
+@attrs.define(eq=False)
+class _Parts:
+    """What a server is made of, beside clients. `server` is there once there may be some."""
+
+    config: Config
+    store: SegmentStore
+    access: Access
+    recovery: Recovery | None
+    persistence: Persistence | None
+    database: Database
+    searches: SearchService
+    verification: Verification
+    builder: Builder = attrs.field(init=False)
+    server: Server = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        config = self.config
+        self.builder = Builder(
+            self.store,
+            self._install,
+            settings=BuilderSettings(builds_at_once=config.builds_at_once),
+            limit=lambda: config.max_unindexed_rows,
+        )
+        self.database.observe_indices(self.builder.consider)
+
+    async def _install(self, index: VectorIndex, operation: InstallSegment) -> None:
+        """Puts a segment into effect, when the log has room and nobody has the data alone."""
+        persistence, exclusion = self.persistence, self.server.exclusion
+        while True:
+            if persistence is not None:
+                # VINFO shows it to clients.
+                with refusals_in_words():
+                    await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
+            if not exclusion.active:
+                break
+            await exclusion.wait()
+        if not index.dropped:
+            self.database.commit(operation)
+
+    def reconfigure(self, reception: Reception) -> None:
+        """Has everything follow the settings as they are now."""
+        config, server, persistence = self.config, self.server, self.persistence
+        # The only one that may refuse.
+        reception.reload_certificates()
+        if persistence is not None:
+            _configure_log(persistence.settings, config)
+            persistence.reconsider()
+        self.searches.timeout = config.search_queue_timeout / 1000
+        server.memory.reconfigure()
+        self.builder.reconsider()
+        set_level(config.loglevel)
+        self.access.require(config.requirepass.encode("utf-8", "surrogateescape"))
+        server.review_sessions()
+        server.reconsider()
+
+    def admit_clients(
+        self, listeners: Sequence[Listener], shutdown: trio.Event, nursery: trio.Nursery, descriptors: int
+    ) -> Reception:
+        """Makes the server that clients meet, and what lets them in."""
+        self.server = Server(
+            config=self.config,
+            database=self.database,
+            storage=self.persistence,
+            searches=self.searches,
+            builder=self.builder,
+            verification=self.verification,
+            run_id=secrets.token_hex(20),
+            started=time.time(),
+            port=tcp_port(listeners),
+            start_soon=lambda job: nursery.start_soon(run_contained, "what a command began", job),
+            shut_down=shutdown.set,
+            reconfigure=lambda: self.reconfigure(reception),
+            access=self.access,
+        )
+        statistics = self.server.statistics
+        self.database.on_failure = partial(
+            _end, self.server.sessions, nursery.cancel_scope, [bytes(_END_RESERVE)]
+        )
+        self.builder.on_built = lambda seconds: statistics.builds.record(1, int(seconds * 1e9))
+        if self.persistence is not None:
+            self.persistence.on_sync = lambda seconds: statistics.syncs.record(1, int(seconds * 1e9))
+        reception = Reception(self.server, listeners, descriptors)
+        return reception
+
+    def start_jobs(self, nursery: trio.Nursery) -> None:
+        """Starts what goes on beside the clients."""
+        server, database, heap = self.server, self.database, Heap()
+        heap.tune()
+        nursery.start_soon(partial(keep_running, "serving clients", server.rounds.run, pause=_ROUNDS_PAUSE))
+        jobs: dict[str, Job] = {
+            "verifying segments": self.verification.run,
+            "deleting keys that lapsed": partial(_expire, database),
+            "freeing what was dropped": partial(_free, database.engine, self.store, self.persistence),
+            "forgetting watches": partial(_forget_watches, database),
+            "trimming the heap": heap.run,
+            "sampling statistics": partial(_sample, server),
+        }
+        for what, job in jobs.items():
+            nursery.start_soon(keep_running, what, job)
+
+    def started(self, listeners: Sequence[Listener], seconds: float) -> Started:
+        """What is reported once there may be clients."""
+        engine = self.database.engine
+        return Started(
+            addresses=tuple(each.address for each in listeners if not (each.encrypted or each.path)),
+            directory=self.config.dir,
+            keys=sum(map(len, engine.keyspaces.values())),
+            vectors=sum(map(len, engine.indices.values())),
+            seconds=seconds,
+            recovery=self.recovery,
+            tls_addresses=tuple(each.address for each in listeners if each.encrypted),
+            unixsocket=self.config.unixsocket,
+        )
+
+
+async def _prepare(
+    config: Config,
+    directory: Path | None,
+    segments: Path | Callable[[], Path],
+    descriptors: DescriptorLimits,
+    shutdown: trio.Event,
+) -> _Parts:
+    """Reads users and data back. Raises OperatorError when that cannot be done."""
+    files, progress = DiskFiles(), Progress()
+    threads, helpers = search_threads(config)
+    store = SegmentStore(segments, files, threads + helpers, progress, descriptors)
+    engine = Engine(store, seal_rows=config.seal_rows, first_serial=first_serial(time.time_ns() // 1000))
+    open_users = partial(open_access, COMMANDS, config, directory, describe=describe, warn=logger.warning)
+    access = await trio.to_thread.run_sync(open_users)
+    recovery: Recovery | None = None
+    persistence: Persistence | None = None
+    if directory is not None:
+        recovery = await _recover(directory, files, engine, progress, shutdown)
+        _require_databases(engine, config)
+        if in_use() >= descriptors.numbers:
+            raise OperatorError(_TOO_MANY_SEGMENTS)
+        command = _snapshot_command(directory)
+        persistence = Persistence(directory, files, _log_settings(config), recovery, command)
+    searches = SearchService(threads, config.search_batch, helpers)
+    searches.timeout = config.search_queue_timeout / 1000
+    recovered = [installed.segment for index in engine.indices.values() for installed in index.segments]
+    return _Parts(
+        config=config,
+        store=store,
+        access=access,
+        recovery=recovery,
+        persistence=persistence,
+        database=Database(engine, persistence),
+        searches=searches,
+        verification=Verification(store, recovered, engine.uses),
+    )
+
+
 async def _serve(
     config: Config,
     directory: Path | None,
@@ -173,135 +326,25 @@ async def _serve(
     began: float,
     task_status: trio.TaskStatus[Started],
 ) -> None:
-    files = DiskFiles()
-    progress = Progress()
-    threads, helpers = search_threads(config)
-    store = SegmentStore(segments, files, threads + helpers, progress, descriptors)
-    engine = Engine(store, seal_rows=config.seal_rows, first_serial=first_serial(time.time_ns() // 1000))
-    recovery: Recovery | None = None
-    persistence: Persistence | None = None
-    access = await trio.to_thread.run_sync(
-        partial(
-            open_access,
-            COMMANDS,
-            config,
-            directory,
-            describe=describe,
-            warn=logger.warning,
-        )
-    )
-    if directory is not None:
-        recovery = await _recover(directory, files, engine, progress, shutdown)
-        _require_databases(engine, config)
-        if in_use() >= descriptors.numbers:
-            raise OperatorError(_TOO_MANY_SEGMENTS)
-        command = _snapshot_command(directory)
-        persistence = Persistence(directory, files, _log_settings(config), recovery, command)
-    database = Database(engine, persistence)
-    verification = Verification(
-        store,
-        [installed.segment for index in engine.indices.values() for installed in index.segments],
-        engine.uses,
-    )
-
-    async def install(index: VectorIndex, operation: InstallSegment) -> None:
-        while True:
-            if persistence is not None:
-                # VINFO shows it to clients.
-                with refusals_in_words():
-                    await persistence.admit(RECORD_OVERHEAD + 64 * len(operation.replaces))
-            if not server.exclusion.active:
-                break
-            await server.exclusion.wait()
-        if not index.dropped:
-            database.commit(operation)
-
-    searches = SearchService(threads, config.search_batch, helpers)
-    searches.timeout = config.search_queue_timeout / 1000
-    builder = Builder(
-        store,
-        install,
-        settings=BuilderSettings(builds_at_once=config.builds_at_once),
-        limit=lambda: config.max_unindexed_rows,
-    )
-    database.observe_indices(builder.consider)
-
-    def reconfigure() -> None:
-        # The only one that may refuse.
-        reception.reload_certificates()
-        if persistence is not None:
-            _configure_log(persistence.settings, config)
-            persistence.reconsider()
-        searches.timeout = config.search_queue_timeout / 1000
-        server.memory.reconfigure()
-        builder.reconsider()
-        set_level(config.loglevel)
-        access.require(config.requirepass.encode("utf-8", "surrogateescape"))
-        server.review_sessions()
-        server.reconsider()
-
+    parts = await _prepare(config, directory, segments, descriptors, shutdown)
+    database, persistence, builder = parts.database, parts.persistence, parts.builder
     async with trio.open_nursery() as storage_nursery:
         if persistence is not None:
             await storage_nursery.start(persistence.run)
         async with _working(database) as work_nursery:
-            await work_nursery.start(searches.run)
+            await work_nursery.start(parts.searches.run)
+            reception = parts.admit_clients(listeners, shutdown, work_nursery, descriptors.numbers)
             await work_nursery.start(builder.run)
-            for index in engine.indices.values():
+            for index in database.engine.indices.values():
                 builder.consider(index)
-            server = Server(
-                config=config,
-                database=database,
-                storage=persistence,
-                searches=searches,
-                builder=builder,
-                verification=verification,
-                run_id=secrets.token_hex(20),
-                started=time.time(),
-                port=tcp_port(listeners),
-                start_soon=lambda job: work_nursery.start_soon(run_contained, "what a command began", job),
-                shut_down=shutdown.set,
-                reconfigure=reconfigure,
-                access=access,
-            )
-            database.on_failure = partial(
-                _end, server.sessions, work_nursery.cancel_scope, [bytes(_END_RESERVE)]
-            )
-            reception = Reception(server, listeners, descriptors.numbers)
             _tune_collector()
-            heap = Heap()
-            heap.tune()
-            started = Started(
-                addresses=tuple(each.address for each in listeners if not (each.encrypted or each.path)),
-                directory=config.dir,
-                keys=sum(map(len, engine.keyspaces.values())),
-                vectors=sum(map(len, engine.indices.values())),
-                seconds=time.monotonic() - began,
-                recovery=recovery,
-                tls_addresses=tuple(each.address for each in listeners if each.encrypted),
-                unixsocket=config.unixsocket,
-            )
-            work_nursery.start_soon(
-                partial(keep_running, "serving clients", server.rounds.run, pause=_ROUNDS_PAUSE)
-            )
-            jobs: dict[str, Job] = {
-                "verifying segments": verification.run,
-                "deleting keys that lapsed": partial(_expire, database),
-                "freeing what was dropped": partial(_free, engine, store, persistence),
-                "forgetting watches": partial(_forget_watches, database),
-                "trimming the heap": heap.run,
-                "sampling statistics": partial(_sample, server),
-            }
-            for what, job in jobs.items():
-                work_nursery.start_soon(keep_running, what, job)
-            builder.on_built = lambda seconds: server.statistics.builds.record(1, int(seconds * 1e9))
-            if persistence is not None:
-                persistence.on_sync = lambda seconds: server.statistics.syncs.record(1, int(seconds * 1e9))
+            parts.start_jobs(work_nursery)
+            started = parts.started(listeners, time.monotonic() - began)
             if config.metrics_port:
                 # Not imported above: a server starts the sooner without.
                 metrics = importlib.import_module("engram.metrics")
-                await work_nursery.start(metrics.serve, server)
-            ready = partial(task_status.started, started)
-            await reception.run(shutdown, ready)
+                await work_nursery.start(metrics.serve, parts.server)
+            await reception.run(shutdown, partial(task_status.started, started))
             work_nursery.cancel_scope.cancel()
         # Nothing writes any more: the log is drained and synced, and its task ends.
         if persistence is not None:

@@ -53,7 +53,7 @@ def test_an_error_after_the_first_step_of_a_change_ends_the_server(
     [
         ("engram.persistence.queue", "encode"),
         ("engram.database", "Database.commit"),
-        ("engram.database", "Database.string"),
+        ("engram.database", "LogicalDatabase.string"),
     ],
 )
 def test_an_error_before_it_or_in_a_read_ends_one_request(tmp_path: Path, module: str, function: str) -> None:
