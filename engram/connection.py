@@ -13,7 +13,8 @@ import trio
 from engram.commands.failures import excuse
 from engram.commands.guard import admit, check, check_rights
 from engram.commands.registry import COMMANDS, SPELLINGS
-from engram.commands.session import Barrier, Pieces, ReplyMode, Server, Session, Slot
+from engram.commands.session import Barrier, Pieces, Server, Session, Slot
+from engram.commands.states import Event, ReplyMode
 from engram.commands.table import (
     LONGEST_RUN,
     TURN_NANOSECONDS,
@@ -165,6 +166,7 @@ class Connection:
     def _close(self) -> None:
         """Ends the client: nobody sees it any more, and it is sent nothing more."""
         self._finished = True
+        self.session.happen(Event.CLOSE)
         self._server.sessions.pop(self.session.id, None)
         self._transport.hang_up()
         self._outbox.discard()
@@ -327,7 +329,7 @@ class Connection:
                         and command.run is not None
                         and requests[position][0] == request[0]
                         and position > self._looked_at
-                        and not (special or session.changed_course)
+                        and not (special or not session.flowing)
                     ):
                         run = _run(requests, position - 1, command)
                         if len(run) > 1:
@@ -386,7 +388,7 @@ class Connection:
                 turn_over = ended > turn_ends
             elif not position & _REQUESTS_A_LOOK:
                 turn_over = clock() > turn_ends
-            if type(reply) is bytes and not session.changed_course:
+            if type(reply) is bytes and session.flowing:
                 burst.append(reply)
                 burst_bytes += len(reply)
                 if burst_bytes < _BURST_BYTES and not turn_over:
@@ -459,11 +461,11 @@ class Connection:
 
     async def _wait_for_pause(self, writes: bool) -> None:
         """Waits until a pause is over that holds the next request, which is looked at afresh then."""
-        self.session.paused = True
+        self.session.happen(Event.PAUSE)
         try:
             await self._server.pause.wait(writes)
         finally:
-            self.session.paused = False
+            self.session.happen(Event.RESUME)
         self._position -= 1
 
     async def _wait_for_exclusion(self) -> None:
@@ -521,8 +523,8 @@ class Connection:
         if rejected and command is not None and command.name == "exec":
             self.session.discard()
             text = f"EXECABORT Transaction discarded because of: {text.removeprefix('ERR ')}"
-        elif rejected and (transaction := self.session.transaction) is not None:
-            transaction.failed = True
+        elif rejected:
+            self.session.refuse()
         if command is not None:
             usage = self._server.statistics.usage[command.name]
             if rejected:
@@ -565,11 +567,8 @@ class Connection:
     def _silence(self) -> None:
         """Holds a reply back, as CLIENT REPLY asked; SKIP ends after the reply of the next command."""
         self._outbox.observed_lsn = self._database.lsn
-        session = self.session
-        if session.reply_mode is ReplyMode.SKIP_NEXT:
-            session.reply_mode = ReplyMode.SKIP
-        elif session.reply_mode is ReplyMode.SKIP:
-            session.reply_mode = ReplyMode.ON
+        if self.session.reply_mode is not ReplyMode.OFF:
+            self.session.happen(Event.WITHHOLD)
 
 
 def _run(requests: Sequence[list[bytes]], start: int, command: Command) -> Sequence[list[bytes]]:

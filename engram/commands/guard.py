@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engram.commands.limits import check_keys
 from engram.commands.session import Session
+from engram.commands.states import Queueing
 from engram.commands.table import Command, log_room
 from engram.errors import CommandError
 from engram.protocol import replies
@@ -29,7 +30,7 @@ def check(session: Session, command: Command, request: list[bytes]) -> None:
     check_permission(session, command, request)
     if server.config.max_key_length < server.config.proto_max_bulk_len:
         check_keys(command, request, server.config)
-    if server.monitors and session in server.monitors and {"write", "readonly"} & set(command.flags):
+    if session.monitoring and {"write", "readonly"} & set(command.flags):
         raise CommandError("ERR Replica can't interact with the keyspace")
 
 
@@ -52,12 +53,13 @@ def admit(session: Session, command: Command, request: list[bytes]) -> bytes | N
     if transaction is not None and command.name not in _NEVER_QUEUED:
         if len(transaction.commands) >= server.config.transaction_max_commands:
             raise CommandError("ERR the transaction has more commands than transaction-max-commands")
-        transaction.queue(command, request, log_room(command, request))
+        if session.state.queueing is Queueing.QUEUEING:
+            transaction.queue(command, request, log_room(command, request))
         if transaction.size > server.config.client_query_buffer_limit:
             raise CommandError("ERR the transaction takes more than client-query-buffer-limit")
         return _QUEUED
     # EXEC is shown after what it carries out, if it does.
-    if server.monitors and (command.name != "exec" or transaction is None or transaction.failed):
+    if server.monitors and (command.name != "exec" or session.state.queueing is not Queueing.QUEUEING):
         show(session, command, request)
     return None
 

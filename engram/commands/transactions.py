@@ -14,6 +14,7 @@ from engram.commands.failures import excuse
 from engram.commands.guard import show
 from engram.commands.limits import check_reply
 from engram.commands.session import Barrier, Bytes, Pieces, Queued, Session, Slot, Transaction
+from engram.commands.states import Queueing
 from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Reply
 from engram.commands.turns import take_turns
 from engram.database import RECORD_OVERHEAD
@@ -80,7 +81,7 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     transaction = session.transaction
     if transaction is None:
         raise CommandError("ERR EXEC without MULTI")
-    if transaction.failed:
+    if session.state.queueing is Queueing.FAILED:
         session.discard()
         raise CommandError(_ABORTED)
 
@@ -201,7 +202,7 @@ class _Execution:
         What is changed in all of them is one change.
         """
         session, database = self.session, self.session.database
-        session.allowance = self.allowance
+        session.execute(self.allowance)
         try:
             with database.together():
                 while self.queued:
@@ -212,7 +213,7 @@ class _Execution:
                         self.allowance.hold()
                         yield True
         finally:
-            session.allowance = None
+            session.finish()
             database.covered = False
 
     def _take_turn(self) -> None:
