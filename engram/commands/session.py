@@ -36,7 +36,7 @@ from engram.statistics import Statistics
 from engram.watches import Watch
 
 if TYPE_CHECKING:
-    from engram.commands.table import Command
+    from engram.commands.table import Command, CommandTable
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ Queued = tuple["Command", list[bytes]]
 
 Bytes = bytes | memoryview
 
-# What a queued request takes beside its words: a list of them, and the pair that it is in.
+# What a queued request takes beside its words, about: a list of them, and its place in the queue.
 _REQUEST_BYTES = 200
 
 # Freeing a million requests would hold every client up: more than these are freed bit by bit.
@@ -162,15 +162,15 @@ class Transaction:
     """What a client has queued since MULTI.
 
     Attributes:
-        commands: each command and its request.
-        throttled: those for which the server may not be able to keep up.
+        commands: the requests.
+        throttled: those, with their commands, for which the server may not be able to keep up.
         size: bytes that the requests take in memory.
         room: bytes that they may take in the log.
         writes: whether one of them changes data.
         grows: whether one of them may take memory.
     """
 
-    commands: deque[Queued] = attrs.field(factory=deque)
+    commands: deque[list[bytes]] = attrs.field(factory=deque)
     throttled: list[Queued] = attrs.field(factory=list)
     size: int = 0
     room: int = 0
@@ -179,7 +179,7 @@ class Transaction:
 
     def queue(self, command: Command, request: list[bytes], room: int) -> None:
         """Keeps a command, which may take `room` bytes of the log."""
-        self.commands.append((command, request))
+        self.commands.append(request)
         self.room += room
         if command.throttle is not None:
             self.throttled.append((command, request))
@@ -330,6 +330,8 @@ class Session:
     id: int
     server: Server
     database: Database
+    # The commands that there are.
+    table: CommandTable
     address: str
     local_address: str
     descriptor: int

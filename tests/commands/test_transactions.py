@@ -436,14 +436,14 @@ async def test_a_long_transaction_that_fails_ends_its_client_alone(
     client, other = house.connect(), house.connect()
     await client.send("MULTI", *["GET a", "STRLEN a"] * 50)
     await client.arrived()
-    take_run = transactions._take_run
+    take_turn = transactions._Execution._take_turn
 
-    def fail(*arguments: Any) -> list[list[bytes]]:
+    def fail(*arguments: Any) -> None:
         if house.server.exclusion.active:
             raise RuntimeError("no")
-        return take_run(*arguments)
+        take_turn(*arguments)
 
-    monkeypatch.setattr(transactions, "_take_run", fail)
+    monkeypatch.setattr(transactions._Execution, "_take_turn", fail)
     await client.send("EXEC")
     assert await client.ended() == b""
     assert "ended by an error" in caplog.text
