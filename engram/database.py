@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 
 import attrs
 
-from engram.effects import Effect, Touched
+from engram.effects import CarryOut, Prepare, Touched, Touches
 from engram.engine import Engine
 from engram.errors import ChangeFailureError, CommandError, NothingChangedError, RecordTooLargeError
 from engram.index.vector_index import VectorIndex
@@ -110,8 +110,10 @@ class Database:
         # Made ahead, for it is most likely when there is no memory.
         self._possible_failure = ChangeFailureError()
         self._watched = self.watches.by_key
-        self._effects: dict[type[Operation], tuple[Effect, list[Observer]]] = {
-            operation: (effect, []) for operation, effect in KINDS.effects.items()
+        # The two steps of each change, who is told of it, and what says what it touches.
+        self._effects: dict[type[Operation], tuple[Prepare | None, CarryOut, list[Observer], Touches]] = {
+            operation: (effect.prepare, effect.carry_out, [], effect.touches)
+            for operation, effect in KINDS.effects.items()
         }
         # Where changes go: to the log, or inside `together` to what is given to it at the end.
         self._reserve: Callable[[int, Operation], bytes] | None = None
@@ -133,7 +135,7 @@ class Database:
 
         It must not make changes. What it raises leaves the change as it is.
         """
-        for operation, (_, observers) in self._effects.items():
+        for operation, (_, _, observers, _) in self._effects.items():
             if operations is None or operation in operations:
                 observers.append(observer)
 
@@ -172,13 +174,12 @@ class Database:
             payload = b"" if reserve is None else reserve(lsn, operation)
         except RecordTooLargeError as error:
             raise self.too_large(error) from None
-        effect, observers = self._effects[type(operation)]
-        prepare = effect.prepare
+        prepare, carry_out, observers, touches = self._effects[type(operation)]
         prepared = None if prepare is None else prepare(engine, lsn, operation)
         if self._watched:
-            self.watches.about_to_change(effect.touches(operation))
+            self.watches.about_to_change(touches(operation))
         try:
-            effect.carry_out(engine, lsn, operation, prepared)
+            carry_out(engine, lsn, operation, prepared)
             engine.lsn = lsn
             if (append := self._append) is not None:
                 append(lsn, operation, payload)
@@ -187,7 +188,7 @@ class Database:
         except BaseException as error:
             self._fail(error)
         if observers:
-            touched = effect.touches(operation)
+            touched = touches(operation)
             for observer in observers:
                 observer(operation, touched)
         return lsn

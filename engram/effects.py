@@ -89,6 +89,11 @@ class Touched:
     databases: Sequence[int] | None = ()
 
 
+CarryOut = Callable[[State, int, Any, Any], None]
+Prepare = Callable[[State, int, Any], Any]
+Touches = Callable[[Any], Touched]
+
+
 @attrs.frozen
 class Effect:
     """The two steps of a change, and what it touches.
@@ -99,9 +104,9 @@ class Effect:
     two operations. The caller of both sets `Engine.lsn` then.
     """
 
-    carry_out: Callable[[State, int, Any, Any], None]
-    touches: Callable[[Any], Touched]
-    prepare: Callable[[State, int, Any], Any] | None = None
+    carry_out: CarryOut
+    touches: Touches
+    prepare: Prepare | None = None
 
 
 def touch_key(operation: Any) -> Touched:

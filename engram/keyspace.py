@@ -89,9 +89,10 @@ class Keyspace(Generic[Other]):
         """
         values = self.values
         before = len(values)
-        plain = type(value) is bytes or type(value) is LargeString
-        if not plain:
+        if type(value) is not bytes and type(value) is not LargeString:
             self._check(cast("Other", value))
+            # Without the key it is here for nothing, and does no harm.
+            self.others.add(cast("Other", value))
         if self._text_bytes is None:
             try:
                 values[key] = value
@@ -99,8 +100,6 @@ class Keyspace(Generic[Other]):
                 raise NothingChangedError from error
         else:
             self._set_counted(key, value)
-        if not plain:
-            self.others.add(cast("Other", value))
         if len(values) != before:
             self._order.add(key)
 

@@ -25,7 +25,8 @@ import trio
 
 from engram.access import PROTECTED
 from engram.certificates import reason, server_context
-from engram.commands.session import ReplyMode, Server, Session
+from engram.commands.session import Server, Session
+from engram.commands.states import ReplyMode
 from engram.config import Config
 from engram.connection import Connection
 from engram.errors import ConfigError, OperatorError
@@ -373,7 +374,7 @@ class Reception:
         """Ends clients that have been silent for longer than `timeout` seconds."""
         latest = time.monotonic() - timeout
         for session in list(self._server.sessions.values()):
-            busy = session.awaiting() or session in self._server.monitors
+            busy = session.awaiting() or session.monitoring
             if session.last_active < latest and not busy:
                 logger.info("client %s dropped: idle for more than %d s", session.address, timeout)
                 session.close()

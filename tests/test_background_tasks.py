@@ -68,7 +68,8 @@ FAULTS = {
 # Tasks that may end the server, for a reason, or that hold others; none of them does what may fail.
 HOLDING = {
     "Persistence.run",
-    "Persistence._prepare_files",
+    "Space.run",
+    "CurrentSnapshot.serve",
     "LogThread.run",
     "Builder.run",
     "SearchService.run",

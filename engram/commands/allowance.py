@@ -119,9 +119,14 @@ class Allowance:
         return self.taken + self.made
 
     @property
+    def left(self) -> int:
+        """Bytes that may be made beside; negative when more has been made than should be."""
+        return self._most - self.taken - self.made
+
+    @property
     def exceeded(self) -> bool:
         """Whether more has been made than should be."""
-        return self.used > self._most
+        return self.left < 0
 
     def take(self, size: int) -> None:
         """Takes bytes that are about to be made. Raises CommandError when they are too many."""

@@ -9,7 +9,8 @@ import attrs
 
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
 from engram.commands.limits import check_reply
-from engram.commands.session import ReplyMode, Session
+from engram.commands.session import Session
+from engram.commands.states import Event
 from engram.commands.table import Command, container, help_command
 from engram.commands.waiting import timeout
 from engram.errors import CommandError
@@ -41,7 +42,7 @@ def user_name(session: Session) -> str:
 
 def _flags(session: Session) -> str:
     conditions = (
-        ("O", session in session.server.monitors),
+        ("O", session.monitoring),
         ("x", session.transaction is not None),
         ("b", session.blocked),
         ("d", session.watch.broken),
@@ -253,12 +254,11 @@ def _end(session: Session, other: Session) -> None:
 def _reply(session: Session, arguments: list[bytes]) -> bytes:
     match arguments[2].upper():
         case b"ON":
-            session.reply_mode = ReplyMode.ON
+            session.happen(Event.REPLY_ON)
         case b"OFF":
-            session.reply_mode = ReplyMode.OFF
+            session.happen(Event.REPLY_OFF)
         case b"SKIP":
-            if session.reply_mode is not ReplyMode.OFF:
-                session.reply_mode = ReplyMode.SKIP_NEXT
+            session.happen(Event.REPLY_SKIP)
         case _:
             raise CommandError(SYNTAX_ERROR)
     return OK

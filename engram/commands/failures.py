@@ -1,13 +1,17 @@
-"""What a client is told when a command fails by no fault of its own."""
+"""What a client is told when a command is refused, or fails, by its own fault or by no fault of its own."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
 from engram.commands.session import Session
+
+if TYPE_CHECKING:
+    from engram.commands.table import Command
 
 OUT_OF_MEMORY = "OOM Insufficient memory, failed allocating what the command needs"
 _INTERNAL_ERROR = "ERR internal error, see the log of the server"
@@ -16,6 +20,26 @@ _INTERNAL_ERROR = "ERR internal error, see the log of the server"
 _SILENCE_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
+
+
+def reject(session: Session, command: Command | None, text: str) -> bytes:
+    """The reply to a request that was refused before it was called; EXEC will carry out none then.
+
+    `command` is None where there is no such command.
+    """
+    if command is not None:
+        session.server.statistics.usage[command.name].rejected += 1
+        if command.name == "exec":
+            session.discard()
+            text = f"EXECABORT Transaction discarded because of: {text.removeprefix('ERR ')}"
+    session.refuse()
+    return session.server.error(text)
+
+
+def fail(session: Session, command: Command, text: str) -> bytes:
+    """The reply to a call that failed."""
+    session.server.statistics.usage[command.name].failed += 1
+    return session.server.error(text)
 
 
 def excuse(error: Exception, session: Session) -> str:

@@ -54,7 +54,7 @@ def _slowlog_reset(session: Session, arguments: list[bytes]) -> bytes:
 def _monitor(session: Session, arguments: list[bytes]) -> bytes:
     if session.executing:
         raise CommandError("ERR MONITOR isn't allowed for DENY BLOCKING client")
-    session.server.monitors.add(session)
+    session.monitor()
     return OK
 
 

@@ -21,7 +21,7 @@ from engram.commands import (
     vectors,
 )
 from engram.commands.introspection import introspection
-from engram.commands.table import Command
+from engram.commands.table import Command, CommandTable
 from engram.kinds import KINDS
 
 
@@ -42,3 +42,5 @@ COMMANDS: Mapping[bytes, Command] = MappingProxyType(_build())
 
 # The spellings that clients use, so that dispatch needs no change of case.
 SPELLINGS = {spelling: command for name, command in COMMANDS.items() for spelling in (name, name.upper())}
+
+TABLE = CommandTable(COMMANDS, SPELLINGS)

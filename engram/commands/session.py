@@ -7,7 +7,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
@@ -15,6 +14,7 @@ import trio
 
 from engram.access import Access, User
 from engram.commands.allowance import Allowance, HeldReplies
+from engram.commands.states import ClientState, Course, Event, Queueing, ReplyMode, Role, Standing
 from engram.commands.storage_errors import refusals_in_words, worded
 from engram.commands.wording import in_words
 from engram.config import Config
@@ -39,7 +39,7 @@ from engram.statistics import Statistics
 from engram.watches import Watch
 
 if TYPE_CHECKING:
-    from engram.commands.table import Command
+    from engram.commands.table import Command, CommandTable
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ Queued = tuple["Command", list[bytes]]
 
 Bytes = bytes | memoryview
 
-# What a queued request takes beside its words: a list of them, and the pair that it is in.
+# What a queued request takes beside its words, about: a list of them, and its place in the queue.
 _REQUEST_BYTES = 200
 
 # Freeing a million requests would hold every client up: more than these are freed bit by bit.
@@ -114,15 +114,6 @@ class Barrier:
     reply: Callable[[], Awaitable[bytes | Pieces]]
 
 
-class ReplyMode(Enum):
-    """CLIENT REPLY: https://redis.io/docs/latest/commands/client-reply/."""
-
-    ON = "on"
-    OFF = "off"
-    SKIP_NEXT = "skip next"
-    SKIP = "skip"
-
-
 class StorageStatus(Protocol):
     """What INFO shows of the persistence task. Times are in seconds, sizes in bytes."""
 
@@ -174,28 +165,24 @@ class Transaction:
     """What a client has queued since MULTI.
 
     Attributes:
-        commands: each command and its request.
-        throttled: those for which the server may not be able to keep up.
+        commands: the requests.
+        throttled: those, with their commands, for which the server may not be able to keep up.
         size: bytes that the requests take in memory.
         room: bytes that they may take in the log.
-        failed: whether a command was refused, so that EXEC will not carry out any.
         writes: whether one of them changes data.
         grows: whether one of them may take memory.
     """
 
-    commands: deque[Queued] = attrs.field(factory=deque)
+    commands: deque[list[bytes]] = attrs.field(factory=deque)
     throttled: list[Queued] = attrs.field(factory=list)
     size: int = 0
     room: int = 0
-    failed: bool = False
     writes: bool = False
     grows: bool = False
 
     def queue(self, command: Command, request: list[bytes], room: int) -> None:
-        """Keeps a command, which may take `room` bytes of the log, unless EXEC will carry out none."""
-        if self.failed:
-            return
-        self.commands.append((command, request))
+        """Keeps a command, which may take `room` bytes of the log."""
+        self.commands.append(request)
         self.room += room
         if command.throttle is not None:
             self.throttled.append((command, request))
@@ -325,7 +312,7 @@ class Server:
             if users.get(session.user.name) is session.user:
                 session.reconsider()
                 continue
-            session.authenticated, session.guarded = False, True
+            session.lose_user()
             if session is changing:
                 session.leave()
             else:
@@ -334,12 +321,24 @@ class Server:
 
 @attrs.define(eq=False)
 class Session:
-    """One client as its commands see it. Times are those of the monotonic clock, in seconds."""
+    """One client as its commands see it. Times are those of the monotonic clock, in seconds.
+
+    What the client may do now is its `state`, which changes by events only. What of it is asked for with
+    every request is kept beside it:
+
+    Attributes:
+        authenticated: whether the client is in.
+        guarded: whether a command of this client has more to pass than its arity: see
+            `engram.commands.guard`.
+        closing, flowing: as in `ClientState`.
+    """
 
     id: int
     server: Server
     # The one that the client has selected.
     database: LogicalDatabase
+    # The commands that there are.
+    table: CommandTable
     address: str
     local_address: str
     descriptor: int
@@ -358,23 +357,20 @@ class Session:
     name: str = ""
     library_name: str = ""
     library_version: str = ""
-    _reply_mode: ReplyMode = ReplyMode.ON
-    _closing: bool = False
-    # Whether a command may have asked for more than its reply to be sent; looked at after each.
-    changed_course: bool = False
+    state: ClientState = attrs.field(init=False, factory=ClientState)
+    authenticated: bool = attrs.field(init=False, default=False)
+    guarded: bool = attrs.field(init=False, default=True)
+    closing: bool = attrs.field(init=False, default=False)
+    flowing: bool = attrs.field(init=False, default=True)
     last_active: float = 0.0
     last_command: str = "NULL"
-    # A client is the default user from the start; unless that needs no password, it has to say so. Who did,
-    # or came while nobody had to, need not again; others are in only while nobody has to.
+    # A client is the default user from the start.
     user: User = attrs.field()
-    logged_in: bool = attrs.field()
-    authenticated: bool = attrs.field(init=False)
+    # What is queued since MULTI.
     transaction: Transaction | None = None
     watch: Watch = attrs.field(factory=Watch)
     # Ends what the client is blocked in, None while it is not: by an error, or else as by a timeout.
     unblock: Callable[[bool], None] | None = None
-    # Whether a pause holds a command.
-    paused: bool = False
     # What CLIENT NO-EVICT and CLIENT NO-TOUCH asked for.
     no_evict: bool = False
     no_touch: bool = False
@@ -383,44 +379,47 @@ class Session:
     # What the replies of EXEC may take together, while it is carrying commands out, which see each other's
     # changes.
     allowance: Allowance | None = None
-    # Whether a command of this client has more to pass than its arity: see `engram.commands.guard`.
-    guarded: bool = False
 
     @user.default
     def _first_user(self) -> User:
         return self.server.access.default
 
-    @logged_in.default
-    def _needs_no_password(self) -> bool:
-        return self.server.access.is_open
-
     def __attrs_post_init__(self) -> None:
-        self.reconsider()
+        self._enter()
+
+    def happen(self, event: Event) -> None:
+        """Moves the state on. Raises ImpossibleEventError, and changes nothing, where that cannot be."""
+        state = self.state
+        state.happen(event)
+        self.authenticated = state.authenticated
+        self.guarded = not self.authenticated or state.in_multi or not self.user.unrestricted
+        self.closing = state.closing
+        self.flowing = state.flowing
+
+    @property
+    def logged_in(self) -> bool:
+        """Whether the client stays in when others have to authenticate."""
+        return self.state.standing is Standing.MEMBER or self.state.standing is Standing.REMOVED
 
     @property
     def executing(self) -> bool:
         """Whether EXEC is carrying commands out."""
-        return self.allowance is not None
+        return self.state.queueing is Queueing.EXECUTING
 
     @property
     def reply_mode(self) -> ReplyMode:
         """What CLIENT REPLY asked for."""
-        return self._reply_mode
+        return self.state.replies
 
-    @reply_mode.setter
-    def reply_mode(self, mode: ReplyMode) -> None:
-        self._reply_mode = mode
-        self.changed_course = self._closing or mode is not ReplyMode.ON
+    @property
+    def monitoring(self) -> bool:
+        """Whether the client has given MONITOR."""
+        return self.state.role is Role.MONITOR
 
     @property
     def blocked(self) -> bool:
         """Whether a command waits for others: for copies, for a sync, or for the end of a pause."""
-        return self.paused or self.unblock is not None
-
-    @property
-    def closing(self) -> bool:
-        """Whether the connection ends once the replies so far are sent."""
-        return self._closing
+        return self.state.course is Course.BLOCKED or self.state.course is Course.PAUSED
 
     @property
     def readable_lsn(self) -> int:
@@ -486,28 +485,53 @@ class Session:
         return command.writes or (command.name == "exec" and transaction is not None and transaction.writes)
 
     def reconsider(self) -> None:
-        """Finds `authenticated` and `guarded` again, after what they follow from has changed."""
-        self.authenticated = self.logged_in or self.server.access.is_open
-        self.guarded = not self.authenticated or self.transaction is not None or not self.user.unrestricted
+        """Follows a change of users: of what this one may do, and of whether anyone has to authenticate."""
+        self.happen(Event.OPEN if self.server.access.is_open else Event.SHUT)
+
+    def _enter(self) -> None:
+        """Is the default user, and in when that needs no password."""
+        if self.server.access.is_open:
+            self.happen(Event.LOG_IN)
+        else:
+            self.happen(Event.SHUT)
 
     def log_in(self, user: User) -> None:
         """Lets the client be that user from now on."""
         self.user = user
-        self.logged_in = True
-        self.reconsider()
+        self.happen(Event.LOG_IN)
+
+    def lose_user(self) -> None:
+        """The user is gone: the client may do nothing any more."""
+        self.happen(Event.LOSE_USER)
 
     def begin(self) -> None:
         """MULTI: commands are queued from now on."""
-        self.transaction = Transaction()
-        self.reconsider()
+        transaction = Transaction()
+        self.happen(Event.MULTI)
+        self.transaction = transaction
+
+    def refuse(self) -> None:
+        """A command was refused: the transaction, if there is one, carries none out any more."""
+        if self.transaction is not None:
+            self.happen(Event.REFUSE)
 
     def discard(self) -> None:
         """Forgets what was queued, and all watches."""
+        self.happen(Event.END_MULTI)
         transaction, self.transaction = self.transaction, None
         if transaction is not None and len(transaction.commands) > _FREED_AT_ONCE:
             self.server.database.engine.dropped += (transaction.commands, transaction.throttled)
         self.unwatch()
-        self.reconsider()
+
+    def execute(self, allowance: Allowance) -> None:
+        """EXEC carries commands out from now on, whose replies take of the allowance."""
+        self.happen(Event.EXECUTE)
+        self.allowance = allowance
+
+    def finish(self) -> None:
+        """EXEC carries out no more."""
+        self.allowance = None
+        self.happen(Event.FINISH)
 
     def select(self, number: int) -> None:
         """Has the commands of the client see another database from now on."""
@@ -523,18 +547,34 @@ class Session:
         self.server.database.watches.remove(self.watch)
         self.watch = Watch()
 
+    def block(self, unblock: Callable[[bool], None]) -> None:
+        """A command waits until `go_on`; `unblock` ends its waiting, by an error or else as by a timeout."""
+        self.happen(Event.BLOCK)
+        self.unblock = unblock
+
+    def go_on(self) -> None:
+        """The command that `block` was called for waits no more. That may be said twice."""
+        if self.unblock is not None:
+            self.unblock = None
+            self.happen(Event.UNBLOCK)
+
+    def monitor(self) -> None:
+        """MONITOR: the client is shown what others ask for."""
+        self.happen(Event.MONITOR)
+        self.server.monitors.add(self)
+
     def leave(self) -> None:
         """Ends the connection once the replies so far are sent."""
-        self._closing = self.changed_course = True
+        self.happen(Event.LEAVE)
 
     def reset(self) -> None:
         """Back to how a client starts: https://redis.io/docs/latest/commands/reset/."""
-        self.user = self.server.access.default
-        self.logged_in = self.server.access.is_open
         self.select(0)
         self.discard()
+        self.user = self.server.access.default
+        self.happen(Event.RESET)
+        self._enter()
         self.server.monitors.remove(self)
         self.no_evict = self.no_touch = False
         self.encoder = RESP2
         self.name = ""
-        self.reply_mode = ReplyMode.ON

@@ -151,6 +151,25 @@ class Command:
         return uses
 
 
+@attrs.frozen
+class CommandTable:
+    """All commands, by lower-case name and by the spellings that clients use, which need no lower case."""
+
+    by_name: Mapping[bytes, Command]
+    by_spelling: Mapping[bytes, Command]
+
+    def find(self, request: Sequence[bytes]) -> Command:
+        """The command, or subcommand, that a request is for.
+
+        Raises:
+            CommandError: there is no such command.
+        """
+        command = self.by_spelling.get(request[0]) or self.by_name.get(request[0].lower())
+        if command is None:
+            raise unknown_command(request)
+        return command.resolve(request)
+
+
 def _repeats(argument: Argument) -> bool:
     """Whether there may be any number of these."""
     return argument.multiple or any(map(_repeats, argument.arguments))

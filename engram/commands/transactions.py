@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-import attrs
 import trio
 
 from engram.commands.allowance import SMALL_REPLY, Allowance
-from engram.commands.failures import excuse
-from engram.commands.guard import show
+from engram.commands.executor import Executor
+from engram.commands.guard import Gate, Wait, show
 from engram.commands.limits import check_reply
+from engram.commands.meter import Meter
 from engram.commands.session import Barrier, Bytes, Pieces, Queued, Session, Slot, Transaction
-from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Reply
+from engram.commands.states import Queueing
+from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Handler, Reply
 from engram.commands.turns import take_turns
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
-from engram.index.pace import Wait
 from engram.index.vector_index import VectorIndex
 from engram.permissions import Reason
 from engram.protocol import replies
@@ -80,7 +81,7 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     transaction = session.transaction
     if transaction is None:
         raise CommandError("ERR EXEC without MULTI")
-    if transaction.failed:
+    if session.state.queueing is Queueing.FAILED:
         session.discard()
         raise CommandError(_ABORTED)
 
@@ -133,12 +134,12 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     watch, monitors = session.watch, session.server.monitors
     broken = watch.broken or (watch.lapses_at is not None and watch.lapses_at <= session.database.now())
     count = len(transaction.commands)
-    queued: deque[Queued] = deque()
+    queued: deque[list[bytes]] = deque()
     if not broken:
         queued, transaction.commands = transaction.commands, queued
     session.discard()
     allowance = session.server.held_replies.exec_allowance(session)
-    execution = _Execution(session, queued, transaction.writes, allowance)
+    execution = _Execution(session, queued, allowance, writes=transaction.writes)
 
     def answer() -> bytes | Pieces | Barrier:
         if monitors:
@@ -176,146 +177,109 @@ def _answer(
     return Barrier(wait)
 
 
-@attrs.define
-class _Execution:
-    """What was queued, being carried out and taken away.
+class _Execution(Gate):
+    """What was queued, being carried out and taken away; the gate and the outlet of EXEC's executor.
+
+    Rights are checked again. Once the replies take too much, commands may only write; those that write what
+    they also answer are refused as those that only read.
 
     Attributes:
         found: the replies so far, those that are known already joined.
-        single: commands before the next that can be carried out together, as far as has been looked at.
         failure: an error of ours in a command behind its change: no reply may deny that, and what follows it
             in the transaction belongs to it.
     """
 
-    session: Session
-    queued: deque[Queued]
-    writes: bool
-    allowance: Allowance
-    found: list[Reply] = attrs.field(factory=list)
-    single: int = 0
-    failure: Exception | None = None
+    # Whatever becomes of its client.
+    over = False
+
+    def __init__(
+        self, session: Session, queued: deque[list[bytes]], allowance: Allowance, *, writes: bool
+    ) -> None:
+        self.found: list[Reply] = []
+        self.failure: Exception | None = None
+        self.pending: list[bytes] = []
+        # Bytes of replies that are not taken of the allowance yet, and how many would be too many.
+        self.made = 0
+        self.most = allowance.left + 1
+        self.shows_data = True
+        self._session = session
+        self._queued = queued
+        self._writes = writes
+        self._allowance = allowance
 
     def turns(self) -> Iterator[bool]:
         """Carries everything out; yields True after each turn but the last.
 
         What is changed in all of them is one change.
         """
-        session, database = self.session, self.session.server.database
-        session.allowance = self.allowance
+        session, database = self._session, self._session.server.database
+        executor = Executor(session, self, self, Meter(session, each=True))
+        session.execute(self._allowance)
         try:
             with database.together():
-                while self.queued:
-                    database.covered = self.writes
-                    self._take_turn()
+                while self._queued or not executor.done:
+                    database.covered = self._writes
+                    self._take_turn(executor)
                     database.covered = False
-                    if self.queued:
-                        self.allowance.hold()
+                    if self._queued or not executor.done:
+                        self._allowance.hold()
                         yield True
         finally:
-            session.allowance = None
+            session.finish()
             database.covered = False
 
-    def _take_turn(self) -> None:
-        """Carries out what takes a turn.
+    def _take_turn(self, executor: Executor) -> None:
+        """Carries out what takes a turn."""
+        queued = self._queued
+        turn_ends = time.perf_counter_ns() + TURN_NANOSECONDS
+        wait: Wait | None = None
+        while wait is None and (queued or not executor.done):
+            if executor.done:
+                executor.take([queued.popleft() for _ in range(min(len(queued), LONGEST_RUN))])
+            wait = executor.carry_out(turn_ends)
 
-        Once the replies take too much, commands may only write. Those that write what they also answer are
-        refused as those that only read.
-        """
-        session, queued = self.session, self.queued
-        server, database = session.server, session.database
-        error, usage, monitors = server.error, server.statistics.usage, server.monitors
-        allowance = self.allowance
-        slowest = server.config.slowlog_log_slower_than * 1000
-        slow = slowest if slowest >= 0 else float("inf")
-        clock = time.perf_counter_ns
-        known: list[bytes] = []
-        began = clock()
-        turn_ends = began + TURN_NANOSECONDS
-        while queued and began <= turn_ends:
-            command, request = queued.popleft()
-            done = 0
-            reply: Reply = b""
-            unrestricted = session.user.unrestricted
-            if self.single:
-                self.single -= 1
-            elif command.run is not None and unrestricted and not monitors and not allowance.exceeded:
-                run = _take_run(queued, command, request)
-                if len(run) > 1:
-                    done, reply = self._run_together(command, run)
-                    self.single = len(run) - done
-                    queued.extendleft((command, each) for each in reversed(run[done:]))
-                    if not done:
-                        continue
-                    request = run[done - 1]
-            if not done:
-                done = 1
-                lsn = database.lsn
-                if monitors:
-                    show(session, command, request)
-                try:
-                    if not unrestricted:
-                        _check_again(session, command, request)
-                    if allowance.exceeded and (not command.writes or _answers_values(command, request)):
-                        check_reply(session, allowance.used)
-                    reply = command.handler(session, request)
-                except CommandError as failure:
-                    usage[command.name].failed += 1
-                    reply = error(str(failure))
-                except Exception as failure:
-                    usage[command.name].failed += 1
-                    reply = error(self._excuse(failure, lsn))
-            if isinstance(reply, bytes):
-                allowance.made += len(reply)
-                known.append(reply)
-            elif isinstance(reply, Pieces):
-                allowance.made += reply.size
-                self.found += (b"".join(known), reply)
-                known.clear()
-            else:
-                self.found += (b"".join(known), reply)
-                known.clear()
-            ended = clock()
-            usage[command.name].record(done, ended - began)
-            if ended - began > slow * done and "skip_slowlog" not in command.flags:
-                server.slowlog.add(session, request, (ended - began) // done)
-            began = ended
-        self.found.append(b"".join(known))
+    def begin(self, command: Command) -> Handler:
+        self._take_allowance()
+        session = self._session
+        if session.user.unrestricted and not session.server.monitors and not self._allowance.exceeded:
+            return command.handler
+        return partial(self._check_and_call, command)
 
-    def _run_together(self, command: Command, run: Sequence[list[bytes]]) -> tuple[int, Reply]:
-        """Carries out what can be together; returns how many, perhaps none, and their replies."""
-        assert command.run is not None
-        database = self.session.server.database
-        lsn = database.lsn
-        try:
-            return command.run(self.session, run)
-        except Exception:
-            if database.failure is not None or database.lsn != lsn:
-                raise
-            # Each by itself learns why.
-            return 0, b""
+    def _check_and_call(self, command: Command, session: Session, request: list[bytes]) -> Reply:
+        self._take_allowance()
+        if session.server.monitors:
+            show(session, command, request)
+        if not session.user.unrestricted:
+            _check_again(session, command, request)
+        if self._allowance.exceeded and (not command.writes or _answers_values(command, request)):
+            check_reply(session, self._allowance.used)
+        return command.handler(session, request)
 
-    def _excuse(self, error: Exception, lsn: int) -> str:
-        """What is answered to a command that failed by an error of ours, begun at `lsn`."""
-        database = self.session.server.database
-        if database.failure is not None:
-            raise error
-        if database.lsn != lsn and self.failure is None:
+    def _take_allowance(self) -> None:
+        allowance = self._allowance
+        allowance.made += self.made
+        self.made, self.most = 0, allowance.left + 1
+
+    def hand_on(self, *, turn_over: bool) -> Wait | None:
+        self._take_allowance()
+        return trio.lowlevel.checkpoint if turn_over else None
+
+    def settle(self, reply: Reply) -> Wait | None:
+        self.found += (b"".join(self.pending), reply)
+        self.pending.clear()
+        if isinstance(reply, Pieces):
+            self.made += reply.size
+        return None
+
+    def half_done(self, error: Exception) -> None:
+        if self.failure is None:
             self.failure = error
-        return excuse(error, self.session)
 
-
-def _take_run(queued: deque[Queued], command: Command, first: list[bytes]) -> list[list[bytes]]:
-    """Takes away those that may go together with the command before; returns the requests of all."""
-    run = [first]
-    size = command.minimum
-    if len(first) == size:
-        while queued and len(run) < LONGEST_RUN:
-            following, request = queued[0]
-            if following is not command or len(request) != size:
-                break
-            run.append(request)
-            queued.popleft()
-    return run
+    def end(self, latest: Command | None) -> None:
+        self._take_allowance()
+        if self.pending:
+            self.found.append(b"".join(self.pending))
+            self.pending.clear()
 
 
 def _answers_values(command: Command, request: Sequence[bytes]) -> bool:

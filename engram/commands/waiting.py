@@ -88,7 +88,7 @@ def _block(
     def unblock(with_error: bool) -> None:
         nonlocal failed
         failed = with_error
-        session.unblock = None
+        session.go_on()
         scope.cancel()
 
     async def blocked() -> bytes:
@@ -96,13 +96,13 @@ def _block(
             with scope:
                 await wait()
         finally:
-            session.unblock = None
+            session.go_on()
         if failed:
             raise CommandError(_UNBLOCKED)
         return reply()
 
     # From now on, although the wait begins when the client's task is woken.
-    session.unblock = unblock
+    session.block(unblock)
     return Barrier(blocked)
 
 

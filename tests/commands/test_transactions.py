@@ -431,14 +431,14 @@ async def test_a_long_transaction_that_fails_ends_its_client_alone(
     client, other = house.connect(), house.connect()
     await client.send("MULTI", *["GET a", "STRLEN a"] * 50)
     await client.arrived()
-    take_run = transactions._take_run
+    take_turn = transactions._Execution._take_turn
 
-    def fail(*arguments: Any) -> list[list[bytes]]:
+    def fail(*arguments: Any) -> None:
         if house.server.exclusion.active:
             raise RuntimeError("no")
-        return take_run(*arguments)
+        take_turn(*arguments)
 
-    monkeypatch.setattr(transactions, "_take_run", fail)
+    monkeypatch.setattr(transactions._Execution, "_take_turn", fail)
     await client.send("EXEC")
     assert await client.ended() == b""
     assert "ended by an error" in caplog.text
@@ -458,7 +458,7 @@ async def test_commands_of_a_long_transaction_that_fail_are_answered_in_their_pl
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(house.database, "string", fail)
+        patched.setattr(house.database.logical(0), "string", fail)
         refused = b"-OOM Insufficient memory, failed allocating what the command needs\r\n"
         assert await client.call("EXEC") == b"*40\r\n" + (OK + refused) * 20
     assert not house.server.exclusion.active
@@ -574,7 +574,7 @@ async def test_a_change_tells_who_watches_once(house: House) -> None:
     for client in clients:
         await client.call("WATCH a b")
     await writer.call("SET a 1")
-    assert house.database.watches.by_key.keys() == {b"b"}
+    assert house.database.watches.by_key.keys() == {(0, b"b")}
     await clients[0].send("WATCH a c", "MULTI", "EXEC")
     assert await clients[0].arrived() == OK + OK + b"*-1\r\n"
     await clients[0].call("WATCH a")
