@@ -89,10 +89,9 @@ class Keyspace(Generic[Other]):
         """
         values = self.values
         before = len(values)
-        if type(value) is not bytes and type(value) is not LargeString:
+        is_string = type(value) is bytes or type(value) is LargeString
+        if not is_string:
             self._check(cast("Other", value))
-            # Without the key it is here for nothing, and does no harm.
-            self.others.add(cast("Other", value))
         if self._text_bytes is None:
             try:
                 values[key] = value
@@ -100,6 +99,8 @@ class Keyspace(Generic[Other]):
                 raise NothingChangedError from error
         else:
             self._set_counted(key, value)
+        if not is_string:
+            self.others.add(cast("Other", value))
         if len(values) != before:
             self._order.add(key)
 
