@@ -58,9 +58,11 @@ SETTINGS = (
 
 WRITERS = 4
 DIMENSION = 64
+# The database that strings named so are in; all else is in database 0.
+AWAY = 5
 SHARED_INDEX = b"shared"
 # How many names of each kind a writer uses.
-NAMES = {b"string": 1000, b"counter": 20, b"growing": 20, b"row": 1000}
+NAMES = {b"string": 1000, b"counter": 20, b"growing": 20, b"away": 30, b"row": 1000}
 LARGEST_BATCH = 32
 LARGEST_BATCH_OF_ROWS = 8
 # Makes a search for a row that is there as good as exact.
@@ -181,6 +183,7 @@ class Script:
             self._exec: 8,
             self._set: 20,
             self._set_many: 4,
+            self._send_away: 4,
             self._rename: 3,
             self._set_lapsing: 3,
             self._get: 5,
@@ -256,6 +259,24 @@ class Script:
         strings = {key: String(self.random.randbytes(self.random.randint(0, 50))) for key in sorted(keys)}
         words = [word for key, string in strings.items() for word in (key, string.value)]
         return Step((b"MSET", *words), b"OK", lambda model: model.strings.update(strings))
+
+    def _send_away(self, model: Model) -> Step:
+        """A string comes to be in another database: set there, copied there, or moved there."""
+        key, value = self._name(b"away"), self.random.randbytes(self.random.randint(0, 50))
+        select, back = (b"SELECT", b"%d" % AWAY), (b"SELECT", b"0")
+        ways: list[tuple[list[tuple[bytes, ...]], list[Reply]]] = [
+            ([select, (b"SET", key, value), back], [b"OK", b"OK", b"OK"]),
+            (
+                [(b"SET", key, value), (b"COPY", key, key, b"DB", select[1], b"REPLACE"), (b"DEL", key)],
+                [b"OK", 1, 1],
+            ),
+            (
+                [select, (b"DEL", key), back, (b"SET", key, value), (b"MOVE", key, select[1])],
+                [b"OK", int(key in model.strings), b"OK", b"OK", 1],
+            ),
+        ]
+        requests, replies = self.random.choice(ways)
+        return Step((b"EXEC",), replies, _put(key, String(value)), (), tuple(requests))
 
     def _rename(self, model: Model) -> Step | None:
         source, destination = self._name(b"string"), self._name(b"string")
@@ -459,19 +480,26 @@ class Held:
 def read_back(client: Redis, probe: Vector) -> Held:
     """Reads everything a server holds."""
     began = time.time() * 1000
-    keys = sorted(client.scan_iter(count=10_000))
-    assert len(keys) == len(set(keys))
-    index_keys = [key for key in keys if key == SHARED_INDEX or key.endswith(b":index")]
-    string_keys = [key for key in keys if key not in index_keys]
-    values = run_all(client, ((b"GET", key) for key in string_keys))
-    expiries = run_all(client, ((b"PEXPIRETIME", key) for key in string_keys))
-    strings = {
-        key: String(value, None if expires_at == -1 else expires_at)
-        for key, value, expires_at in zip(string_keys, values, expiries, strict=True)
-        # One that lapses meanwhile is not there.
-        if value is not None and expires_at != -2
-    }
+    strings: dict[bytes, String] = {}
     indices = {}
+    index_keys: list[bytes] = []
+    # The last that is selected is the one that the client goes on with.
+    for database in (AWAY, 0):
+        client.execute_command("SELECT", database)
+        keys = sorted(client.scan_iter(count=10_000))
+        assert len(keys) == len(set(keys))
+        strays = [key for key in keys if (b":away:" in key) is not (database == AWAY)]
+        assert not strays, f"{strays[:3]!r} are in database {database}"
+        index_keys = [key for key in keys if key == SHARED_INDEX or key.endswith(b":index")]
+        string_keys = [key for key in keys if key not in index_keys]
+        values = run_all(client, ((b"GET", key) for key in string_keys))
+        expiries = run_all(client, ((b"PEXPIRETIME", key) for key in string_keys))
+        strings.update(
+            (key, String(value, None if expires_at == -1 else expires_at))
+            for key, value, expires_at in zip(string_keys, values, expiries, strict=True)
+            # One that lapses meanwhile is not there.
+            if value is not None and expires_at != -2
+        )
     for key in index_keys:
         count = int(client.execute_command("VINFO", key)[5])
         found = client.execute_command("VSEARCH", key, probe.tobytes(), count, "WITHATTRS")
