@@ -119,6 +119,9 @@ class Connection:
             self.session.discard()
             # Whoever no longer sees the client in CLIENT LIST may rely on its socket being closed.
             self._server.sessions.pop(self.session.id, None)
+            # What refers to itself only the garbage collector would free: see `engram.collector`.
+            self._nursery = self._obstacle = None
+            self.session.part()
 
     def _touch(self) -> None:
         self.session.last_active = time.monotonic()

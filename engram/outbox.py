@@ -203,6 +203,8 @@ class Outbox:
     def discard(self) -> None:
         """Forgets everything: the client is gone."""
         self._broken = True
+        # They are the client's, which refers to this: only the garbage collector would free both.
+        self._start_writer = self._written = _nothing
         for reply, _ in self._waiting:
             if isinstance(reply, Slot):
                 reply.on_fill = None
@@ -343,6 +345,10 @@ class Outbox:
             self._unsent.appendleft(rest[_WRITE_SIZE:])
             data = rest[:_WRITE_SIZE]
         return data
+
+
+def _nothing() -> None:
+    """In place of a call to what has ended."""
 
 
 def _next_of(parts: deque[Bytes]) -> Bytes:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -20,6 +23,7 @@ from engram.index.search import SearchResult
 from engram.operations import AppendString, DeleteKeys, Operation, SetString
 from tests.conftest import (
     PATIENCE,
+    Client,
     HeldSearches,
     House,
     ManualJournal,
@@ -998,3 +1002,121 @@ async def test_each_request_of_a_burst_is_looked_at_a_few_times(
     await client.arrived()
     assert sum(map(len, bursts)) == 1800
     assert sum(burst.looked_at for burst in bursts) <= 6 * 1800
+
+
+# What a client leaves behind
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+Remains = list[weakref.ref[Any]]
+"""What there was for clients."""
+
+
+async def see_off(house: House, *clients: Client) -> Remains:
+    """Has all clients leave."""
+    remains: Remains = []
+    for connection in house.connections:
+        parts = (connection, connection.session, connection._outbox, connection._transport)
+        remains += map(weakref.ref, parts)
+    house.connections.clear()
+    for client in clients:
+        await client.stream.aclose()
+    with trio.fail_after(PATIENCE):
+        while house.server.sessions:
+            await trio.lowlevel.checkpoint()
+    await wait_all_tasks_blocked()
+    return remains
+
+
+def alive(remains: Remains) -> list[str]:
+    return [type(found).__name__ for reference in remains if (found := reference()) is not None]
+
+
+SEARCH = [b"VSEARCH", b"a", vector(1), b"1"]
+
+
+@pytest.mark.parametrize("by_socket", [True, False])
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [],
+        ["PING", "SET k v", "GET k"],
+        ["NOSUCH", "GET", "VDELBY k FILTER .n"],
+        [SEARCH, SEARCH],
+        ["MULTI", "SET k v", "GET k", SEARCH, "EXEC"],
+        ["MULTI", "SET k v", "NOSUCH"],
+        ["MULTI", *10_000 * ["INCR n"], "EXEC"],
+        ["WATCH k a", "MULTI", "GET k"],
+        [[b"VDELBY", b"a", b"FILTER", b".n > 5"], "KEYS *"],
+        ["DEL " + " ".join(map(str, range(5000)))],
+        ["HELLO 3", "CLIENT SETNAME x", "SELECT 3", "MONITOR", "RESET"],
+        ["CLIENT REPLY SKIP", "PING", "MONITOR"],
+        ["QUIT"],
+    ],
+    ids=lambda requests: str(requests)[:40],
+)
+async def test_a_client_that_has_left_is_freed_without_the_collector(
+    house: House, requests: Sequence[str | list[bytes]], by_socket: bool
+) -> None:
+    connect = house.connect_by_socket if by_socket else house.connect
+    first = connect()
+    await first.call("VNEW a 1")
+    await first.call([b"VADD", b"a", b"x", vector(1)])
+    with without_collector():
+        clients = [connect() for _ in range(3)]
+        for client in clients:
+            await client.send(*requests)
+            await client.arrived()
+        del client
+        assert alive(await see_off(house, first, *clients)) == []
+
+
+@pytest.mark.parametrize("by_socket", [True, False])
+async def test_a_client_that_violates_the_protocol_is_freed_without_the_collector(
+    house: House, by_socket: bool
+) -> None:
+    with without_collector():
+        client = (house.connect_by_socket if by_socket else house.connect)()
+        await client.stream.send_all(b"GET 'x\r\n")
+        assert b"unbalanced quotes" in await client.arrived()
+        assert alive(await see_off(house, client)) == []
+
+
+async def test_a_client_that_has_not_waited_is_freed_without_the_collector(open_house: OpenHouse) -> None:
+    """It leaves while a reply waits for a search, requests behind a barrier, or a request for a pause."""
+    searches = HeldSearches()
+    async with open_house(searches=searches) as house:
+        first = house.connect()
+        await first.call("VNEW a 1")
+        await first.call([b"VADD", b"a", b"x", vector(1)])
+        with without_collector():
+            client, paused = house.connect(), house.connect()
+            await client.send(SEARCH, "PING", [b"VDELBY", b"a", b"FILTER", b".n"], *pings(3000))
+            await first.call("CLIENT PAUSE 100000")
+            await paused.send("SET k v")
+            await wait_all_tasks_blocked()
+            for connection in house.connections:
+                connection.finish()
+            del connection
+            remains = await see_off(house, first, client, paused)
+            # A search that nobody waits for still knows for whom it was.
+            for held in (searches.held, searches.work, searches.wanted):
+                held.clear()
+            assert alive(remains) == []
+
+
+async def test_a_client_that_reads_nothing_is_freed_without_the_collector(house: House) -> None:
+    with without_collector():
+        near, far = lockstep_stream_pair()
+        client = house.connect(streams=(near, far), reads=False)
+        await client.send([b"ECHO", bytes(1 << 20)], *pings(100))
+        await wait_all_tasks_blocked()
+        assert alive(await see_off(house, client)) == []

@@ -567,6 +567,17 @@ class Session:
         """Ends the connection once the replies so far are sent."""
         self.happen(Event.LEAVE)
 
+    def part(self) -> None:
+        """Lets go of the connection, which has ended. What still goes on for the client reaches nobody.
+
+        The two refer to each other: only the garbage collector would free them.
+        """
+        self.close = self.hurry = lambda: None
+        self.buffered = lambda: (0, 0)
+        self.observed = lambda: 0
+        self.push = lambda data: None
+        self.awaiting = lambda: False
+
     def reset(self) -> None:
         """Back to how a client starts: https://redis.io/docs/latest/commands/reset/."""
         self.select(0)

@@ -145,7 +145,9 @@ class RequestParser:
                 if (self._missing or self._line) and self.buffered > self._query_buffer_limit:
                     raise ProtocolError("query buffer limit exceeded")
             except ProtocolError as error:
-                self.error = error
+                # The stacks refer to the parser: only the garbage collector would free it.
+                error.__cause__ = error.__context__ = None
+                self.error = error.with_traceback(None)
                 self.suspended = False
                 self._line = b""
                 self._bulk = BytesIO()
