@@ -40,9 +40,18 @@ def test_from_url(server: ServerProcess, protocol: int) -> None:
         assert client.client_info()["resp"] == str(protocol)
 
 
-def test_another_database_is_refused(server: ServerProcess, protocol: int) -> None:
-    with server.client(db=1, protocol=protocol) as client, pytest.raises(ResponseError, match="out of range"):
-        client.ping()
+def test_another_database(server: ServerProcess, client: Redis, protocol: int) -> None:
+    """As redis://host/1 has it."""
+    with Redis.from_url(f"redis://{HOST}:{server.port}/1", protocol=protocol) as other:
+        assert other.set("key", "of database 1")
+        assert client.get("key") is None
+        assert other.move("key", 0)
+        assert client.get("key") == b"of database 1"
+    with (
+        server.client(db=16, protocol=protocol) as refused,
+        pytest.raises(ResponseError, match="out of range"),
+    ):
+        refused.ping()
 
 
 def test_strings(client: Redis) -> None:

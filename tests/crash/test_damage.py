@@ -163,7 +163,7 @@ def directory(saved: Path, tmp_path: Path) -> Path:
 DURABLE = (
     "MANIFEST",
     "snapshot-*/columns.json",
-    "snapshot-*/strings-bytes.npy",
+    "snapshot-*/0.string.maps-bytes.npy",
     "segments/*/columns.json",
     "segments/*/graph.usearch",
     "segments/*/keys-bytes.npy",

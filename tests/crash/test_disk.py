@@ -258,7 +258,7 @@ def test_a_failing_allocation_refuses_writes_until_it_succeeds(faults: Faults, t
 
 # What fails alone: the call, and the file, where {} is the folder of the snapshot.
 SNAPSHOT_FAULTS = (
-    ("pwrite64:error=ENOSPC", "{}/strings-bytes.npy"),
+    ("pwrite64:error=ENOSPC", "{}/0.string.maps-bytes.npy"),
     ("fsync:error=EIO:when=1", "{}"),
     ("fsync:error=EIO:when=1", "MANIFEST.new"),
     ("/^rename:error=EIO", "MANIFEST.new"),

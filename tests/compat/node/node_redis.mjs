@@ -65,7 +65,7 @@ await refused(
   "ERR unknown command 'FOOBAR', with args beginning with: 'x' ",
 );
 await refused(client.sendCommand(["GET"]), "ERR wrong number of arguments for 'get' command");
-await refused(client.select(1), "ERR DB index is out of range");
+await refused(client.select(16), "ERR DB index is out of range");
 
 // Pipelines and transactions
 const counts = await Promise.all(Array.from({ length: 1000 }, () => client.incr("counter")));
