@@ -8,6 +8,7 @@ from typing import Protocol
 
 import trio
 
+from engram.commands.executor import Batch
 from engram.commands.failures import excuse, fail
 from engram.commands.guard import Wait
 from engram.commands.meter import Meter
@@ -44,13 +45,10 @@ class Delivery:
     CLIENT REPLY is obeyed here, and here it is that a `Barrier` is waited for.
     """
 
-    __slots__ = ("_database", "_meter", "_outbox", "_session", "made", "most", "pending", "shows_data")
+    __slots__ = ("_database", "_meter", "_outbox", "_session", "batch")
 
     def __init__(self, session: Session, outbox: Outbox, meter: Meter) -> None:
-        self.pending: list[bytes] = []
-        self.made = 0
-        self.most = _BURST_BYTES
-        self.shows_data = False
+        self.batch = Batch(_BURST_BYTES)
         self._session = session
         self._database = session.server.database
         self._outbox = outbox
@@ -62,8 +60,8 @@ class Delivery:
 
     @property
     def observed_lsn(self) -> int:
-        """The last LSN that a reply shows, pending or handed on."""
-        return self._database.lsn if self.pending else self._outbox.observed_lsn
+        """The last LSN that a reply shows, in the batch or handed on."""
+        return self._database.lsn if self.batch.replies else self._outbox.observed_lsn
 
     def hand_on(self, *, turn_over: bool) -> Wait | None:
         self.release()
@@ -83,7 +81,7 @@ class Delivery:
             self._withhold()
             return None
         if isinstance(reply, bytes):
-            self.pending.append(reply)
+            self.batch.replies.append(reply)
             return None
         self.release()
         if isinstance(reply, Pieces):
@@ -98,27 +96,24 @@ class Delivery:
     def end(self, latest: Command | None) -> None:
         if latest is not None:
             self._session.last_command = latest.name
-        pending, outbox = self.pending, self._outbox
-        if pending:
+        batch, outbox = self.batch, self._outbox
+        if batch.replies:
             # A PING need not wait until what others wrote is durable.
-            outbox.send_soon(
-                b"".join(pending), self._database.engine.lsn if self.shows_data else outbox.observed_lsn
-            )
-            pending.clear()
-            self.made = 0
-        self.shows_data = False
+            lsn = self._database.engine.lsn if batch.shows_data else outbox.observed_lsn
+            outbox.send_soon(b"".join(batch.replies), lsn)
+            batch.replies.clear()
+            batch.made = 0
+        batch.shows_data = False
 
     def release(self) -> None:
-        """Hands on what is pending."""
-        if self.pending:
-            self._outbox.send(b"".join(self.pending), self._database.engine.lsn)
-            self.pending.clear()
-            self.made = 0
+        """Hands the batch on."""
+        if self.batch.replies:
+            self._outbox.send(self.batch.take(), self._database.engine.lsn)
 
     def push(self, data: bytes) -> None:
         """Sends what is no reply, after the replies so far."""
-        if self.pending:
-            self.pending.append(data)
+        if self.batch.replies:
+            self.batch.replies.append(data)
         else:
             self._outbox.send(data, self._outbox.observed_lsn)
 

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+import attrs
+
 from engram.commands.failures import excuse, fail, reject
 from engram.commands.guard import Gate, Wait
 from engram.commands.meter import Meter
 from engram.commands.session import Session
-from engram.commands.table import LONGEST_RUN, Command, Handler, Reply, wrong_arity
+from engram.commands.table import LONGEST_RUN, Command, Handler, Reply, Run, wrong_arity
 from engram.errors import CommandError
 from engram.protocol.requests import CROSS_PROTOCOL
 
@@ -24,26 +26,44 @@ _REQUESTS_A_LOOK = 63
 _clock = time.perf_counter_ns
 
 
+@attrs.define(eq=False)
+class Batch:
+    """Replies that are handed on together.
+
+    Attributes:
+        made: how many bytes they take.
+        most: from how many bytes on they are handed on.
+        shows_data: whether one of them may tell of what clients have stored.
+    """
+
+    most: int
+    replies: list[bytes] = attrs.field(factory=list)
+    made: int = 0
+    shows_data: bool = False
+
+    def take(self) -> bytes:
+        """The replies, which are in it no more."""
+        taken = b"".join(self.replies)
+        self.replies.clear()
+        self.made = 0
+        return taken
+
+
 class Outlet(Protocol):
     """Takes the replies.
 
     Attributes:
-        pending: replies that are to be handed on together.
-        made: bytes of those; and `most`, from how many on `hand_on` is called.
-        shows_data: whether one of them may tell of what clients have stored.
+        batch: takes those that simply follow each other.
         over: whether no more requests are to be carried out.
     """
 
-    pending: list[bytes]
-    made: int
-    most: int
-    shows_data: bool
+    batch: Batch
 
     @property
     def over(self) -> bool: ...
 
     def hand_on(self, *, turn_over: bool) -> Wait | None:
-        """Hands on what is pending; returns what has to be waited for before more is carried out."""
+        """Hands the batch on; returns what has to be waited for before more is carried out."""
 
     def settle(self, reply: Reply) -> Wait | None:
         """Takes a reply that does not simply follow those before it; returns as `hand_on` does.
@@ -55,7 +75,7 @@ class Outlet(Protocol):
         """A call has failed behind its change, which an error reply would deny. May raise the error."""
 
     def end(self, latest: Command | None) -> None:
-        """Hands on what is pending, as nothing more is carried out for now; `latest` is what was last."""
+        """Hands the batch on, as nothing more is carried out for now; `latest` is what was called last."""
 
 
 class Executor:
@@ -67,6 +87,7 @@ class Executor:
 
     __slots__ = (
         "_alone_until",
+        "_batch",
         "_count",
         "_database",
         "_gate",
@@ -83,6 +104,7 @@ class Executor:
         self._database = session.server.database
         self._gate = gate
         self._outlet = outlet
+        self._batch = outlet.batch
         self._meter = meter
         self._requests: Sequence[list[bytes]] = ()
         self._count = 0
@@ -110,7 +132,7 @@ class Executor:
         Raises:
             Exception: a request has failed, and may have changed something.
         """
-        session, gate, meter, outlet = self._session, self._gate, self._meter, self._outlet
+        session, gate, meter, batch = self._session, self._gate, self._meter, self._batch
         requests, count, spellings = self._requests, self._count, session.table.by_spelling
         self._turn_ends = turn_ends
         wait: Wait | None = None
@@ -131,7 +153,7 @@ class Executor:
             if command is not meter.command:
                 meter.turn_to(command)
             if command.shows_data:
-                outlet.shows_data = True
+                batch.shows_data = True
             handler = gate.begin(command)
             if handler is None:
                 wait = self._ask(command, request)
@@ -144,12 +166,12 @@ class Executor:
                 and handler is command.handler
                 and session.flowing
             ):
-                wait = self._run(command)
+                wait = self._run(command.run, command.minimum)
             else:
                 wait = self._call(command, handler, request, name)
         latest = meter.command
         meter.turn_to(None)
-        outlet.end(latest)
+        self._outlet.end(latest)
         return wait
 
     def _end_http(self, request: list[bytes]) -> Wait | None:
@@ -158,13 +180,13 @@ class Executor:
         logger.warning(
             "client %s sent %s, as in HTTP: perhaps an attack; closed", self._session.address, word
         )
-        self._outlet.pending.clear()
+        self._batch.take()
         self._session.close()
         return None
 
     def _ask(self, command: Command, request: list[bytes]) -> Wait | None:
         """Carries out the next request, which has to be admitted by itself, or says what it waits for."""
-        lsn = self._database.lsn
+        lsn = self._database.engine.lsn
         try:
             if not command.minimum <= len(request) <= command.maximum:
                 raise wrong_arity(command.name)
@@ -194,7 +216,7 @@ class Executor:
 
     def _text(self, error: Exception, lsn: int) -> str:
         """What is answered to a request that failed, the state at `lsn` being as it was before."""
-        self._outlet.shows_data = True
+        self._batch.shows_data = True
         if isinstance(error, CommandError):
             return str(error)
         if self._database.failure is not None:
@@ -203,16 +225,15 @@ class Executor:
             self._outlet.half_done(error)
         return excuse(error, self._session)
 
-    def _run(self, command: Command) -> Wait | None:
-        """Carries out together what can be of the next requests, perhaps none."""
-        assert command.run is not None
-        database, meter, outlet, position = self._database, self._meter, self._outlet, self._position
-        run = _alike(self._requests, position, command.minimum)
-        lsn = database.lsn
+    def _run(self, run_together: Run, size: int) -> Wait | None:
+        """Carries out together what can be of the next requests of `size` words, perhaps none."""
+        database, meter, batch, position = self._database, self._meter, self._batch, self._position
+        run = _alike(self._requests, position, size)
+        lsn = database.engine.lsn
         done, replies = 0, b""
         if len(run) > 1:
             try:
-                done, replies = command.run(self._session, run)
+                done, replies = run_together(self._session, run)
             except Exception:
                 if database.failure is not None or database.lsn != lsn:
                     raise
@@ -229,10 +250,10 @@ class Executor:
             turn_over = meter.lap() > self._turn_ends
         elif done > _REQUESTS_A_LOOK or not position & _REQUESTS_A_LOOK:
             turn_over = _clock() > self._turn_ends
-        outlet.pending.append(replies)
-        outlet.made += len(replies)
-        if turn_over or outlet.made >= outlet.most:
-            return outlet.hand_on(turn_over=turn_over)
+        batch.replies.append(replies)
+        batch.made += len(replies)
+        if turn_over or batch.made >= batch.most:
+            return self._outlet.hand_on(turn_over=turn_over)
         return None
 
     def _call(
@@ -242,8 +263,8 @@ class Executor:
 
         It stops where more than that has to be looked at.
         """
-        session, meter, outlet = self._session, self._meter, self._outlet
-        engine, pending = self._database.engine, outlet.pending
+        session, meter, batch, outlet = self._session, self._meter, self._batch, self._outlet
+        engine = self._database.engine
         position = self._position
         wait: Wait | None = None
         turn_over = False
@@ -262,18 +283,18 @@ class Executor:
                 elif not position & _REQUESTS_A_LOOK:
                     turn_over = _clock() > self._turn_ends
             else:
-                outlet.shows_data = True
+                batch.shows_data = True
                 reply = reject(session, command, str(wrong_arity(command.name)))
                 turn_over = not position & _REQUESTS_A_LOOK and _clock() > self._turn_ends
             if type(reply) is bytes and session.flowing:
-                pending.append(reply)
-                outlet.made += len(reply)
+                batch.replies.append(reply)
+                batch.made += len(reply)
             elif (wait := outlet.settle(reply)) is not None:
                 break
             elif outlet.over:
                 position = self._count
                 break
-            if turn_over or outlet.made >= outlet.most:
+            if turn_over or batch.made >= batch.most:
                 wait = outlet.hand_on(turn_over=turn_over)
                 break
             if position == self._count or (request := self._requests[position])[0] != name:
@@ -283,15 +304,15 @@ class Executor:
 
     def _keep(self, reply: bytes) -> Wait | None:
         """Takes the reply to a request that was not called."""
-        outlet = self._outlet
+        batch = self._batch
         if self._session.flowing:
-            outlet.pending.append(reply)
-            outlet.made += len(reply)
+            batch.replies.append(reply)
+            batch.made += len(reply)
         else:
-            outlet.settle(reply)
+            self._outlet.settle(reply)
         turn_over = not self._position & _REQUESTS_A_LOOK and _clock() > self._turn_ends
-        if turn_over or outlet.made >= outlet.most:
-            return outlet.hand_on(turn_over=turn_over)
+        if turn_over or batch.made >= batch.most:
+            return self._outlet.hand_on(turn_over=turn_over)
         return None
 
 
@@ -300,7 +321,9 @@ def _alike(requests: Sequence[list[bytes]], start: int, size: int) -> Sequence[l
 
     Those of a long run are left for another one.
     """
-    name, longest = requests[start][0], min(len(requests), start + LONGEST_RUN)
+    name, longest = requests[start][0], len(requests)
+    if longest - start > LONGEST_RUN:
+        longest = start + LONGEST_RUN
     for end in range(start + 1, longest):
         request = requests[end]
         if len(request) != size or request[0] != name:

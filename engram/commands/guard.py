@@ -73,21 +73,22 @@ class Guard(Gate):
         self._cleared = False
 
     def begin(self, command: Command) -> Handler | None:
-        admitted, writes = self.admitted, command.writes
+        admitted = self.admitted
         if admitted is None:
             journal = self._journal
             admitted = self.admitted = journal is None or journal.has_room(self.room)
-        if command.logs_beyond:
-            # More than was asked for.
-            admitted = self.admitted = self._journal is None
-        self._database.covered = admitted or writes
-        if (
-            self._session.guarded
-            or self._server.guarded
-            or (writes and (not admitted or command.throttle is not None))
-            or self._cleared
-        ):
+        if command.writes:
+            self._database.covered = True
+            if command.logs_beyond:
+                # More than was asked for.
+                admitted = self.admitted = self._journal is None
+            if not admitted or command.throttle is not None:
+                return None
+        else:
+            self._database.covered = admitted
+        if self._session.guarded or self._server.guarded:
             return None
+        self._cleared = False
         return command.handler
 
     def admit(self, command: Command, request: list[bytes]) -> bytes | Wait | None:

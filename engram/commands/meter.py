@@ -57,30 +57,35 @@ class Meter:
     def turn_to(self, command: Command | None) -> None:
         """Counts the calls so far. From now on `command` is called."""
         former, calls = self.command, self.calls
+        self.command = command
         if former is None:
             self._slow = self._config.slowlog_log_slower_than * 1000
+        elif self._each:
+            # `lap` has counted its calls, and looked at the clock.
+            return
         now = _clock()
         if calls and former is not None:
             self.calls = 0
             nanoseconds = now - self._since
             self._usage[former.name].record(calls, nanoseconds)
             # `lap` has looked at those that vary.
-            if (self._each or not former.varies) and 0 <= self._slow * calls < nanoseconds:
+            if not former.varies and 0 <= self._slow * calls < nanoseconds:
                 self._keep(former, self.latest, nanoseconds // calls)
         self._since = self._began = now
-        self.command = command
-        if command is not None:
-            self.timed = self._each or command.varies
+        if command is not None and not self._each:
+            self.timed = command.varies
 
     def lap(self) -> int:
         """Looks at the clock after a call, or after several that were made together; returns the time."""
-        if self._each:
-            self.turn_to(self.command)
-            return self._began
         now = _clock()
         nanoseconds, self._began = now - self._began, now
-        if 0 <= self._slow < nanoseconds and self.command is not None:
-            self._keep(self.command, self.latest, nanoseconds)
+        command, calls = self.command, 1
+        assert command is not None
+        if self._each:
+            calls, self.calls = self.calls, 0
+            self._usage[command.name].record(calls, nanoseconds)
+        if 0 <= self._slow * calls < nanoseconds:
+            self._keep(command, self.latest, nanoseconds // calls)
         return now
 
     def put_off(self, slot: Slot) -> None:

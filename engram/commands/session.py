@@ -49,6 +49,9 @@ Queued = tuple["Command", list[bytes]]
 
 Bytes = bytes | memoryview
 
+# Looking a member of an enumeration up costs a call and more, and these come with each transaction.
+_MULTI, _END_MULTI, _EXECUTE, _FINISH = Event.MULTI, Event.END_MULTI, Event.EXECUTE, Event.FINISH
+
 # What a queued request takes beside its words, about: a list of them, and its place in the queue.
 _REQUEST_BYTES = 200
 
@@ -507,7 +510,7 @@ class Session:
     def begin(self) -> None:
         """MULTI: commands are queued from now on."""
         transaction = Transaction()
-        self.happen(Event.MULTI)
+        self.happen(_MULTI)
         self.transaction = transaction
 
     def refuse(self) -> None:
@@ -517,7 +520,7 @@ class Session:
 
     def discard(self) -> None:
         """Forgets what was queued, and all watches."""
-        self.happen(Event.END_MULTI)
+        self.happen(_END_MULTI)
         transaction, self.transaction = self.transaction, None
         if transaction is not None and len(transaction.commands) > _FREED_AT_ONCE:
             self.server.database.engine.dropped += (transaction.commands, transaction.throttled)
@@ -525,13 +528,13 @@ class Session:
 
     def execute(self, allowance: Allowance) -> None:
         """EXEC carries commands out from now on, whose replies take of the allowance."""
-        self.happen(Event.EXECUTE)
+        self.happen(_EXECUTE)
         self.allowance = allowance
 
     def finish(self) -> None:
         """EXEC carries out no more."""
         self.allowance = None
-        self.happen(Event.FINISH)
+        self.happen(_FINISH)
 
     def select(self, number: int) -> None:
         """Has the commands of the client see another database from now on."""

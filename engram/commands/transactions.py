@@ -10,7 +10,7 @@ from functools import partial
 import trio
 
 from engram.commands.allowance import SMALL_REPLY, Allowance
-from engram.commands.executor import Executor
+from engram.commands.executor import Batch, Executor
 from engram.commands.guard import Gate, Wait, show
 from engram.commands.limits import check_reply
 from engram.commands.meter import Meter
@@ -189,19 +189,28 @@ class _Execution(Gate):
             in the transaction belongs to it.
     """
 
-    # Whatever becomes of its client.
-    over = False
+    __slots__ = (
+        "_allowance",
+        "_monitored",
+        "_queued",
+        "_session",
+        "_writes",
+        "batch",
+        "failure",
+        "found",
+        "over",
+    )
 
     def __init__(
         self, session: Session, queued: deque[list[bytes]], allowance: Allowance, *, writes: bool
     ) -> None:
         self.found: list[Reply] = []
         self.failure: Exception | None = None
-        self.pending: list[bytes] = []
-        # Bytes of replies that are not taken of the allowance yet, and how many would be too many.
-        self.made = 0
-        self.most = allowance.left + 1
-        self.shows_data = True
+        # Its bytes are not taken of the allowance yet, which is exceeded by `most` of them.
+        self.batch = Batch(allowance.left + 1)
+        # What has been begun is finished, whatever becomes of the client.
+        self.over = False
+        self._monitored = False
         self._session = session
         self._queued = queued
         self._writes = writes
@@ -231,6 +240,7 @@ class _Execution(Gate):
     def _take_turn(self, executor: Executor) -> None:
         """Carries out what takes a turn."""
         queued = self._queued
+        self._monitored = bool(self._session.server.monitors)
         turn_ends = time.perf_counter_ns() + TURN_NANOSECONDS
         wait: Wait | None = None
         while wait is None and (queued or not executor.done):
@@ -240,35 +250,36 @@ class _Execution(Gate):
 
     def begin(self, command: Command) -> Handler:
         self._take_allowance()
-        session = self._session
-        if session.user.unrestricted and not session.server.monitors and not self._allowance.exceeded:
+        # Nobody can begin to monitor within a turn.
+        if self._session.user.unrestricted and self.batch.most > 0 and not self._monitored:
             return command.handler
         return partial(self._check_and_call, command)
 
     def _check_and_call(self, command: Command, session: Session, request: list[bytes]) -> Reply:
         self._take_allowance()
-        if session.server.monitors:
+        if self._monitored:
             show(session, command, request)
         if not session.user.unrestricted:
             _check_again(session, command, request)
-        if self._allowance.exceeded and (not command.writes or _answers_values(command, request)):
+        if self.batch.most <= 0 and (not command.writes or _answers_values(command, request)):
             check_reply(session, self._allowance.used)
         return command.handler(session, request)
 
     def _take_allowance(self) -> None:
-        allowance = self._allowance
-        allowance.made += self.made
-        self.made, self.most = 0, allowance.left + 1
+        """Takes of the allowance what has been made. `most` is 0 or less once it is exceeded."""
+        allowance, batch = self._allowance, self.batch
+        allowance.made += batch.made
+        batch.made, batch.most = 0, allowance.left + 1
 
     def hand_on(self, *, turn_over: bool) -> Wait | None:
         self._take_allowance()
         return trio.lowlevel.checkpoint if turn_over else None
 
     def settle(self, reply: Reply) -> Wait | None:
-        self.found += (b"".join(self.pending), reply)
-        self.pending.clear()
+        self._take_allowance()
+        self.found += (self.batch.take(), reply)
         if isinstance(reply, Pieces):
-            self.made += reply.size
+            self.batch.made = reply.size
         return None
 
     def half_done(self, error: Exception) -> None:
@@ -277,9 +288,8 @@ class _Execution(Gate):
 
     def end(self, latest: Command | None) -> None:
         self._take_allowance()
-        if self.pending:
-            self.found.append(b"".join(self.pending))
-            self.pending.clear()
+        if self.batch.replies:
+            self.found.append(self.batch.take())
 
 
 def _answers_values(command: Command, request: Sequence[bytes]) -> bool:

@@ -53,8 +53,8 @@ class Bench:
 
     def take(self, *replies: bytes) -> None:
         """Replies that simply follow those before."""
-        self.delivery.pending += replies
-        self.delivery.made += sum(map(len, replies))
+        self.delivery.batch.replies += replies
+        self.delivery.batch.made += sum(map(len, replies))
 
     def change(self) -> int:
         return self.database.commit(SetString(b"a", b"1"))
@@ -69,10 +69,14 @@ async def test_replies_are_handed_on_together(bench: Bench) -> None:
     bench.change()
     bench.take(b"+1\r\n", b"+2\r\n")
     assert bench.delivery.observed_lsn == 1
-    bench.delivery.shows_data = True
+    bench.delivery.batch.shows_data = True
     bench.delivery.end(COMMANDS[b"get"])
     assert bench.outbox.sent == [("soon", b"+1\r\n+2\r\n", 1)]
-    assert (bench.delivery.pending, bench.delivery.made, bench.session.last_command) == ([], 0, "get")
+    assert (bench.delivery.batch.replies, bench.delivery.batch.made, bench.session.last_command) == (
+        [],
+        0,
+        "get",
+    )
     bench.delivery.end(None)
     assert len(bench.outbox.sent) == 1
 
@@ -91,7 +95,7 @@ async def test_others_have_a_turn_or_replies_go_first(bench: Bench, turn_over: b
     bench.take(OK)
     wait = bench.delivery.hand_on(turn_over=turn_over)
     assert bench.outbox.sent == [("now", OK, 0)]
-    assert bench.delivery.made == 0
+    assert bench.delivery.batch.made == 0
     assert (wait is not None) is (turn_over or congested)
     if wait is not None:
         await wait()

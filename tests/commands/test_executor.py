@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 
-from engram.commands.executor import Executor
+from engram.commands.executor import Batch, Executor
 from engram.commands.guard import Gate, Wait
 from engram.commands.meter import Meter
 from engram.commands.registry import COMMANDS, SPELLINGS
@@ -29,10 +29,7 @@ class Outlet:
     """Keeps the replies. `waits` is what has to be waited for once they are handed on."""
 
     def __init__(self) -> None:
-        self.pending: list[bytes] = []
-        self.made = 0
-        self.most = 1 << 20
-        self.shows_data = False
+        self.batch = Batch(1 << 20)
         self.over = False
         self.taken: list[Reply] = []
         self.waits: Wait | None = None
@@ -40,9 +37,8 @@ class Outlet:
         self.latest: list[str | None] = []
 
     def hand_on(self, *, turn_over: bool) -> Wait | None:
-        self.taken += self.pending
-        self.pending.clear()
-        self.made = 0
+        self.taken += self.batch.replies
+        self.batch.take()
         return trio.lowlevel.checkpoint if turn_over else self.waits
 
     def settle(self, reply: Reply) -> Wait | None:
@@ -200,9 +196,9 @@ async def test_errors_are_replies(bench: Bench) -> None:
 
 async def test_an_error_tells_of_data_whatever_the_command(bench: Bench) -> None:
     bench.carry_out("PING")
-    assert not bench.outlet.shows_data
+    assert not bench.outlet.batch.shows_data
     bench.carry_out("PING", "PING 1 2")
-    assert bench.outlet.shows_data
+    assert bench.outlet.batch.shows_data
 
 
 async def test_an_error_of_ours_is_a_reply_where_nothing_has_changed(bench: Bench) -> None:
@@ -293,7 +289,7 @@ async def test_a_turn_ends(bench: Bench) -> None:
 
 
 async def test_replies_are_handed_on_where_there_are_many(bench: Bench) -> None:
-    bench.outlet.most = 3 * len(PONG)
+    bench.outlet.batch.most = 3 * len(PONG)
 
     async def wait() -> None:
         pass
@@ -325,6 +321,6 @@ async def test_http_ends_the_client(bench: Bench, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         assert bench.carry_out("PING", "POST /", "SET a 1") is None
     assert bench.outlet.taken == []
-    assert bench.outlet.pending == []
+    assert bench.outlet.batch.replies == []
     assert "as in HTTP" in caplog.text
     assert not bench.database.engine.keyspace.values
