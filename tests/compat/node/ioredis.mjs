@@ -87,7 +87,7 @@ await refused(redis.get("colours"), WRONGTYPE);
 
 // What an operator does
 assert.match(await redis.info("keyspace"), /db0:keys=\d+/);
-assert.deepEqual(await redis.config("GET", "databases"), ["databases", "1"]);
+assert.deepEqual(await redis.config("GET", "databases"), ["databases", "16"]);
 assert.ok((await redis.command("COUNT")) > 50);
 const monitor = await other.monitor();
 const seen = new Promise((resolve) => monitor.once("monitor", (_, words) => resolve(words)));
