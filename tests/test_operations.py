@@ -15,8 +15,11 @@ from engram.operations import (
     CreateIndex,
     DeleteKeys,
     DeleteVectors,
+    ExchangeDatabases,
     Flush,
     InstallSegment,
+    KindOperation,
+    MoveKey,
     Operation,
     RenameKey,
     SetAttributes,
@@ -28,6 +31,8 @@ from engram.operations import (
     decode_array,
     encode,
     join,
+    known_operations,
+    register,
 )
 
 key = st.binary(max_size=30)
@@ -37,11 +42,11 @@ time = st.none() | number
 text = st.text(max_size=20)
 
 operations = st.one_of(
-    st.builds(SetString, key, st.binary(), time),
+    st.builds(SetString, key, st.binary(), time, number),
     st.builds(AppendString, key, st.binary()),
     st.builds(DeleteKeys, keys),
     st.builds(SetExpiry, key, time),
-    st.builds(Flush),
+    st.builds(Flush, st.none() | number),
     st.builds(CreateIndex, key, number, text, number, number, text, st.floats(allow_nan=False)),
     st.builds(AddVectors, number, keys, st.binary(), st.lists(st.none() | st.binary()).map(tuple)),
     st.builds(DeleteVectors, number, keys),
@@ -49,8 +54,10 @@ operations = st.one_of(
     st.builds(SetAttributes, number, keys, st.lists(st.binary()).map(tuple)),
     st.builds(SetStrings, keys, keys),
     st.builds(SetRange, key, number, st.binary()),
-    st.builds(RenameKey, key, key),
-    st.builds(CopyKey, key, key),
+    st.builds(RenameKey, key, key, number),
+    st.builds(CopyKey, key, key, number, number),
+    st.builds(MoveKey, key, number, number),
+    st.builds(ExchangeDatabases, number, number),
 )
 
 
@@ -74,29 +81,68 @@ def test_an_array_of_any_length_is_messagepack(count: int) -> None:
     assert decode_array(joined) == [Flush()] * count
 
 
-@pytest.mark.parametrize(
-    ("operation", "payload"),
-    [
-        (SetString(b"k", b"v", 5), "9401c4016bc4017605"),
-        (SetString(b"k", b"v"), "9401c4016bc40176c0"),
-        (AppendString(b"k", b"v"), "9302c4016bc40176"),
-        (DeleteKeys((b"k", b"l")), "920392c4016bc4016c"),
-        (SetExpiry(b"k", None), "9304c4016bc0"),
-        (Flush(), "9105"),
-        (CreateIndex(b"k", 4, "l2", 16, 200, "f32"), "9806c4016b04a26c3210ccc8a3663332cb3fefae147ae147ae"),
-        (AddVectors(7, (b"k",), b"\0\0\x80?"), "95070791c4016bc4040000803f90"),
-        (DeleteVectors(7, (b"k",)), "93080791c4016b"),
-        (InstallSegment(7, "ab", 9, -1, ("cd",)), "960907a2616209ff91a26364"),
-        (SetAttributes(7, (b"k",), (b"{}",)), "940a0791c4016b91c4027b7d"),
-        (SetStrings((b"k", b"l"), (b"v", b"")), "930b92c4016bc4016c92c40176c400"),
-        (SetRange(b"k", 5, b"v"), "940cc4016b05c40176"),
-        (RenameKey(b"k", b"l"), "930dc4016bc4016c"),
-        (CopyKey(b"k", b"l"), "930ec4016bc4016c"),
-    ],
-)
+# As level 2 wrote them: of database 0.
+OF_LEVEL_2: list[tuple[Operation, str]] = [
+    (SetString(b"k", b"v", 5), "9401c4016bc4017605"),
+    (SetString(b"k", b"v"), "9401c4016bc40176c0"),
+    (AppendString(b"k", b"v"), "9302c4016bc40176"),
+    (DeleteKeys((b"k", b"l")), "920392c4016bc4016c"),
+    (SetExpiry(b"k", None), "9304c4016bc0"),
+    (Flush(), "9105"),
+    (CreateIndex(b"k", 4, "l2", 16, 200, "f32"), "9806c4016b04a26c3210ccc8a3663332cb3fefae147ae147ae"),
+    (SetStrings((b"k", b"l"), (b"v", b"")), "930b92c4016bc4016c92c40176c400"),
+    (SetRange(b"k", 5, b"v"), "940cc4016b05c40176"),
+    (RenameKey(b"k", b"l"), "930dc4016bc4016c"),
+    (CopyKey(b"k", b"l"), "930ec4016bc4016c"),
+]
+
+ENCODED: list[tuple[Operation, str]] = [
+    (SetString(b"k", b"v", 5), "9501c4016bc401760500"),
+    (SetString(b"k", b"v", None, 3), "9501c4016bc40176c003"),
+    (AppendString(b"k", b"v", 3), "9402c4016bc4017603"),
+    (DeleteKeys((b"k", b"l"), 3), "930392c4016bc4016c03"),
+    (SetExpiry(b"k", None, 3), "9404c4016bc003"),
+    (Flush(), "9205c0"),
+    (Flush(3), "920503"),
+    (
+        CreateIndex(b"k", 4, "l2", 16, 200, "f32", database=3),
+        "9906c4016b04a26c3210ccc8a3663332cb3fefae147ae147ae03",
+    ),
+    (AddVectors(7, (b"k",), b"\0\0\x80?"), "95070791c4016bc4040000803f90"),
+    (DeleteVectors(7, (b"k",)), "93080791c4016b"),
+    (InstallSegment(7, "ab", 9, -1, ("cd",)), "960907a2616209ff91a26364"),
+    (SetAttributes(7, (b"k",), (b"{}",)), "940a0791c4016b91c4027b7d"),
+    (SetStrings((b"k", b"l"), (b"v", b""), 3), "940b92c4016bc4016c92c40176c40003"),
+    (SetRange(b"k", 5, b"v", 3), "950cc4016b05c4017603"),
+    (RenameKey(b"k", b"l", 3), "940dc4016bc4016c03"),
+    (CopyKey(b"k", b"l", 3, 4), "950ec4016bc4016c0304"),
+    (MoveKey(b"k", 3, 4), "940fc4016b0304"),
+    (ExchangeDatabases(3, 4), "93100304"),
+]
+
+
+def test_every_operation_has_an_encoding() -> None:
+    assert {type(operation) for operation, _ in ENCODED} == set(known_operations().values())
+
+
+@pytest.mark.parametrize(("operation", "payload"), ENCODED)
 def test_the_encoding_never_changes(operation: Operation, payload: str) -> None:
     assert encode(operation).hex() == payload
     assert decode(bytes.fromhex(payload)) == operation
+
+
+@pytest.mark.parametrize(("operation", "payload"), OF_LEVEL_2)
+def test_records_of_level_2_are_of_database_0(operation: Operation, payload: str) -> None:
+    assert decode(bytes.fromhex(payload)) == operation
+
+
+def test_a_tag_belongs_to_one_operation() -> None:
+    class Another(KindOperation, frozen=True, array_like=True, tag=1):
+        key: bytes
+
+    with pytest.raises(ValueError, match="tag 1 of Another is that of another operation"):
+        register((Another,))
+    assert decode(encode(Flush())) == Flush()
 
 
 def test_a_field_added_later_has_its_default_in_old_records() -> None:

@@ -105,13 +105,13 @@ class FlippingFiles(DiskFiles):
 
     def write_file(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         data = bytearray().join(chunks)
-        if path.name == "strings-bytes.npy":
+        if path.name == "0.string.maps-bytes.npy":
             data[-1] ^= 1
         super().write_file(path, [bytes(data)])
 
 
 def test_a_snapshot_is_read_back(directory: Path) -> None:
-    with pytest.raises(DamagedDataError, match=r"strings-bytes\.npy: checksum mismatch"):
+    with pytest.raises(DamagedDataError, match=r"0\.string\.maps-bytes\.npy: checksum mismatch"):
         write_snapshot(directory, number_of(closed_log_file(directory)), FlippingFiles())
 
 
