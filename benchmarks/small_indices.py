@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from engram.collector import brief_collections
 from engram.commands.information import resident_memory
 from engram.engine import Engine
 from engram.files import DiskFiles
@@ -26,7 +27,6 @@ from engram.heap import Heap
 from engram.index.search import SearchOptions, search_batch
 from engram.index.segment import SegmentStore
 from engram.operations import AddVectors, CreateIndex
-from engram.server import _tune_collector
 
 
 @contextmanager
@@ -58,10 +58,9 @@ def main() -> None:
     count, rows = arguments.indices, arguments.rows
     threadpool_limits(1, user_api="blas")
     Heap().tune()
-    _tune_collector()
     random = np.random.default_rng(0)
     vectors = [row.tobytes() for row in random.normal(size=(1000, arguments.dimension)).astype(np.float32)]
-    with tempfile.TemporaryDirectory() as folder:
+    with brief_collections(), tempfile.TemporaryDirectory() as folder:
         engine = Engine(SegmentStore(Path(folder), DiskFiles(), 1), seal_rows=8192)
         gc.collect()
         before = resident_memory()

@@ -21,6 +21,7 @@ import trio
 
 from engram.access import Access, open_access
 from engram.child_process import module_command
+from engram.collector import brief_collections, watch_new
 from engram.commands.client import describe
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Server, Session
@@ -337,14 +338,15 @@ async def _serve(
             await work_nursery.start(builder.run)
             for index in database.engine.indices.values():
                 builder.consider(index)
-            _tune_collector()
             parts.start_jobs(work_nursery)
             started = parts.started(listeners, time.monotonic() - began)
             if config.metrics_port:
                 # Not imported above: a server starts the sooner without.
                 metrics = importlib.import_module("engram.metrics")
                 await work_nursery.start(metrics.serve, parts.server)
-            await reception.run(shutdown, partial(task_status.started, started))
+            with brief_collections():
+                work_nursery.start_soon(keep_running, "watching what the collector will look at", watch_new)
+                await reception.run(shutdown, partial(task_status.started, started))
             work_nursery.cancel_scope.cancel()
         # Nothing writes any more: the log is drained and synced, and its task ends.
         if persistence is not None:
@@ -396,6 +398,8 @@ async def _recover(
             del reserve
             raise
         finally:
+            # Or all of it would be looked at next.
+            gc.freeze()
             gc.enable()
 
     async with trio.open_nursery() as nursery:
@@ -432,14 +436,6 @@ def _require_databases(engine: Engine, config: Config) -> None:
         raise OperatorError(
             f"database {most} holds keys, but `databases` is {config.databases}: set it to {most + 1} or more"
         )
-
-
-def _tune_collector() -> None:
-    # What was recovered lives for long: it need not be looked at again and again.
-    gc.freeze()
-    # Clients that come and go are garbage in cycles. A collection of 50,000 such objects held all others up
-    # for 36 ms, one of 5,000 takes 3.
-    gc.set_threshold(5_000, 20, 100)
 
 
 def _log_settings(config: Config) -> PersistenceSettings:

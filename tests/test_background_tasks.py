@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.lowlevel import Task
 
-from engram import heap, supervision
+from engram import collector, heap, supervision
 from engram.config import Config
 from engram.database import Database
 from engram.heap import Heap
@@ -56,6 +56,7 @@ FAULTS = {
     "freeing what was dropped": Fault(SegmentStore, "size", GONE, ("DEL v",)),
     "forgetting watches": Fault(Watches, "clear_up", MemoryError()),
     "trimming the heap": Fault(Heap, "_trim", NO_THREAD),
+    "watching what the collector will look at": Fault(collector, "_count_new", MemoryError()),
     "sampling statistics": Fault(Statistics, "sample", MemoryError()),
     "a search thread": Fault(SearchService, "_run_next", MemoryError(), ("VSEARCH v aaaaaaaa 1",)),
     "refusing late searches": Fault(SearchService, "refuse_late", MemoryError()),
@@ -81,6 +82,7 @@ HOLDING = {
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(heap, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(collector, "_LOOK_SECONDS", 0.001)
     monkeypatch.setattr("engram.server._IDLE_EXPIRY_INTERVAL", 0.001)
     monkeypatch.setattr("engram.listeners._LOOK_INTERVAL", 0.001)
     monkeypatch.setattr("engram.index.service._LONGEST_PAUSE", 0.001)

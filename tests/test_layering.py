@@ -67,6 +67,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "database": STATE | {"engine", "watches"},
     "rounds": frozenset(),
     "heap": frozenset(),
+    "collector": frozenset(),
     "statistics": frozenset(),
     "slowlog": frozenset(),
     "monitors": frozenset({"protocol", "slowlog"}),
@@ -113,6 +114,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "server": STATE
     | {
         "access",
+        "collector",
         "commands",
         "config",
         "database",

@@ -128,6 +128,8 @@ def _nothing(state: State, value: Any) -> None:
 class Kind(Generic[V]):
     """A kind of value. Values that are no strings are known by their identity.
 
+    No value may refer to itself, through whatever else: see `engram.collector`.
+
     Attributes:
         name: what TYPE answers.
         types: the types of Python that its values have.
