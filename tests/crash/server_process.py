@@ -29,12 +29,17 @@ _PROGRESS = re.compile(r'message="[^"]*: \d+ of \d+ MiB"$')
 _ROOT = str(Path(__file__).parents[2])
 
 
+def without_progress(errors: str) -> str:
+    """What a server has said, without how far its start was: a slow machine has it say that."""
+    return "".join(line for line in errors.splitlines(keepends=True) if not _PROGRESS.search(line))
+
+
 class StartError(Exception):
-    """The server ended instead of listening."""
+    """The server ended instead of listening; `errors` is what it said."""
 
     def __init__(self, exit_code: int, errors: str) -> None:
         self.exit_code = exit_code
-        self.errors = errors
+        self.errors = without_progress(errors)
         super().__init__(f"engram ended with exit code {exit_code}: {errors}")
 
 
@@ -61,7 +66,7 @@ class ServerProcess:
     @property
     def complaints(self) -> str:
         """What the server has written to standard error, without how far its start was on a slow machine."""
-        return "".join(line for line in self.errors.splitlines(keepends=True) if not _PROGRESS.search(line))
+        return without_progress(self.errors)
 
     def wait_until_listening(self) -> None:
         """Raises StartError when the server ends instead."""
