@@ -238,7 +238,7 @@ class Config:
         mutable=True,
     )
     save: str = _setting("", _empty, "always empty: snapshots follow the growth of the log", mutable=True)
-    databases: int = _setting(16, _integer(1, 10_000), "numbered databases, of which a client selects one")
+    databases: int = _setting(16, _integer(1, 256), "numbered databases, of which a client selects one")
     log_file_size: int = _setting(64 << 20, _size(1 << 16, _LARGEST_RECORD), "size of one file of the log")
     log_queue_size: int = _setting(
         64 << 20, _size(1 << 16), "bytes of writes that may wait for the log", mutable=True

@@ -257,7 +257,8 @@ class Database:
 
     def next_expiry(self) -> int | None:
         """When the earliest key of all lapses, None when none will."""
-        found = (keyspace.next_expiry() for keyspace in self.engine.keyspaces.values())
+        keyspaces = self.engine.keyspaces.values()
+        found = (keyspace.next_expiry() for keyspace in keyspaces if keyspace.expiries)
         return min((time for time in found if time is not None), default=None)
 
     def deletable(self, keys: list[bytes]) -> list[bytes]:

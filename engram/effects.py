@@ -37,9 +37,10 @@ class Keyspaces(dict[int, Keyspace[Any]]):
 
     def count(self, counting: bool) -> None:
         """Has each keyspace, those to come as well, count what it holds: see `Keyspace.counting`."""
-        self._counting = counting
-        for keyspace in self.values():
-            keyspace.counting = counting
+        if counting != self._counting:
+            self._counting = counting
+            for keyspace in self.values():
+                keyspace.counting = counting
 
 
 class State(Protocol):

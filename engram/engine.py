@@ -129,7 +129,8 @@ class Engine:
 
     def bytes_held(self) -> int:
         """What the data takes in memory: see `Keyspace.bytes_held` and `Kind.bytes_held`."""
-        return sum(keyspace.bytes_held() for keyspace in self.keyspaces.values()) + self._others.sums()[0]
+        keys = sum(keyspace.bytes_held() for keyspace in self.keyspaces.values())
+        return keys + self._others.sums()[0]
 
     def export(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """The whole state as columns and metadata, for a snapshot; `restore` is the inverse.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
 from typing import Any, Generic, TypeVar, cast
 
@@ -23,11 +25,6 @@ _KEY_BYTES = 2 * BYTES_OBJECT
 
 # As many of the oldest keys, and of the newest, stand for all where nobody counts.
 _SAMPLED_KEYS = 1 << 11
-
-
-def len_of_string(value: object) -> int | None:
-    """The length of a string, None of anything else."""
-    return len(value) if isinstance(value, String) else None
 
 
 class Keyspace(Generic[Other]):
@@ -181,25 +178,9 @@ class Keyspace(Generic[Other]):
         """Up to `limit` keys that have lapsed by `now`, earliest first; they stay until deleted."""
         return self._deadlines.due(now, limit)
 
-    def nearest_to_lapse(
-        self, size: int, limit: int, size_of: Callable[[String | Other], int | None] = len_of_string
-    ) -> list[bytes]:
-        """Keys, those that lapse first, until they take `size` bytes or are `limit` many.
-
-        They stay until deleted. `size_of` tells the bytes of a value, None for one whose key is passed over.
-        """
-        found: list[bytes] = []
-        earliest = self._deadlines.earliest()
-        for _, key in earliest:
-            held = size_of(self.values[key])
-            if held is None:
-                continue
-            found.append(key)
-            size -= _KEY_BYTES + DEADLINE_BYTES + len(key) + held
-            if size <= 0 or len(found) >= limit:
-                break
-        earliest.close()
-        return found
+    def earliest(self) -> Generator[tuple[int, bytes], None, None]:
+        """When keys lapse, and the keys, the earliest first: see `Deadlines.earliest`."""
+        return self._deadlines.earliest()
 
     @property
     def counting(self) -> bool:
@@ -259,6 +240,38 @@ class Keyspace(Generic[Other]):
         self._deadlines = deadlines
         # Looked up all the time.
         self.expiries = deadlines.at
+
+
+def nearest_to_lapse(
+    keyspaces: Mapping[int, Keyspace[Any]], size: int, limit: int, size_of: Callable[[Any], int | None]
+) -> dict[int, list[bytes]]:
+    """Keys that lapse first, by number of their keyspace: so many as take `size` bytes, or `limit`.
+
+    They stay until deleted. `size_of` tells the bytes of a value, None for one whose key is passed over.
+    """
+    found: dict[int, list[bytes]] = {}
+    with ExitStack() as stack:
+        queues = [
+            stack.enter_context(closing(_numbered(number, keyspace)))
+            for number, keyspace in keyspaces.items()
+            if keyspace.expiries
+        ]
+        for _, number, key in heapq.merge(*queues):
+            held = size_of(keyspaces[number].values[key])
+            if held is None:
+                continue
+            found.setdefault(number, []).append(key)
+            size -= _KEY_BYTES + DEADLINE_BYTES + len(key) + held
+            limit -= 1
+            if size <= 0 or limit <= 0:
+                break
+    return found
+
+
+def _numbered(number: int, keyspace: Keyspace[Any]) -> Generator[tuple[int, int, bytes], None, None]:
+    with closing(keyspace.earliest()) as earliest:
+        for at, key in earliest:
+            yield at, number, key
 
 
 def _text_length(value: object) -> int:

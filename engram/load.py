@@ -138,7 +138,8 @@ class _Requests:
         lines = request.first, request.last
         if database != self._database:
             self._database = database
-            self._made.append(_Request(_pack(["SELECT", str(database)]), *lines))
+            # Where it is refused nothing may come into the database of before.
+            self._made.append(_Request(_pack(["SELECT", str(database)]), *lines, is_barrier=True))
         packed = _pack(request.words)
         self._made.append(_Request(packed, *lines, request.keys, request.vectors, request.is_barrier))
 

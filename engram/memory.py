@@ -13,6 +13,7 @@ from typing import Protocol
 from engram.config import Config
 from engram.database import Database
 from engram.errors import CommandError
+from engram.keyspace import nearest_to_lapse
 from engram.kinds import KINDS
 from engram.operations import DeleteKeys
 
@@ -97,27 +98,19 @@ class MemoryLimit:
         database = self._database
         left = _EVICTED_AT_ONCE
         while excess > 0 and left > 0:
-            number, keys = self._nearest_to_lapse(excess, left)
-            if not keys:
+            found = nearest_to_lapse(database.engine.keyspaces, excess, left, _evictable_bytes)
+            if not found:
                 return False
-            keys = database.deletable(keys)
-            if not keys:
-                # The command has to wait for the log before it is carried out.
-                return True
-            database.commit(DeleteKeys(tuple(keys), number))
-            self.evicted_keys += len(keys)
-            left -= len(keys)
+            for number, nearest in found.items():
+                keys = database.deletable(nearest)
+                if not keys:
+                    # The command has to wait for the log before it is carried out.
+                    return True
+                database.commit(DeleteKeys(tuple(keys), number))
+                self.evicted_keys += len(keys)
+                left -= len(keys)
             excess = self.used() - config.maxmemory
         return True
-
-    def _nearest_to_lapse(self, size: int, limit: int) -> tuple[int, list[bytes]]:
-        """Keys of the database in which one lapses first: see `Keyspace.nearest_to_lapse`."""
-        keyspaces = self._database.engine.keyspaces
-        times = {number: keyspace.next_expiry() for number, keyspace in keyspaces.items()}
-        for _, number in sorted((time, number) for number, time in times.items() if time is not None):
-            if keys := keyspaces[number].nearest_to_lapse(size, limit, _evictable_bytes):
-                return number, keys
-        return 0, []
 
 
 def _evictable_bytes(value: object) -> int | None:

@@ -87,6 +87,10 @@ class SnapshotColumns:
             NewerFormatError: a kind of value is not known.
             DamagedDataError: a segment is missing, or is not what was written.
         """
+        grouped: dict[str, dict[str, Array]] = {}
+        for name, column in self.columns.items():
+            place, _, short = name.rpartition(".")
+            grouped.setdefault(place, {})[short] = column
         for number, described in self.databases.items():
             values: dict[bytes, Any] = {}
             others: list[Any] = []
@@ -94,19 +98,12 @@ class SnapshotColumns:
                 kind = KINDS.by_name.get(name)
                 if kind is None:
                     raise NewerFormatError(self.path, f"kind of value {name} is not known")
-                found = kind.unpack(description, self._below(f"{number}.{name}."), state)
+                found = kind.unpack(description, grouped[f"{number}.{name}"], state)
                 if kind is not STRING:
                     others += found.values()
                 values = {**values, **found} if values else found
-            expiries = unpack_mapping(_EXPIRIES, self._below(f"{number}."), int)
+            expiries = unpack_mapping(_EXPIRIES, grouped[number], int)
             yield Restored(int(number), values, others, expiries)
-
-    def _below(self, prefix: str) -> dict[str, Array]:
-        return {
-            name.removeprefix(prefix): column
-            for name, column in self.columns.items()
-            if name.startswith(prefix)
-        }
 
 
 def _read_level_2(folder: ColumnFolder) -> SnapshotColumns:

@@ -315,3 +315,16 @@ async def test_a_bounded_part_is_on_its_way_to_a_server_that_is_slow() -> None:
         with trio.move_on_after(0.5):
             await load(io.BytesIO(dump), stream)
     assert 1 << 20 < received < 9 << 20
+
+
+async def test_what_is_of_a_database_that_is_not_there_comes_into_no_other(house: House) -> None:
+    house.server.config.databases = 4
+    client = house.connect()
+    await client.call("SET k mine")
+    dump = dump_of(
+        {"type": "string", "key": "first", "value": "x"},
+        *({"type": "string", "key": "k", "value": "theirs", "database": 20} for _ in range(100)),
+    )
+    assert await refused(house, dump, replace=True) == "line 3: ERR DB index is out of range"
+    assert await client.call("GET k") == b"$4\r\nmine\r\n"
+    assert await client.call("GET first") == b"$1\r\nx\r\n"

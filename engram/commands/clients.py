@@ -97,7 +97,7 @@ COMMANDS = (
         _select,
         2,
         "database",
-        "Changes the selected database. There is one, number 0.",
+        "Changes the selected database.",
         _GROUP,
         ("loading", "stale", "fast"),
     ),

@@ -149,7 +149,8 @@ def _swap_databases(session: Session, arguments: list[bytes]) -> bytes:
     databases = session.server.config.databases
     if not (0 <= first < databases and 0 <= second < databases):
         raise CommandError(NO_DATABASE)
-    session.database.commit(ExchangeDatabases(first, second))
+    if first != second:
+        session.database.commit(ExchangeDatabases(first, second))
     return OK
 
 

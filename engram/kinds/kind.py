@@ -75,7 +75,7 @@ class Packed:
     """Values of one kind in a snapshot.
 
     Attributes:
-        columns: by name; the names need only be those of the kind.
+        columns: by name; the names need only be those of the kind, and have no dot.
         description: what of it JSON holds.
         segments: the checksums of the segments that the values refer to, by id.
     """

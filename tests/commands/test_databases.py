@@ -164,6 +164,22 @@ async def test_flushdb_empties_one_and_flushall_every_database(house: House) -> 
     assert not house.engine.indices
 
 
+async def test_those_nearest_to_lapse_are_evicted_whichever_database_they_are_in(house: House) -> None:
+    client = house.connect()
+    for database, seconds in ((0, 100_000), (1, 200), (2, 300)):
+        await client.call(f"SELECT {database}")
+        for number in range(50):
+            await client.call([b"SET", b"%d" % number, bytes(1000), b"EX", b"%d" % (seconds + number)])
+    await told(client, "SELECT 0", "SET first x EX 50", "CONFIG SET maxmemory-policy volatile-ttl")
+    house.server.config.maxmemory = house.server.memory.used() - 72_000
+    house.server.memory.reconfigure()
+    assert house.server.memory.used() <= house.server.config.maxmemory
+    left = [len(house.engine.keyspaces[number]) for number in range(3)]
+    assert left[:2] == [50, 0]
+    assert 35 < left[2] < 50
+    assert b"0" not in house.engine.keyspaces[2].values
+
+
 async def test_info_lists_the_databases_that_hold_keys(house: House) -> None:
     client = house.connect()
     await told(client, "SET k v", "SELECT 11", "SET k v PX 5000", "SET l v", "SELECT 2", "SET k v", "DEL k")
@@ -205,6 +221,7 @@ async def test_a_transaction_may_go_from_one_database_to_another(house: House) -
         ((1, "here"), ("SWAPDB 0 1",), True),
         ((0, "nowhere"), ("SWAPDB 0 1",), False),
         ((0, "here"), ("SWAPDB 1 2",), False),
+        ((0, "here"), ("SWAPDB 0 0",), False),
         ((0, "here"), ("SELECT 1", "FLUSHDB"), False),
         ((0, "here"), ("FLUSHDB",), True),
         ((0, "here"), ("SELECT 1", "FLUSHALL"), True),
