@@ -74,7 +74,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "exclusion": frozenset(),
     "pause": frozenset(),
     "watches": frozenset({"effects", "index", "keyspace"}),
-    "memory": frozenset({"config", "database", "errors", "kinds", "operations"}),
+    "memory": frozenset({"config", "database", "errors", "keyspace", "kinds", "operations"}),
     "commands": STATE
     | {
         "access",

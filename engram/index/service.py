@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from queue import SimpleQueue
@@ -494,7 +495,9 @@ def _call(finished: Callable[[], None] | None) -> None:
         if finished is not None:
             finished()
     except Exception:
-        logger.exception("what was searched for cannot be told")
+        # There may be no memory for a line of the log.
+        with suppress(MemoryError):
+            logger.exception("what was searched for cannot be told")
 
 
 def _run_group(searches: Sequence[_Search], worker: int, share: Share) -> Sequence[list[Any] | Exception]:

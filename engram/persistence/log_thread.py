@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 
@@ -11,6 +12,9 @@ import trio
 
 from engram.errors import LogFailureError
 from engram.persistence.log_writer import Commit, LogWriter, Run
+
+# How often a call is looked at of which nothing is heard.
+_LOOK_SECONDS = 1.0
 
 
 @attrs.define(eq=False)
@@ -53,12 +57,16 @@ class LogThread:
         """
         call = _Call(runs, sync)
         self._calls.put(call)
+        outcome: Commit | BaseException | None = None
         with trio.CancelScope(shield=True):
-            await call.done.wait()
-        if isinstance(call.outcome, Commit):
-            return call.outcome
-        assert call.outcome is not None
-        raise call.outcome
+            # Without memory the word that it is done may be lost.
+            while outcome is None:
+                with trio.move_on_after(_LOOK_SECONDS):
+                    await call.done.wait()
+                outcome = call.outcome
+        if isinstance(outcome, Commit):
+            return outcome
+        raise outcome
 
     def _serve(self, token: trio.lowlevel.TrioToken) -> None:
         while (call := self._calls.get()) is not None:
@@ -66,4 +74,11 @@ class LogThread:
                 call.outcome = self._writer.commit(call.runs, sync=call.sync)
             except BaseException as error:
                 call.outcome = error
-            token.run_sync_soon(call.done.set)
+            with suppress(MemoryError):
+                token.run_sync_soon(_tell, call)
+
+
+def _tell(call: _Call) -> None:
+    # An error here would end the server while `commit` waits, whatever is cancelled.
+    with suppress(MemoryError):
+        call.done.set()
