@@ -66,6 +66,7 @@ class LogThread:
                 outcome = call.outcome
         if isinstance(outcome, Commit):
             return outcome
+        assert outcome is not None
         raise outcome
 
     def _serve(self, token: trio.lowlevel.TrioToken) -> None:
