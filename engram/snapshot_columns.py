@@ -101,7 +101,10 @@ class SnapshotColumns:
                 found = kind.unpack(description, grouped[f"{number}.{name}"], state)
                 if kind is not STRING:
                     others += found.values()
-                values = {**values, **found} if values else found
+                if values:
+                    values.update(found)
+                else:
+                    values = found
             expiries = unpack_mapping(_EXPIRIES, grouped[number], int)
             yield Restored(int(number), values, others, expiries)
 
