@@ -11,6 +11,7 @@ from engram.config import Config
 from engram.errors import CommandError
 from engram.index.errors import VectorError
 from engram.index.vectors import Vector, decode_vector, join_vectors
+from engram.kinds.string import INTEGER_HIGH, integer_in
 from engram.large_string import String
 from engram.scan_order import PAGE_BYTES
 
@@ -19,8 +20,6 @@ NOT_A_FLOAT = "ERR value is not a valid float"
 SYNTAX_ERROR = "ERR syntax error"
 NO_DATABASE = "ERR DB index is out of range"
 
-INTEGER_LOW, INTEGER_HIGH = -(1 << 63), (1 << 63) - 1
-_LONGEST_INTEGER = len(str(INTEGER_LOW))
 _ZERO = ord("0")
 # With fewer characters than this it is in range.
 _SAFE_DIGITS = len(str(INTEGER_HIGH))
@@ -40,15 +39,10 @@ def integer(argument: bytes, message: str = NOT_AN_INTEGER) -> int:
     length = len(argument)
     if length < _SAFE_DIGITS and argument.isdigit() and (argument[0] != _ZERO or length == 1):
         return int(argument)
-    if length <= _LONGEST_INTEGER:
-        try:
-            number = int(argument)
-        except ValueError:
-            raise CommandError(message) from None
-        # Writing the number again tells its one form from all others that Python reads.
-        if b"%d" % number == argument and (length < _SAFE_DIGITS or INTEGER_LOW <= number <= INTEGER_HIGH):
-            return number
-    raise CommandError(message)
+    number = integer_in(argument)
+    if number is None:
+        raise CommandError(message)
+    return number
 
 
 def stored_integer(value: String) -> int:

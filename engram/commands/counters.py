@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from engram.commands import long_double
-from engram.commands.arguments import INTEGER_HIGH, INTEGER_LOW, NOT_A_FLOAT, integer, stored_integer
+from engram.commands.arguments import NOT_A_FLOAT, integer, stored_integer
 from engram.commands.session import Session
 from engram.commands.table import Command
 from engram.errors import CommandError
+from engram.kinds.string import INTEGER_HIGH, INTEGER_LOW
 from engram.large_string import LargeString
 from engram.operations import SetString, SetStrings
 from engram.protocol.replies import bulk

@@ -6,8 +6,6 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 
 from engram.commands.arguments import (
-    INTEGER_HIGH,
-    INTEGER_LOW,
     NO_DATABASE,
     SYNTAX_ERROR,
     database_number,
@@ -26,6 +24,7 @@ from engram.commands.turns import KEYS_A_TURN, take_turns
 from engram.database import LogicalDatabase
 from engram.errors import CommandError
 from engram.kinds import KINDS
+from engram.kinds.string import INTEGER_HIGH, INTEGER_LOW
 from engram.operations import CopyKey, DeleteKeys, ExchangeDatabases, MoveKey, RenameKey, SetExpiry
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob

@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from engram.commands.arguments import INTEGER_HIGH, integer
+from engram.commands.arguments import integer
 from engram.commands.session import Barrier, Session
 from engram.commands.table import Command, Reply
 from engram.errors import CommandError
+from engram.kinds.string import INTEGER_HIGH
 from engram.protocol import replies
 from engram.protocol.replies import ZERO
 

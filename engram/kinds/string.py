@@ -18,8 +18,8 @@ _EMBEDDED = 44
 
 _COLUMN = "maps"
 
-_INTEGER_LOW, _INTEGER_HIGH = -(1 << 63), (1 << 63) - 1
-_LONGEST_INTEGER = len(str(_INTEGER_LOW))
+INTEGER_LOW, INTEGER_HIGH = -(1 << 63), (1 << 63) - 1
+_LONGEST_INTEGER = len(str(INTEGER_LOW))
 
 
 def integer_in(value: object) -> int | None:
@@ -30,7 +30,8 @@ def integer_in(value: object) -> int | None:
         number = int(value)
     except ValueError:
         return None
-    return number if b"%d" % number == value and _INTEGER_LOW <= number <= _INTEGER_HIGH else None
+    # Writing the number again tells its one form from all others that Python reads.
+    return number if b"%d" % number == value and INTEGER_LOW <= number <= INTEGER_HIGH else None
 
 
 def _set_string(state: State, lsn: int, operation: SetString, prepared: None) -> None:

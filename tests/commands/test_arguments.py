@@ -7,8 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram.commands.arguments import (
-    INTEGER_HIGH,
-    INTEGER_LOW,
     clamp_range,
     expiry,
     integer,
@@ -22,6 +20,7 @@ from engram.commands.arguments import (
     text,
 )
 from engram.errors import CommandError
+from engram.kinds.string import INTEGER_HIGH, INTEGER_LOW
 
 
 @given(st.integers(INTEGER_LOW, INTEGER_HIGH))
