@@ -16,13 +16,13 @@ import trio
 from engram import __version__
 from engram.config import SETTINGS, Config, load_config
 from engram.errors import ConfigError, DamagedDataError, OperatorError
+from engram.hearing import end_once_deaf
 from engram.log_lines import logging_to
 from engram.server import Started, first_error, serve
-from engram.standard_streams import OutputError, complain, discard, prepare_streams, say
+from engram.standard_streams import EXIT_FAILURE, OutputError, complain, discard, prepare_streams, say
 
 logger = logging.getLogger("engram")
 
-EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -105,6 +105,7 @@ async def _serve(config: Config) -> int:
     try:
         async with trio.open_nursery() as signals:
             signals.start_soon(_watch_signals, shutdown, signals.cancel_scope)
+            signals.start_soon(end_once_deaf)
             async with trio.open_nursery() as nursery:
                 report(await nursery.start(partial(serve, config, shutdown=shutdown)))
             code = 0

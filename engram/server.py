@@ -45,6 +45,7 @@ from engram.operations import InstallSegment
 from engram.persistence import Persistence, PersistenceSettings, Recovery, lock_directory, recover
 from engram.progress import Progress
 from engram.scan_order import BLOCK_KEYS, first_serial
+from engram.standard_streams import end_at_once
 from engram.statistics import SAMPLE_INTERVAL
 from engram.supervision import Job, keep_running, run_contained
 from engram.temporary_folder import TemporaryFolder, remove_abandoned_folders
@@ -67,8 +68,6 @@ _MEMORY_SAMPLES = 10
 # What saying that there is no memory takes of it: at the end of a recovery, and of a server that was running.
 _MEMORY_RESERVE = 16 << 20
 _END_RESERVE = 1 << 20
-# What the process ends with when it can do nothing else any more.
-_EXIT_FAILURE = 1
 _TOO_MANY_SEGMENTS = "the limit of open files is too low for what the data directory holds; see ulimit -n"
 
 
@@ -376,8 +375,7 @@ def _end(sessions: Mapping[int, Session], everything: trio.CancelScope, reserve:
             session.close()
     except BaseException:
         # Not even that can be done. What was acknowledged is as durable as it was promised to be.
-        os.write(2, b"engram: a change failed half-way, and the server ends at once\n")
-        os._exit(_EXIT_FAILURE)
+        end_at_once(b"a change failed half-way, and the server ends at once")
 
 
 async def _recover(

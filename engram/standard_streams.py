@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from engram.errors import OperatorError
+
+EXIT_FAILURE = 1
+"""What the process ends with when it could not start or cannot go on."""
 
 
 class OutputError(OperatorError):
@@ -55,6 +58,14 @@ def complain(what: object) -> None:
         print(f"engram: {what}", file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
+
+
+def end_at_once(reason: bytes) -> NoReturn:
+    """Ends the process where it can do nothing else any more, and prints the reason on standard error."""
+    try:
+        os.write(2, b"engram: %s\n" % reason)
+    finally:
+        os._exit(EXIT_FAILURE)
 
 
 def discard(stream: TextIO) -> None:

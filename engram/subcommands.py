@@ -26,11 +26,9 @@ from engram.persistence.check import (
     hold_directory,
     is_own,
 )
-from engram.standard_streams import complain, discard, say
+from engram.standard_streams import EXIT_FAILURE, complain, discard, say
 
 UNDAMAGED = "nothing that was durable is damaged"
-
-EXIT_FAILURE = 1
 
 
 async def _check(arguments: Sequence[str]) -> int:

@@ -123,6 +123,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "listeners",
         "log_lines",
         "persistence",
+        "standard_streams",
         "statistics",
         "temporary_folder",
     },
@@ -131,8 +132,9 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "dump": STATE | {"engine", "persistence"},
     "load": frozenset({"dump", "errors", "kinds"}),
     "standard_streams": frozenset({"errors"}),
+    "hearing": frozenset({"standard_streams"}),
     "subcommands": frozenset({"dump", "errors", "files", "load", "persistence", "standard_streams"}),
-    "cli": frozenset({"config", "errors", "log_lines", "server", "standard_streams"}),
+    "cli": frozenset({"config", "errors", "hearing", "log_lines", "server", "standard_streams"}),
     "__main__": frozenset({"cli"}),
     "__init__": frozenset({"config", "server"}),
 }

@@ -72,6 +72,23 @@ def test_an_error_before_it_or_in_a_read_ends_one_request(tmp_path: Path, module
         assert client.mget("a", "before-trip", "b") == [b"1", None, b"2"]
 
 
+def test_a_server_that_hears_no_thread_any_more_ends(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    server = start_server("--dir", str(tmp_path / "data"), module=("tests.crash.deaf", str(deaf)))
+    try:
+        with server.client() as client:
+            client.set("a", "1")
+            deaf.touch()
+            with pytest.raises(RedisConnectionError):
+                client.set("b", "1")
+        assert server.wait() == 1
+        assert "engram: the word of threads does not arrive any more" in server.errors
+    finally:
+        server.close()
+    with running_server("--dir", str(tmp_path / "data")) as again, again.client() as client:
+        assert client.get("a") == b"1"
+
+
 def test_what_was_acknowledged_survives_a_lack_of_memory(tmp_path: Path) -> None:
     shortage = Shortage(tmp_path / "data", 2026)
     shortage.round()
