@@ -17,22 +17,30 @@ from engram.index.filters import compile_filter
 _LONG_BYTES = 4 << 10
 
 
-def compiled_first(
-    session: Session,
-    arguments: list[bytes],
-    start: int,
-    handler: Callable[[Session, list[bytes], Compiled], Reply],
-) -> Barrier | None:
+FilteringHandler = Callable[[Session, list[bytes], Compiled | None], Reply]
+"""Carries out a request, given its filter where that has been compiled already."""
+
+
+def filtering(handler: FilteringHandler, start: int) -> Callable[[Session, list[bytes]], Reply]:
     """Has a thread compile the filter in a request, if it is long, and the request be carried out then.
 
     The options of the request, FILTER among them, are from `start` on. What is wrong with them, or with the
-    filter, the handler says. In EXEC each command has its place, and None is returned.
+    filter, the handler says. In EXEC each command has its place, and compiles its filter itself.
     """
-    expression = _long_filter(arguments, start)
-    most = session.server.config.vector_max_filter_length
-    if expression is None or len(expression) > most or session.executing:
-        return None
 
+    def handle(session: Session, arguments: list[bytes]) -> Reply:
+        expression = _long_filter(arguments, start)
+        most = session.server.config.vector_max_filter_length
+        if expression is None or len(expression) > most or session.executing:
+            return handler(session, arguments, None)
+        return _compiled_first(session, arguments, expression, handler)
+
+    return handle
+
+
+def _compiled_first(
+    session: Session, arguments: list[bytes], expression: bytes, handler: FilteringHandler
+) -> Barrier:
     async def reply() -> bytes | Pieces:
         compiled: Compiled
         try:

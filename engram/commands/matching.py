@@ -11,7 +11,7 @@ import trio
 from engram.commands.arguments import SYNTAX_ERROR
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import Compiled, bounded_filter
-from engram.commands.long_filters import compiled_first
+from engram.commands.long_filters import filtering
 from engram.commands.session import Barrier, Pieces, Session, Slot
 from engram.commands.table import Command, Reply
 from engram.commands.turns import take_turns
@@ -46,9 +46,7 @@ def _filter(session: Session, words: list[bytes], compiled: Compiled | None) -> 
     return bounded_filter(session, words[1], compiled)
 
 
-def _count(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Reply:
-    if compiled is None and (later := compiled_first(session, arguments, 2, _count)):
-        return later
+def _count(session: Session, arguments: list[bytes], compiled: Compiled | None) -> Reply:
     index = read_index(session, arguments[1])
     if len(arguments) == 2:
         return replies.integer(len(index))
@@ -66,9 +64,7 @@ def _count(session: Session, arguments: list[bytes], compiled: Compiled | None =
     return slot
 
 
-def _delete_by(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Barrier:
-    if compiled is None and (later := compiled_first(session, arguments, 2, _delete_by)):
-        return later
+def _delete_by(session: Session, arguments: list[bytes], compiled: Compiled | None) -> Barrier:
     index = existing_index(session, arguments[1])
     return Barrier(partial(_delete_matching, session, index, _filter(session, arguments[2:], compiled)))
 
@@ -182,7 +178,7 @@ _KEY = (1, 1, 1)
 COMMANDS = (
     Command(
         "vcount",
-        _count,
+        filtering(_count, 2),
         -2,
         "index [FILTER expression]",
         "Returns the number of members of a vector index, or of those a filter is true of.",
@@ -194,7 +190,7 @@ COMMANDS = (
     ),
     Command(
         "vdelby",
-        _delete_by,
+        filtering(_delete_by, 2),
         4,
         "index FILTER expression",
         "Removes the members that a filter is true of, all at once, and returns their number. The client's"

@@ -20,7 +20,7 @@ from engram.commands.arguments import (
 from engram.commands.distances import format_distances
 from engram.commands.indices import read_index, recall_target
 from engram.commands.limits import Compiled, bounded_filter, check
-from engram.commands.long_filters import compiled_first
+from engram.commands.long_filters import filtering
 from engram.commands.session import Session, Slot
 from engram.commands.table import Command, Reply
 from engram.errors import CommandError
@@ -87,9 +87,7 @@ def _wanted_results(session: Session, index: VectorIndex, argument: bytes) -> in
     return k
 
 
-def _search(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Reply:
-    if compiled is None and (later := compiled_first(session, arguments, 4, _search)):
-        return later
+def _search(session: Session, arguments: list[bytes], compiled: Compiled | None) -> Reply:
     index = read_index(session, arguments[1])
     query = read_vector(arguments[2], index.parameters.dimension)
     search = _options(session, index, _wanted_results(session, index, arguments[3]), arguments[4:], compiled)
@@ -98,9 +96,7 @@ def _search(session: Session, arguments: list[bytes], compiled: Compiled | None 
     return _submit(session, index, query[None], search, _One)
 
 
-def _search_many(session: Session, arguments: list[bytes], compiled: Compiled | None = None) -> Reply:
-    if compiled is None and (later := compiled_first(session, arguments, 5, _search_many)):
-        return later
+def _search_many(session: Session, arguments: list[bytes], compiled: Compiled | None) -> Reply:
     index = read_index(session, arguments[1])
     k, count = _wanted_results(session, index, arguments[2]), integer(arguments[3])
     if count < 1:
@@ -217,7 +213,7 @@ _COMPLEXITY = "O(log(N)) distances over graphs and O(H) over the H newest rows; 
 COMMANDS = (
     Command(
         "vsearch",
-        _search,
+        filtering(_search, 4),
         -4,
         f"index query k {_USAGE}",
         "Returns the k members nearest to a vector and their distances, closest first: of those a FILTER is"
@@ -232,7 +228,7 @@ COMMANDS = (
     ),
     Command(
         "vmsearch",
-        _search_many,
+        filtering(_search_many, 5),
         -5,
         f"index k n query [query ...] {_USAGE}",
         "Searches for the members nearest to each of n vectors, as VSEARCH does for one, and returns an array"
