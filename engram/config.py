@@ -295,6 +295,11 @@ class Config:
         1, _integer(1, 256), "graphs that are built at once, each in a process of low priority"
     )
     search_threads: int = _setting(0, _integer(0, 256), "threads that search; 0: half as many as cores")
+    long_read_threads: int = _setting(
+        0,
+        _integer(0, 256),
+        "threads for reads that take long, such as KEYS among many keys; 0: as many as search",
+    )
     search_batch: int = _setting(64, _integer(1, 4096), "searches of one index that run together")
     slowlog_log_slower_than: int = _setting(
         10_000,
@@ -306,7 +311,8 @@ class Config:
     search_queue_timeout: int = _setting(
         5000,
         _integer(0, _LARGEST_INT),
-        "milliseconds that a search may wait for its turn before it is answered with BUSY; 0: for ever",
+        "milliseconds that a search, or a long read, may wait for its turn before it is answered with BUSY;"
+        " 0: for ever",
         mutable=True,
     )
     maxmemory: int = _setting(

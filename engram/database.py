@@ -13,6 +13,7 @@ from engram.effects import CarryOut, Prepare, Touched, Touches
 from engram.engine import Engine
 from engram.errors import ChangeFailureError, CommandError, NothingChangedError, RecordTooLargeError
 from engram.index.vector_index import VectorIndex
+from engram.keyspace import FrozenKeys
 from engram.kinds import KINDS
 from engram.large_string import LargeString, String
 from engram.operations import (
@@ -351,9 +352,10 @@ class LogicalDatabase:
         now = self.now()
         return [key for key in keys if (at := expiries.get(key)) is None or at > now]
 
-    def live_keys_later(self) -> Callable[[Sequence[bytes]], Sequence[bytes]]:
-        """What `live_keys` would answer now, of keys that are named later."""
-        if not self.keyspace.expiries:
-            return lambda keys: keys
-        expiries, now = self.keyspace.expiries.copy(), self.now()
-        return lambda keys: [key for key in keys if (at := expiries.get(key)) is None or at > now]
+    def keys(self) -> FrozenKeys:
+        """The keys that there are now."""
+        return self.keyspace.freeze(self.now())
+
+    def keys_of(self, kind: type[Any]) -> FrozenKeys:
+        """The keys that now hold a value of a type, which is not that of strings."""
+        return self.keyspace.freeze_others(kind, self.now())

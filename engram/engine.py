@@ -99,7 +99,7 @@ class Engine:
         """Lets go of what no key of a database holds any more, if it is something."""
         if value is None or isinstance(value, String):
             return
-        self.keyspaces[database].others.discard(value)
+        self.keyspaces[database].others.pop(value, None)
         self._others.remove(value)
         KINDS.of(value).drop(self, value)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, closing
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
+
+import attrs
 
 from engram.deadlines import DEADLINE_BYTES, Deadlines
 from engram.errors import NothingChangedError
 from engram.large_string import LargeString, String
-from engram.scan_order import PAGE_BYTES, ScanOrder
+from engram.scan_order import BLOCK_KEYS, PAGE_BYTES, ScanOrder
 from engram.sizes import BYTES_OBJECT, table_bytes
 
 Other = TypeVar("Other")
@@ -23,8 +27,38 @@ Collected = dict[Any, Any] | deque[Any] | list[Any]
 # What a key and its string take beside their lengths.
 _KEY_BYTES = 2 * BYTES_OBJECT
 
+_POINTER_BYTES = 8
+
 # As many of the oldest keys, and of the newest, stand for all where nobody counts.
 _SAMPLED_KEYS = 1 << 11
+
+
+@attrs.frozen(eq=False)
+class FrozenKeys:
+    """Keys as they are at one moment, whatever becomes of them. Any thread may go through them.
+
+    Attributes:
+        most: how many there are, at most.
+        bytes_held: what is held for them beside the keys themselves.
+    """
+
+    most: int
+    _blocks: Iterable[Sequence[bytes]]
+    _gone: AbstractSet[bytes]
+    # When those that have a deadline lapse; empty where none of them has lapsed.
+    _expiries: Mapping[bytes, int]
+    _now: int
+    bytes_held: int
+
+    def __iter__(self) -> Iterator[Sequence[bytes]]:
+        """Some of them at a time."""
+        gone, expiries, now = self._gone, self._expiries, self._now
+        for keys in self._blocks:
+            if gone and not gone.isdisjoint(keys):
+                keys = [key for key in keys if key not in gone]
+            if expiries:
+                keys = [key for key in keys if (at := expiries.get(key)) is None or at > now]
+            yield keys
 
 
 class Keyspace(Generic[Other]):
@@ -38,8 +72,8 @@ class Keyspace(Generic[Other]):
 
     def __init__(self, first_serial: int = 1, check: Callable[[Other], object] = lambda value: None) -> None:
         self.values: dict[bytes, String | Other] = {}
-        # Those of the values that are no strings.
-        self.others: set[Other] = set()
+        # Those of the values that are no strings, and where they are.
+        self.others: dict[Other, bytes] = {}
         self._check = check
         self._take_deadlines(Deadlines())
         self._order = ScanOrder(self.values, first_serial)
@@ -97,7 +131,7 @@ class Keyspace(Generic[Other]):
         else:
             self._set_counted(key, value)
         if not is_string:
-            self.others.add(cast("Other", value))
+            self.others[cast("Other", value)] = key
         if len(values) != before:
             self._order.add(key)
 
@@ -112,7 +146,7 @@ class Keyspace(Generic[Other]):
             self.set(destination, value, self.expiries.get(source))
             self.delete(source)
             if not isinstance(value, String):
-                self.others.add(value)
+                self.others[value] = destination
 
     def delete(self, key: bytes) -> String | Other | None:
         """Takes a key away; returns what it held, None when it was not there."""
@@ -124,7 +158,7 @@ class Keyspace(Generic[Other]):
         if self._text_bytes is not None:
             self._text_bytes -= len(key) + _text_length(value)
         if self.others and not isinstance(value, String):
-            self.others.discard(value)
+            self.others.pop(value, None)
         self._order.remove(key)
         return value
 
@@ -138,7 +172,7 @@ class Keyspace(Generic[Other]):
     def clear(self) -> list[Collected]:
         """Takes everything away; returns `values`, `expiries` and what else may be large, to be freed."""
         taken: list[Collected] = [self.values, *self._deadlines.remains(), *self._order.remains()]
-        self.values, self.others = {}, set()
+        self.values, self.others = {}, {}
         self._take_deadlines(Deadlines())
         # A scan under way goes on below the serials of keys that are yet to come.
         self._order = ScanOrder(self.values, self._order.next_serial)
@@ -150,14 +184,42 @@ class Keyspace(Generic[Other]):
         self,
         values: dict[bytes, String | Other],
         expiries: dict[bytes, int],
-        others: Iterable[Other] = (),
+        others: Mapping[Other, bytes] = MappingProxyType({}),
     ) -> None:
-        """Takes these mappings over as its own; `others` are the values that are no strings."""
-        self.values, self.others = values, set(others)
+        """Takes these mappings over as its own; `others` has the values that are no strings."""
+        self.values, self.others = values, dict(others)
         self._order = ScanOrder(values, self._order.next_serial)
         self._take_deadlines(Deadlines(expiries))
         if self._text_bytes is not None:
             self._text_bytes = _text_bytes(values.items())
+
+    def freeze(self, now: int) -> FrozenKeys:
+        """The keys that are here and have not lapsed by `now`, a number of steps for each 256 of them.
+
+        Where one has lapsed and is not deleted yet, those that will lapse are copied.
+        """
+        blocks, dead = self._order.freeze()
+        expiries = self._expiries_at(now)
+        size = _POINTER_BYTES * len(blocks) + table_bytes(dead) + table_bytes(expiries)
+        return FrozenKeys(len(self.values), blocks, dead.keys(), expiries, now, size)
+
+    def freeze_others(self, kind: type[Other], now: int) -> FrozenKeys:
+        """As `freeze`, of the keys of values of one type, which are no strings."""
+        keys, kinds = list(self.others.values()), list(map(type, self.others))
+
+        def blocks() -> Iterator[Sequence[bytes]]:
+            for start in range(0, len(keys), BLOCK_KEYS):
+                some = zip(keys[start : start + BLOCK_KEYS], kinds[start : start + BLOCK_KEYS], strict=True)
+                yield [key for key, each in some if each is kind]
+
+        expiries = self._expiries_at(now)
+        size = 2 * _POINTER_BYTES * len(keys) + table_bytes(expiries)
+        return FrozenKeys(len(keys), blocks(), frozenset(), expiries, now, size)
+
+    def _expiries_at(self, now: int) -> Mapping[bytes, int]:
+        """When keys lapse, where one of them has by `now`."""
+        first = self.next_expiry()
+        return {} if first is None or first > now else self.expiries.copy()
 
     def random_key(self) -> bytes | None:
         """Any key, about as likely as any other; None when there is none."""

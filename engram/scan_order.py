@@ -223,6 +223,13 @@ class ScanOrder:
             left -= stop - start
             stop = start + length_hint(rest)
 
+    def freeze(self) -> tuple[list[Sequence[bytes]], dict[bytes, None]]:
+        """All entries as they are now, for any thread: their keys in blocks, and those that are dead.
+
+        This takes a step for 256 entries, and one for each dead one.
+        """
+        return [*(keys for keys, _ in self._blocks), tuple(self._tail)], self._dead.copy()
+
     def random(self) -> bytes:
         """Any key, each about as likely as any other; there must be one."""
         blocks, tail = self._blocks, self._tail

@@ -155,12 +155,12 @@ def _data_folder(config: Config) -> Iterator[tuple[Path | None, Path | Callable[
         temporary.close()
 
 
-def search_threads(config: Config) -> tuple[int, int]:
-    """How many threads search, and how many help them to walk several graphs at once."""
+def search_threads(config: Config) -> tuple[int, int, int]:
+    """How many threads search, help them to walk several graphs at once, and make reads that take long."""
     cores = len(os.sched_getaffinity(0))
     # More that search would wait for each other, since a small search is mostly Python; a walk is not.
     threads = config.search_threads or max(1, cores // 2)
-    return threads, max(0, min(cores, _MOST_HELPED) - threads)
+    return threads, max(0, min(cores, _MOST_HELPED) - threads), config.long_read_threads or threads
 
 
 @attrs.define(eq=False)
@@ -287,8 +287,9 @@ async def _prepare(
 ) -> _Parts:
     """Reads users and data back. Raises OperatorError when that cannot be done."""
     files, progress = DiskFiles(), Progress()
-    threads, helpers = search_threads(config)
-    store = SegmentStore(segments, files, threads + helpers, progress, descriptors)
+    searches = SearchService(*search_threads(config), max_batch=config.search_batch)
+    searches.timeout = config.search_queue_timeout / 1000
+    store = SegmentStore(segments, files, searches.workers, progress, descriptors)
     engine = Engine(store, seal_rows=config.seal_rows, first_serial=first_serial(time.time_ns() // 1000))
     open_users = partial(open_access, COMMANDS, config, directory, describe=describe, warn=logger.warning)
     access = await trio.to_thread.run_sync(open_users)
@@ -301,8 +302,6 @@ async def _prepare(
             raise OperatorError(_TOO_MANY_SEGMENTS)
         command = _snapshot_command(directory)
         persistence = Persistence(directory, files, _log_settings(config), recovery, command)
-    searches = SearchService(threads, config.search_batch, helpers)
-    searches.timeout = config.search_queue_timeout / 1000
     recovered = [installed.segment for index in engine.indices.values() for installed in index.segments]
     return _Parts(
         config=config,

@@ -33,7 +33,7 @@ class Restored:
 
     number: int
     values: dict[bytes, Any]
-    others: list[Any]
+    others: dict[Any, bytes]
     expiries: dict[bytes, int]
 
 
@@ -93,14 +93,14 @@ class SnapshotColumns:
             grouped.setdefault(place, {})[short] = column
         for number, described in self.databases.items():
             values: dict[bytes, Any] = {}
-            others: list[Any] = []
+            others: dict[Any, bytes] = {}
             for name, description in described.items():
                 kind = KINDS.by_name.get(name)
                 if kind is None:
                     raise NewerFormatError(self.path, f"kind of value {name} is not known")
                 found = kind.unpack(description, grouped[f"{number}.{name}"], state)
                 if kind is not STRING:
-                    others += found.values()
+                    others.update((value, key) for key, value in found.items())
                 if values:
                     values.update(found)
                 else:

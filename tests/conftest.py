@@ -186,7 +186,7 @@ class HeldSearches(SearchService):
     """
 
     def __init__(self) -> None:
-        super().__init__(1, 1)
+        super().__init__(1, max_batch=1)
         self.held: list[Callable[[list[SearchResult] | Exception], None]] = []
         self.options: list[SearchOptions] = []
         self.work: list[Callable[[], None]] = []
@@ -216,7 +216,7 @@ class HeldSearches(SearchService):
         self.options.append(options)
         self.wanted.append(wanted)
 
-    def submit_work(
+    def submit_read(
         self,
         function: Callable[[], T],
         done: Callable[[T | Exception], None],
@@ -344,7 +344,7 @@ async def opened_house(
         database.commit(operation)
 
     held = searches is not None
-    searches = searches or SearchService(1, 64)
+    searches = searches or SearchService(1, max_batch=64)
     config = config or Config()
     async with trio.open_nursery() as nursery:
         if not held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Protocol
 
 from engram.config import Config
@@ -52,7 +52,8 @@ class HeldReplies:
         self._config = config
         self.waiting = 0
         self.reserved = 0
-        self.lock = Lock()
+        # An allowance may be within another, and end whenever memory is freed.
+        self.lock = RLock()
 
     @property
     def longest(self) -> int:
@@ -81,13 +82,15 @@ class HeldReplies:
                 " client-output-buffer-limit"
             )
 
-    def allowance(self, client: Client, within: Allowance | None = None) -> Allowance:
-        """What one reply may take, perhaps within what those of an EXEC may take together."""
-        return Allowance(self, client, self._config.client_output_buffer_limit, within)
+    def allowance(
+        self, client: Client, within: Allowance | None = None, most: int | None = None
+    ) -> Allowance:
+        """What one reply may take, perhaps within what those of an EXEC may take together.
 
-    def exec_allowance(self, client: Client) -> Allowance:
-        """What the replies of one EXEC may take together."""
-        return Allowance(self, client, self.longest)
+        That is `most`, or client-output-buffer-limit when None.
+        """
+        limit = self._config.client_output_buffer_limit
+        return Allowance(self, client, limit if most is None else most, within)
 
 
 class Allowance:
@@ -130,16 +133,18 @@ class Allowance:
 
     def take(self, size: int) -> None:
         """Takes bytes that are about to be made. Raises CommandError when they are too many."""
-        used = self.taken + self.made + size
-        if used > self._most:
-            raise reply_too_long(used)
-        if self._within is not None:
-            self._within.take(size)
-        elif used > SMALL_REPLY:
-            self._held.check_client(self._client, size, self._most)
-            self._held.check_room(size)
-            self._reserve(self.taken + size - self._reserved)
-        self.taken += size
+        # Threads may take at the same time, for parts of the same reply.
+        with self._held.lock:
+            used = self.taken + self.made + size
+            if used > self._most:
+                raise reply_too_long(used)
+            if self._within is not None:
+                self._within.take(size)
+            elif used > SMALL_REPLY:
+                self._held.check_client(self._client, size, self._most)
+                self._held.check_room(size)
+                self._reserve(self.taken + size - self._reserved)
+            self.taken += size
 
     def hold(self) -> None:
         """What was made on the loop is held from here on, too."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 
 import numpy as np
-import trio
 
 from engram.commands.arguments import SYNTAX_ERROR, clamp_range, integer
-from engram.commands.session import Barrier, Session
+from engram.commands.long_work import read
+from engram.commands.session import Session
 from engram.commands.table import Command, Reply
 from engram.errors import CommandError
 from engram.large_string import BLOCK_SIZE, String, pieces
@@ -82,15 +81,8 @@ def _count_bits(session: Session, arguments: list[bytes]) -> Reply:
     if stop - start <= 8 * BLOCK_SIZE * _BLOCKS_A_TURN:
         return replies.integer(sum(counts))
 
-    async def count() -> bytes:
-        # The value stays as it is, whatever becomes of its key.
-        total = 0
-        while found := list(islice(counts, _BLOCKS_A_TURN)):
-            total += sum(found)
-            await trio.lowlevel.checkpoint()
-        return replies.integer(total)
-
-    return Barrier(count)
+    # The value stays as it is, whatever becomes of its key.
+    return read(session, lambda _: replies.integer(sum(counts)), "counting failed")
 
 
 def ones(value: String, start: int, stop: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ from engram.commands.executor import Batch
 from engram.commands.failures import excuse, fail
 from engram.commands.guard import Wait
 from engram.commands.meter import Meter
-from engram.commands.session import Barrier, Pieces, Session, Slot
+from engram.commands.session import Barrier, Pieces, Session, Slot, Turns
 from engram.commands.states import Event, ReplyMode
 from engram.commands.table import Command, Reply
 from engram.errors import CommandError
@@ -73,6 +73,7 @@ class Delivery:
             self._meter.calls -= 1
             assert self._meter.command is not None
             return partial(self._pass, reply, self._meter.command)
+        assert not isinstance(reply, Turns)
         if isinstance(reply, Slot):
             self._meter.put_off(reply)
         if self._session.reply_mode is not ReplyMode.ON:

@@ -16,11 +16,11 @@ from engram.commands.arguments import (
     small_integer,
     text,
 )
+from engram.commands.key_lists import list_keys
 from engram.commands.limits import check_reply
+from engram.commands.long_work import ELEMENTS_A_TURN, in_turns
 from engram.commands.session import Session
-from engram.commands.slices import View, bulk_array
 from engram.commands.table import Command, Reply
-from engram.commands.turns import KEYS_A_TURN, take_turns
 from engram.database import LogicalDatabase
 from engram.errors import CommandError
 from engram.kinds import KINDS
@@ -41,18 +41,18 @@ _MORE_DRAWS = 4096
 
 
 def _delete(session: Session, arguments: list[bytes]) -> Reply:
-    if len(arguments) <= KEYS_A_TURN or session.executing:
+    if len(arguments) <= ELEMENTS_A_TURN:
         return replies.integer(_delete_keys(session.database, arguments[1:]))
     deleted = 0
 
     def turns() -> Iterator[None]:
         nonlocal deleted
         with session.database.as_one():
-            for start in range(1, len(arguments), KEYS_A_TURN):
-                deleted += _delete_keys(session.database, arguments[start : start + KEYS_A_TURN])
+            for start in range(1, len(arguments), ELEMENTS_A_TURN):
+                deleted += _delete_keys(session.database, arguments[start : start + ELEMENTS_A_TURN])
                 yield
 
-    return take_turns(session.server, turns(), lambda: replies.integer(deleted))
+    return in_turns(session, turns(), lambda: replies.integer(deleted))
 
 
 def _delete_keys(database: LogicalDatabase, keys: Sequence[bytes]) -> int:
@@ -64,17 +64,17 @@ def _delete_keys(database: LogicalDatabase, keys: Sequence[bytes]) -> int:
 
 
 def _exists(session: Session, arguments: list[bytes]) -> Reply:
-    if len(arguments) <= KEYS_A_TURN or session.executing:
+    if len(arguments) <= ELEMENTS_A_TURN:
         return replies.integer(_count_existing(session, arguments[1:]))
     existing = 0
 
     def turns() -> Iterator[None]:
         nonlocal existing
-        for start in range(1, len(arguments), KEYS_A_TURN):
-            existing += _count_existing(session, arguments[start : start + KEYS_A_TURN])
+        for start in range(1, len(arguments), ELEMENTS_A_TURN):
+            existing += _count_existing(session, arguments[start : start + ELEMENTS_A_TURN])
             yield
 
-    return take_turns(session.server, turns(), lambda: replies.integer(existing))
+    return in_turns(session, turns(), lambda: replies.integer(existing))
 
 
 def _count_existing(session: Session, keys: Sequence[bytes]) -> int:
@@ -251,19 +251,8 @@ def _persist(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _keys(session: Session, arguments: list[bytes]) -> Reply:
-    database = session.database
-    keyspace = database.keyspace
     matches = None if arguments[1] == b"*" else compile_glob(arguments[1])
-
-    def look() -> View:
-        live = database.live_keys_later()
-
-        def pick(keys: Sequence[bytes]) -> Sequence[bytes]:
-            return live(keys if matches is None else list(filter(matches, keys)))
-
-        return list(keyspace.values), pick
-
-    return bulk_array(session, len(keyspace), look)
+    return list_keys(session, session.database.keys(), matches)
 
 
 def _scan(session: Session, arguments: list[bytes]) -> bytes:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
 from engram.commands.administration import save
 from engram.commands.arguments import integer, number, options
+from engram.commands.key_lists import list_keys
 from engram.commands.limits import check
 from engram.commands.session import Barrier, Session
-from engram.commands.slices import View, bulk_array
 from engram.commands.table import Command, Reply
 from engram.errors import CommandError
 from engram.index.builder import BuildError
@@ -145,21 +144,7 @@ def _curves(statistics: IndexStatistics) -> str:
 
 
 def _list(session: Session, arguments: list[bytes]) -> Reply:
-    database = session.database
-    if not database.engine.indices:
-        return replies.EMPTY_ARRAY
-    keyspace = database.keyspace
-
-    def look() -> View:
-        keys, values = list(keyspace.values), list(keyspace.values.values())
-        live = database.live_keys_later()
-
-        def pick(numbers: Sequence[int]) -> Sequence[bytes]:
-            return live([keys[number] for number in numbers if type(values[number]) is VectorIndex])
-
-        return range(len(keys)), pick
-
-    return bulk_array(session, len(keyspace), look)
+    return list_keys(session, session.database.keys_of(VectorIndex))
 
 
 def _optimize(session: Session, arguments: list[bytes]) -> Barrier:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import trio
+from functools import partial
 
 from engram.commands.limits import Compiled
-from engram.commands.session import Barrier, Pieces, Session, Slot
+from engram.commands.long_work import outcome_of
+from engram.commands.session import Barrier, Pieces, Session, Slot, Turns
 from engram.commands.table import Reply
 from engram.commands.transactions import wait_for
 from engram.index.errors import FilterError
@@ -42,15 +42,12 @@ def _compiled_first(
     session: Session, arguments: list[bytes], expression: bytes, handler: FilteringHandler
 ) -> Barrier:
     async def reply() -> bytes | Pieces:
-        compiled: Compiled
-        try:
-            compiled = await trio.to_thread.run_sync(compile_filter, expression)
-        except FilterError as error:
-            compiled = error
+        compiled = await outcome_of(session, partial(_compiled, expression), "compiling the filter failed")
         await session.server.exclusion.wait()
         found = handler(session, arguments, compiled)
         if isinstance(found, Barrier):
             return await found.reply()
+        assert not isinstance(found, Turns)
         if not isinstance(found, Slot):
             return found
         try:
@@ -59,6 +56,13 @@ def _compiled_first(
             found.awaited = False
 
     return Barrier(reply)
+
+
+def _compiled(expression: bytes) -> Compiled:
+    try:
+        return compile_filter(expression)
+    except FilterError as error:
+        return error
 
 
 def _long_filter(arguments: Sequence[bytes], start: int) -> bytes | None:

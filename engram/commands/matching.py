@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import attrs
-import trio
-
 from engram.commands.arguments import SYNTAX_ERROR
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import Compiled, bounded_filter
 from engram.commands.long_filters import filtering
-from engram.commands.session import Barrier, Pieces, Session, Slot
+from engram.commands.long_work import alone, outcome_of, read
+from engram.commands.session import Barrier, Pieces, Session
 from engram.commands.table import Command, Reply
-from engram.commands.turns import take_turns
-from engram.commands.wording import in_words
 from engram.database import RECORD_OVERHEAD, LogicalDatabase
 from engram.errors import CommandError
-from engram.index.errors import RefusalError
 from engram.index.filters import Filter
 from engram.index.matching import Matching, count_matching, find_matching, find_matching_since
 from engram.index.vector_index import VectorIndex, View
@@ -51,17 +46,8 @@ def _count(session: Session, arguments: list[bytes], compiled: Compiled | None) 
     if len(arguments) == 2:
         return replies.integer(len(index))
     condition = _filter(session, arguments[2:], compiled)
-    slot = Slot()
-
-    def done(count: int | Exception) -> None:
-        found = count if isinstance(count, Exception) else replies.integer(count)
-        session.fill(slot, found, "counting failed")
-
     view = index.view(session.database.lsn)
-    session.server.searches.submit_work(
-        partial(count_matching, view, condition), done, lambda: slot.awaited, session.id
-    )
-    return slot
+    return read(session, lambda _: replies.integer(count_matching(view, condition)), "counting failed")
 
 
 def _delete_by(session: Session, arguments: list[bytes], compiled: Compiled | None) -> Barrier:
@@ -82,7 +68,8 @@ async def _delete_matching(session: Session, index: VectorIndex, condition: Filt
         many = index.next_row - since > _LOOKED_AT_ONCE or index.last_row_in_segments >= since
         if not looks or (many and looks < _MOST_LOOKS):
             view = index.view(database.lsn)
-            more, more_bytes = await _find(session, partial(_find_matching, view, condition, since))
+            find = partial(_find_matching, view, condition, since)
+            more, more_bytes = await outcome_of(session, find, "searching failed")
             found_bytes += more_bytes
             found.keys.extend(more.keys)
             found.row_ids.extend(more.row_ids)
@@ -101,7 +88,8 @@ async def _delete_matching(session: Session, index: VectorIndex, condition: Filt
         if size <= admitted:
             found.keys.extend(recent.keys)
             found.row_ids.extend(recent.row_ids)
-            return await _Deletion(database, index, found).carry_out(session)
+            reply = alone(session.server, *_deletion(database, index, found))
+            return await reply.reply() if isinstance(reply, Barrier) else reply
         # With some to spare for what is added until there is room.
         admitted = 2 * size
         await session.server.admit(admitted)
@@ -114,30 +102,21 @@ def _find_matching(view: View, condition: Filter, since: int) -> tuple[Matching,
     return matching, sum(map(len, matching.keys))
 
 
-@attrs.define
-class _Deletion:
-    """Deleting those of the members that were found which still have their row, in one change.
+def _deletion(
+    database: LogicalDatabase, index: VectorIndex, found: Matching
+) -> tuple[Iterator[None], Callable[[], bytes]]:
+    """Deletes those of the members that were found which still have their row, in one change.
 
     What was found is taken away on the way: to free it all at once would take a turn of its own.
+
+    Returns:
+        The turns, and the reply behind the last of them: how many there were.
     """
+    deleted = 0
+    keys, row_ids, live = found.keys, found.row_ids, index.live
 
-    database: LogicalDatabase
-    index: VectorIndex
-    found: Matching
-    deleted: int = 0
-
-    async def carry_out(self, session: Session) -> bytes | Pieces:
-        """Returns the reply: how many there were."""
-        reply = take_turns(session.server, self._turns(), self._answer)
-        return await reply.reply() if isinstance(reply, Barrier) else reply
-
-    def _answer(self) -> bytes:
-        return replies.integer(self.deleted)
-
-    def _turns(self) -> Iterator[bool]:
-        """Deletes all; yields True after each turn but the last."""
-        database, index = self.database, self.index
-        keys, row_ids, live = self.found.keys, self.found.row_ids, self.index.live
+    def turns() -> Iterator[None]:
+        nonlocal deleted
         with database.as_one():
             while keys:
                 last = zip(keys[-_DELETED_AT_ONCE:], row_ids[-_DELETED_AT_ONCE:], strict=True)
@@ -145,32 +124,11 @@ class _Deletion:
                 del keys[-_DELETED_AT_ONCE:], row_ids[-_DELETED_AT_ONCE:]
                 if dying:
                     database.commit(DeleteVectors(index.id, dying))
-                    self.deleted += len(dying)
+                    deleted += len(dying)
                 if keys:
-                    yield True
+                    yield
 
-
-async def _find(session: Session, find: Callable[[], tuple[Matching, int]]) -> tuple[Matching, int]:
-    """What a search thread finds. Raises CommandError when it fails."""
-    outcomes: list[tuple[Matching, int] | Exception] = []
-    found = trio.Event()
-    wanted = True
-
-    def done(outcome: tuple[Matching, int] | Exception) -> None:
-        outcomes.append(outcome)
-        found.set()
-
-    session.server.searches.submit_work(find, done, lambda: wanted, session.id)
-    try:
-        await found.wait()
-    finally:
-        wanted = False
-    outcome = outcomes.pop()
-    if isinstance(outcome, RefusalError):
-        raise in_words(outcome)
-    if isinstance(outcome, Exception):
-        raise CommandError(f"ERR searching failed: {outcome}") from outcome
-    return outcome
+    return turns(), lambda: replies.integer(deleted)
 
 
 _KEY = (1, 1, 1)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import attrs
@@ -117,6 +117,17 @@ class Barrier:
     reply: Callable[[], Awaitable[bytes | Pieces]]
 
 
+@attrs.frozen(eq=False)
+class Turns:
+    """A reply of a command in EXEC that takes further turns of the loop, which EXEC takes for it.
+
+    `answer` is called behind the last of the turns. Both may raise CommandError.
+    """
+
+    turns: Iterator[object]
+    answer: Callable[[], bytes | Pieces]
+
+
 class StorageStatus(Protocol):
     """What INFO shows of the persistence task. Times are in seconds, sizes in bytes."""
 
@@ -222,8 +233,6 @@ class Server:
     exclusion: Exclusion = attrs.field()
     # Commands that rewrite a file of the operator's, or read it again, come one after the other.
     files_lock: trio.Lock = attrs.field(factory=trio.Lock)
-    # What takes work in proportion to all keys comes one after the other.
-    slices_lock: trio.Lock = attrs.field(factory=trio.Lock)
     memory: MemoryLimit = attrs.field()
     held_replies: HeldReplies = attrs.field()
     # When a command that failed by an error of ours was last logged, by the place of that error.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -12,9 +11,9 @@ import xxhash
 from engram.commands.allowance import SMALL_REPLY
 from engram.commands.arguments import EXPIRY_OPTIONS, SYNTAX_ERROR, clamp_range, expiry, integer
 from engram.commands.limits import check_reply
+from engram.commands.long_work import ELEMENTS_A_TURN, in_turns
 from engram.commands.session import Bytes, Pieces, Session
 from engram.commands.table import Command, Reply, wrong_arity
-from engram.commands.turns import KEYS_A_TURN, take_turns
 from engram.database import LogicalDatabase
 from engram.errors import CommandError
 from engram.large_string import String, pieces
@@ -29,7 +28,7 @@ _RUN_BYTES = 128 << 10
 _COPIED_BYTES = 128 << 10
 
 # Keys and values of an MSET that are looked at in one turn.
-_WORDS_A_TURN = 2 * KEYS_A_TURN
+_WORDS_A_TURN = 2 * ELEMENTS_A_TURN
 
 # A digest in hexadecimal digits.
 _DIGEST_LENGTH = 16
@@ -221,17 +220,17 @@ def _set_many(session: Session, arguments: list[bytes]) -> Reply:
     if not len(arguments) & 1:
         raise wrong_arity("mset")
     database = session.database
-    if len(arguments) <= _WORDS_A_TURN or session.executing:
+    if len(arguments) <= _WORDS_A_TURN:
         database.commit(SetStrings(tuple(arguments[1::2]), tuple(arguments[2::2]), database.number))
         return OK
-    return take_turns(session.server, _set_in_turns(database, arguments), lambda: OK)
+    return in_turns(session, _set_in_turns(database, arguments), lambda: OK)
 
 
 def _set_many_new(session: Session, arguments: list[bytes]) -> Reply:
     if not len(arguments) & 1:
         raise wrong_arity("msetnx")
     database = session.database
-    if len(arguments) <= _WORDS_A_TURN or session.executing:
+    if len(arguments) <= _WORDS_A_TURN:
         keys = tuple(arguments[1::2])
         if any(database.lookup(key) is not None for key in keys):
             return ZERO
@@ -249,7 +248,7 @@ def _set_many_new(session: Session, arguments: list[bytes]) -> Reply:
             yield
         yield from _set_in_turns(database, arguments)
 
-    return take_turns(session.server, turns(), lambda: ONE if free else ZERO)
+    return in_turns(session, turns(), lambda: ONE if free else ZERO)
 
 
 def _set_in_turns(database: LogicalDatabase, arguments: Sequence[bytes]) -> Iterator[None]:
@@ -306,7 +305,7 @@ def _get_many(session: Session, arguments: list[bytes]) -> Reply:
         check_reply(session, size)
         return strings
 
-    if len(arguments) <= KEYS_A_TURN:
+    if len(arguments) <= ELEMENTS_A_TURN:
         strings = look(arguments[1:])
         if size <= SMALL_REPLY:
             # None of them is in blocks.
@@ -315,14 +314,11 @@ def _get_many(session: Session, arguments: list[bytes]) -> Reply:
         return array.reply()
 
     def turns() -> Iterator[None]:
-        for start in range(1, len(arguments), KEYS_A_TURN):
-            array.add(look(arguments[start : start + KEYS_A_TURN]))
+        for start in range(1, len(arguments), ELEMENTS_A_TURN):
+            array.add(look(arguments[start : start + ELEMENTS_A_TURN]))
             yield
 
-    if session.executing:
-        deque(turns(), maxlen=0)
-        return array.reply()
-    return take_turns(session.server, turns(), array.reply)
+    return in_turns(session, turns(), array.reply)
 
 
 def _get_and_set(session: Session, arguments: list[bytes]) -> bytes | Pieces:

@@ -7,14 +7,14 @@ from typing import Final
 
 import attrs
 
-from engram.commands.session import Barrier, Pieces, Session, Slot
+from engram.commands.session import Barrier, Pieces, Session, Slot, Turns
 from engram.commands.syntax import Argument, parse_usage
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
 from engram.protocol import replies
 
-Reply = bytes | Pieces | Slot | Barrier
+Reply = bytes | Pieces | Slot | Barrier | Turns
 Handler = Callable[[Session, list[bytes]], Reply]
 Run = Callable[[Session, Sequence[list[bytes]]], tuple[int, bytes]]
 Throttle = Callable[[Session, list[bytes]], tuple[VectorIndex, int] | None]

@@ -6,18 +6,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import trio
 
 from engram.commands.allowance import SMALL_REPLY, Allowance
 from engram.commands.executor import Batch, Executor
+from engram.commands.failures import excuse
 from engram.commands.guard import Gate, Wait, show
 from engram.commands.limits import check_reply
+from engram.commands.long_work import alone
 from engram.commands.meter import Meter
-from engram.commands.session import Barrier, Bytes, Pieces, Queued, Session, Slot, Transaction
+from engram.commands.session import Barrier, Bytes, Pieces, Queued, Session, Slot, Transaction, Turns
 from engram.commands.states import Queueing
 from engram.commands.table import LONGEST_RUN, TURN_NANOSECONDS, Command, Handler, Reply
-from engram.commands.turns import take_turns
 from engram.database import RECORD_OVERHEAD
 from engram.errors import CommandError
 from engram.index.vector_index import VectorIndex
@@ -138,7 +140,8 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     if not broken:
         queued, transaction.commands = transaction.commands, queued
     session.discard()
-    allowance = session.server.held_replies.exec_allowance(session)
+    held_replies = session.server.held_replies
+    allowance = held_replies.allowance(session, most=held_replies.longest)
     execution = _Execution(session, queued, allowance, writes=transaction.writes)
 
     def answer() -> bytes | Pieces | Barrier:
@@ -148,7 +151,7 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
             raise execution.failure
         return session.encoder.null_array if broken else _answer(session, count, execution.found, allowance)
 
-    return take_turns(session.server, execution.turns(), answer)
+    return alone(session.server, execution.turns(), answer)
 
 
 def _answer(
@@ -194,6 +197,7 @@ class _Execution(Gate):
         "_monitored",
         "_queued",
         "_session",
+        "_under_way",
         "_writes",
         "batch",
         "failure",
@@ -211,6 +215,8 @@ class _Execution(Gate):
         # What has been begun is finished, whatever becomes of the client.
         self.over = False
         self._monitored = False
+        # The command that takes further turns.
+        self._under_way: Turns | None = None
         self._session = session
         self._queued = queued
         self._writes = writes
@@ -226,19 +232,25 @@ class _Execution(Gate):
         session.execute(self._allowance)
         try:
             with database.together():
-                while self._queued or not executor.done:
+                while self._has_more(executor):
                     database.covered = self._writes
                     self._take_turn(executor)
                     database.covered = False
-                    if self._queued or not executor.done:
+                    if self._has_more(executor):
                         self._allowance.hold()
                         yield True
         finally:
             session.finish()
             database.covered = False
 
+    def _has_more(self, executor: Executor) -> bool:
+        return bool(self._queued or self._under_way is not None or not executor.done)
+
     def _take_turn(self, executor: Executor) -> None:
         """Carries out what takes a turn."""
+        if self._under_way is not None:
+            self._go_on(self._under_way)
+            return
         queued = self._queued
         self._monitored = bool(self._session.server.monitors)
         turn_ends = time.perf_counter_ns() + TURN_NANOSECONDS
@@ -247,6 +259,20 @@ class _Execution(Gate):
             if executor.done:
                 executor.take([queued.popleft() for _ in range(min(len(queued), LONGEST_RUN))])
             wait = executor.carry_out(turn_ends)
+
+    def _go_on(self, under_way: Turns) -> None:
+        """Takes one more turn of a command that takes several."""
+        try:
+            for _ in islice(under_way.turns, 1):
+                return
+            reply: Reply = under_way.answer()
+        except Exception as error:
+            if self._session.server.database.failure is not None:
+                raise
+            text = str(error) if isinstance(error, CommandError) else excuse(error, self._session)
+            reply = self._session.server.error(text)
+        self._under_way = None
+        self.settle(reply)
 
     def begin(self, command: Command) -> Handler:
         self._take_allowance()
@@ -277,9 +303,13 @@ class _Execution(Gate):
 
     def settle(self, reply: Reply) -> Wait | None:
         self._take_allowance()
+        if isinstance(reply, Turns):
+            self.found.append(self.batch.take())
+            self._under_way = reply
+            return trio.lowlevel.checkpoint
         self.found += (self.batch.take(), reply)
-        if isinstance(reply, Pieces):
-            self.batch.made = reply.size
+        if isinstance(reply, bytes | Pieces):
+            self.batch.made = reply.size if isinstance(reply, Pieces) else len(reply)
         return None
 
     def half_done(self, error: Exception) -> None:
@@ -323,6 +353,7 @@ async def _result(session: Session, result: Reply) -> bytes | Pieces:
     if isinstance(result, bytes | Pieces):
         return result
     try:
+        assert not isinstance(result, Turns)
         return await (wait_for(result) if isinstance(result, Slot) else result.reply())
     except CommandError as error:
         return session.server.error(str(error))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engram.commands.allowance import Allowance
 from engram.commands.arguments import options, read_vector, read_vectors, scan_count, scan_cursor, scan_size
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import check, check_members, check_reply, check_results
+from engram.commands.long_work import read
 from engram.commands.session import Session, Slot
 from engram.commands.table import Command, wrong_arity
 from engram.index.vector_index import VectorIndex
@@ -93,20 +95,14 @@ def _get_many(session: Session, arguments: list[bytes]) -> bytes | Slot:
         return replies.array(null if vector is None else replies.bulk(vector) for vector in found)
 
     view, row_ids = index.view(session.database.lsn), [live.get(key, -1) for key in keys]
-    allowance = session.server.held_replies.allowance(session, session.allowance)
-    slot = Slot(4 * index.parameters.dimension * len(keys))
 
-    def encode() -> bytes:
+    def encode(allowance: Allowance) -> bytes:
         found = [null if vector is None else replies.bulk(vector) for vector in view.vectors_of(row_ids)]
         allowance.take(sum(map(len, found)))
         return replies.array(found)
 
-    def done(outcome: bytes | Exception) -> None:
-        allowance.release()
-        session.fill(slot, outcome, "reading vectors failed")
-
-    session.server.searches.submit_work(encode, done, lambda: slot.awaited, session.id)
-    return slot
+    size = 4 * index.parameters.dimension * len(keys)
+    return read(session, encode, "reading vectors failed", size=size)
 
 
 def _delete(session: Session, arguments: list[bytes]) -> bytes:

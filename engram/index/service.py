@@ -141,7 +141,7 @@ class _Search:
 
 
 @attrs.define(eq=False)
-class _Work:
+class _Read:
     function: Callable[[], Any]
     done: Callable[[Any], None]
     wanted: Callable[[], bool]
@@ -154,7 +154,7 @@ class _Work:
         return partial(self.done, outcome)
 
 
-_Waiting = TypeVar("_Waiting", _Search, _Work)
+_Waiting = TypeVar("_Waiting", _Search, _Read)
 
 
 class _Turns(Generic[_Waiting]):
@@ -207,6 +207,51 @@ class _Turns(Generic[_Waiting]):
         return taken
 
 
+@attrs.define(eq=False)
+class _Lane(Generic[_Waiting]):
+    """One kind of work: what of it waits, and how many of the threads that it may have are at it.
+
+    Attributes:
+        threads: the most threads that are at it at once.
+        queues: what waits, by what is served in turn: an index, or a client.
+        busy: threads that are at it.
+    """
+
+    threads: int
+    queues: dict[int, _Turns[_Waiting]] = attrs.field(factory=dict)
+    busy: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether a thread may take something of it."""
+        return bool(self.queues) and self.busy < self.threads
+
+    def add(self, key: int, client: int, items: Iterable[_Waiting]) -> None:
+        """Queues something."""
+        turns = self.queues.get(key) or _Turns()
+        turns.add(client, items)
+        self.queues[key] = turns
+
+    def next(self) -> tuple[int, _Turns[_Waiting]]:
+        """The queue whose turn it is."""
+        return next(iter(self.queues.items()))
+
+    def go_on(self, key: int, turns: _Turns[_Waiting]) -> None:
+        """That queue has had its turn."""
+        del self.queues[key]
+        if turns:
+            self.queues[key] = turns
+
+    def take_older(self, queued: float) -> list[_Waiting]:
+        """Takes what was queued before a time and is not under way."""
+        taken: list[_Waiting] = []
+        for key, turns in list(self.queues.items()):
+            taken += turns.take_older(queued)
+            if not turns:
+                del self.queues[key]
+        return taken
+
+
 class _Shared:
     """Calls that several threads make together: each takes the next until none is left."""
 
@@ -242,37 +287,43 @@ class _Shared:
             raise self._error
 
 
-_Job = list[_Search] | _Work | _Shared
-
-
 class SearchService:
-    """Runs searches, and other work that only reads, in `threads` threads at a time.
+    """Runs searches in `threads` threads at a time, and other reads that take long in `readers` more.
 
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
-    a turn of the loop in between. Threads that are idle, and `helpers` more that do nothing else, help one
+    a turn of the loop in between. While it encodes what it has found, which takes the interpreter's lock,
+    another thread searches. Threads that are idle, `helpers` of them at least where nobody reads, help one
     that walks several graphs.
 
-    Clients take turns: each has a search in a batch before any has its next. What is not begun within
-    `timeout` seconds is answered with a SearchBusyError; with a timeout of 0 it waits.
+    Neither kind of work keeps the other from its threads. Clients take turns: each has a search in a batch
+    before any has its next, and a read before any has its next. What is not begun within `timeout` seconds
+    is answered with a SearchBusyError; with a timeout of 0 it waits.
 
-    The counters are `searches` (queries) and `batches` run, what is `waiting`, and what was `refused`.
+    Each of the `workers`, which are all threads, has a number. The counters are `searches` (queries) and
+    `batches` run, what is `waiting`, and what was `refused`.
     """
 
     def __init__(
-        self, threads: int, max_batch: int, helpers: int = 0, *, now: Callable[[], float] = time.monotonic
+        self,
+        threads: int,
+        helpers: int = 0,
+        readers: int = 1,
+        *,
+        max_batch: int,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._threads = threads
-        self._workers = threads + helpers
+        self.workers = threads + max(helpers, readers)
         self._max_batch = max_batch
-        # Guards the queues, `waiting` and the numbers of threads; held for a few steps only.
+        # Guards the lanes, `waiting` and the number of idle threads; held for a few steps only.
         self._lock = Lock()
         self._now = now
-        # In the order in which they are next, by the id of an index; and by client.
-        self._queues: dict[tuple[str, int], _Turns[_Search] | _Turns[_Work]] = {}
+        self._searches: _Lane[_Search] = _Lane(threads)
+        self._reads: _Lane[_Read] = _Lane(readers)
         self._shared: deque[_Shared] = deque()
         self._idle = 0
-        self._busy = 0
+        # What each thread is at.
+        self._at: list[_Lane[Any] | None] = [None] * self.workers
         # True for each thread that should look at the queues, False for one that should end.
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self.searches = 0
@@ -305,9 +356,9 @@ class SearchService:
         """
         whole = _Whole(encoding, done, [[]], 1)
         parts = _Search(view, queries, options, wanted, self._now(), whole).parts(self._max_batch)
-        self._queue(("index", index_id), client, parts, len(queries))
+        self._queue(self._searches, index_id, client, parts, len(queries))
 
-    def submit_work(
+    def submit_read(
         self,
         function: Callable[[], T],
         done: Callable[[T | Exception], None],
@@ -315,20 +366,19 @@ class SearchService:
         client: int = 0,
     ) -> None:
         """Queues a call that only reads; `done` is called on the loop with what it returns or raises."""
-        self._queue(("client", client), client, [_Work(function, done, wanted, self._now())], 1)
+        self._queue(self._reads, client, client, [_Read(function, done, wanted, self._now())], 1)
 
-    def _queue(self, key: tuple[str, int], client: int, items: Sequence[Any], size: int) -> None:
+    def _queue(
+        self, lane: _Lane[_Waiting], key: int, client: int, items: Sequence[_Waiting], size: int
+    ) -> None:
         with self._lock:
-            turns = self._queues.get(key)
-            if turns is None:
-                turns = self._queues[key] = _Turns()
-            turns.add(client, items)
+            lane.add(key, client, items)
             self.waiting += size
-            self._call_for_queue()
+            self._call_for(lane)
 
-    def _call_for_queue(self) -> None:
-        # A busy thread looks at the queues before it idles.
-        if self._busy < self._threads:
+    def _call_for(self, lane: _Lane[Any]) -> None:
+        # A thread that is at it looks again before it idles.
+        if lane.ready:
             self._call()
 
     def _call(self) -> None:
@@ -340,10 +390,10 @@ class SearchService:
         """Serves until cancelled. What is under way is finished first; the rest is not answered."""
         # BLAS threads of its own would spin beside the workers. The limit is the whole process's.
         threadpool_limits(1, user_api="blas")
-        limiter = trio.CapacityLimiter(self._workers)
+        limiter = trio.CapacityLimiter(self.workers)
         token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
-            for worker in range(self._workers):
+            for worker in range(self.workers):
                 serve = partial(trio.to_thread.run_sync, self._serve, worker, token, limiter=limiter)
                 nursery.start_soon(keep_running, "a search thread", serve)
             nursery.start_soon(keep_running, "refusing late searches", self._refuse_what_is_late)
@@ -352,10 +402,11 @@ class SearchService:
                 await trio.sleep_forever()
             finally:
                 with self._lock:
-                    self._queues.clear()
+                    self._searches.queues.clear()
+                    self._reads.queues.clear()
                     self._shared.clear()
                     self.waiting = 0
-                for _ in range(self._workers):
+                for _ in range(self.workers):
                     self._calls.put(False)
 
     async def _refuse_what_is_late(self) -> None:
@@ -369,12 +420,11 @@ class SearchService:
         if not self.timeout or not self.waiting:
             return
         oldest = self._now() - self.timeout
-        late: list[_Search | _Work] = []
         with self._lock:
-            for key, turns in list(self._queues.items()):
-                late += turns.take_older(oldest)
-                if not turns:
-                    del self._queues[key]
+            late: list[_Search | _Read] = [
+                *self._searches.take_older(oldest),
+                *self._reads.take_older(oldest),
+            ]
             self.waiting -= sum(each.size for each in late)
         for each in [each for each in late if each.wanted()]:
             self.refused += each.size
@@ -390,32 +440,40 @@ class SearchService:
 
         What this holds, views of indices that may be dropped, is let go of before a thread idles.
         """
+        shared, batch, read = None, None, None
         with self._lock:
             if self._shared:
-                job: _Job = self._shared.popleft()
-            elif self._queues and self._busy < self._threads:
-                self._busy += 1
-                try:
-                    job = self._take()
-                except BaseException:
-                    self._busy -= 1
-                    raise
+                shared = self._shared.popleft()
+            elif self._searches.ready:
+                batch = self._take_searches(worker)
+            elif self._reads.ready:
+                read = self._take_read(worker)
             else:
                 self._idle += 1
                 return False
-        if isinstance(job, _Shared):
-            job.help(worker)
-            return True
         try:
-            if isinstance(job, _Work):
-                if job.wanted():
-                    token.run_sync_soon(_call, job.finish(_attempt(job.function)))
-            elif job:
-                self._search(job, worker, token)
+            if shared is not None:
+                shared.help(worker)
+            elif batch:
+                self._search(batch, worker, token)
+            elif read is not None and read.wanted():
+                token.run_sync_soon(_call, read.finish(_attempt(read.function)))
         finally:
-            with self._lock:
-                self._busy -= 1
+            self._leave(worker)
         return True
+
+    def _join(self, lane: _Lane[Any], worker: int) -> None:
+        """A thread is at this kind of work."""
+        lane.busy += 1
+        self._at[worker] = lane
+
+    def _leave(self, worker: int) -> None:
+        """A thread is not at it any more: another one may be. That may be said twice."""
+        with self._lock:
+            lane, self._at[worker] = self._at[worker], None
+            if lane is not None:
+                lane.busy -= 1
+                self._call_for(lane)
 
     def _search(self, batch: Sequence[_Search], worker: int, token: trio.lowlevel.TrioToken) -> None:
         """Runs a batch; those of one generation and with equal options are run together."""
@@ -424,8 +482,10 @@ class SearchService:
             groups: dict[tuple[int, SearchOptions], list[_Search]] = {}
             for search in batch:
                 groups.setdefault((search.view.generation, search.options), []).append(search)
-            for members in groups.values():
-                outcomes = _run_group(members, worker, self._share)
+            for left, members in zip(reversed(range(len(groups))), groups.values(), strict=True):
+                # What is left to do with the last of them is to encode it: others may search meanwhile.
+                searched = _nothing if left else partial(self._leave, worker)
+                outcomes = _run_group(members, worker, self._share, searched)
                 for search, outcome in zip(members, outcomes, strict=True):
                     finished.append(search.finish(outcome))
         except Exception as error:
@@ -452,28 +512,38 @@ class SearchService:
         for each in finished:
             _call(each)
 
-    def _take(self) -> list[_Search] | _Work:
-        key = next(iter(self._queues))
-        turns = self._queues.pop(key)
+    def _take_searches(self, worker: int) -> list[_Search]:
+        """The next batch, which a thread is at: empty where nobody wants what was next any more."""
+        lane = self._searches
+        key, turns = lane.next()
         batch: list[_Search] = []
         room = self._max_batch
         while turns and turns.first().size <= room:
             item = turns.take()
             self.waiting -= item.size
-            if isinstance(item, _Work):
-                self._put_back(key, turns)
-                return item
             item.whole.begun = True
             if item.wanted():
                 room -= item.size
                 batch.append(item)
-        self._put_back(key, turns)
+        lane.go_on(key, turns)
+        self._join(lane, worker)
+        self._call_for(lane)
         return batch
 
-    def _put_back(self, key: tuple[str, int], turns: _Turns[Any]) -> None:
-        if turns:
-            self._queues[key] = turns
-            self._call_for_queue()
+    def _take_read(self, worker: int) -> _Read:
+        """The next read, which a thread is at."""
+        lane = self._reads
+        key, turns = lane.next()
+        item = turns.take()
+        self.waiting -= item.size
+        lane.go_on(key, turns)
+        self._join(lane, worker)
+        self._call_for(lane)
+        return item
+
+
+def _nothing() -> None:
+    """There is more to search for."""
 
 
 def _attempt(function: Callable[[], T]) -> T | Exception:
@@ -500,8 +570,13 @@ def _call(finished: Callable[[], None] | None) -> None:
             logger.exception("what was searched for cannot be told")
 
 
-def _run_group(searches: Sequence[_Search], worker: int, share: Share) -> Sequence[list[Any] | Exception]:
-    """What the encoding of each search makes of its results, or what went wrong with it."""
+def _run_group(
+    searches: Sequence[_Search], worker: int, share: Share, searched: Callable[[], None]
+) -> Sequence[list[Any] | Exception]:
+    """What the encoding of each search makes of its results, or what went wrong with it.
+
+    `searched` is called once all have been found, before they are encoded.
+    """
     outcomes: list[list[Any] | Exception] = [[] for _ in searches]
     failed = 0
     try:
@@ -509,6 +584,7 @@ def _run_group(searches: Sequence[_Search], worker: int, share: Share) -> Sequen
         views = [search.view for search in searches for _ in search.queries]
         owners = [number for number, search in enumerate(searches) for _ in search.queries]
         results = search_each(views, queries, searches[0].options, worker, share)
+        searched()
         for number, result in zip(owners, results, strict=True):
             outcome = outcomes[number]
             if isinstance(outcome, Exception):
@@ -527,6 +603,6 @@ def _run_group(searches: Sequence[_Search], worker: int, share: Share) -> Sequen
         for number, search in enumerate(searches):
             outcome = outcomes[number]
             if isinstance(outcome, list) and len(outcome) < search.size:
-                (rest,) = _run_group([search.rest(len(outcome))], worker, share)
+                (rest,) = _run_group([search.rest(len(outcome))], worker, share, _nothing)
                 outcomes[number] = outcome + rest if isinstance(rest, list) else rest
     return outcomes

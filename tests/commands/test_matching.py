@@ -274,7 +274,7 @@ async def test_a_search_that_fails(open_house: OpenHouse, request_: list[bytes],
         done(ValueError("out of order"))
 
     searches = HeldSearches()
-    searches.submit_work = fail  # type: ignore[method-assign]
+    searches.submit_read = fail  # type: ignore[method-assign]
     async with open_house(searches=searches) as house:
         client = house.connect()
         await fill(client)

@@ -118,7 +118,7 @@ async def test_a_search_that_fails_is_answered_with_an_error(open_house: OpenHou
 
 
 async def test_a_search_that_has_waited_for_too_long_is_answered_with_busy(open_house: OpenHouse) -> None:
-    searches = SearchService(1, 64)
+    searches = SearchService(1, max_batch=64)
     searches.timeout = 1e-9
     async with open_house(searches=searches) as house:
         client = house.connect()
@@ -333,7 +333,7 @@ async def test_a_search_is_wanted_before_its_reply_has_a_place(
         answers.append(wanted())
 
     monkeypatch.setattr(searches, "submit", submit)
-    monkeypatch.setattr(searches, "submit_work", submit)
+    monkeypatch.setattr(searches, "submit_read", submit)
     async with open_house(searches=searches) as house:
         client = house.connect()
         await client.call("VNEW a 1")

@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from engram.commands import transactions
-from engram.commands.slices import SLICE
+from engram.commands.long_work import ELEMENTS_A_TURN
 from engram.operations import AppendString, DeleteKeys, SetString
 from tests.conftest import START, HeldSearches, House, ManualJournal, OpenHouse, vector
 
@@ -471,19 +471,15 @@ async def test_long_lists_show_no_half_of_a_transaction(
 ) -> None:
     monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
     client, other = house.connect(), house.connect()
-    await client.call([b"MSET", *(b"%d" % number for number in range(2 * (SLICE + 1)))])
+    await client.call([b"MSET", *(b"%d" % number for number in range(2 * (ELEMENTS_A_TURN + 1)))])
     await client.call("VNEW index 2")
     others = ["GET a", "STRLEN a"] * 10
-    await client.send("MULTI", *others, "RENAME index first", *others, "RENAME first index")
-    await client.arrived()
-    async with house.server.slices_lock:
-        await other.send(listing)
-        await wait_all_tasks_blocked()
-        await client.send("EXEC")
-        await begun(house)
-        while b"index" in house.engine.keyspace.values:
-            await trio.lowlevel.checkpoint()
-        assert house.server.exclusion.active
+    await client.send("MULTI", *others, "RENAME index first", *others, "RENAME first index", "EXEC")
+    await begun(house)
+    while b"index" in house.engine.keyspace.values:
+        await trio.lowlevel.checkpoint()
+    assert house.server.exclusion.active
+    await other.send(listing)
     assert b"$5\r\nindex\r\n" in await other.reply()
 
 

@@ -166,7 +166,7 @@ class _Searches(SearchService):
     """Searches that begin when they are let go."""
 
     def __init__(self) -> None:
-        super().__init__(1, 64)
+        super().__init__(1, max_batch=64)
         self._held: list[Callable[[], None]] = []
 
     def let_go(self) -> None:
@@ -189,14 +189,14 @@ class _Searches(SearchService):
         begin = super().submit
         self._held.append(lambda: begin(index_id, view, queries, options, done, wanted, client, encoding))
 
-    def submit_work(
+    def submit_read(
         self,
         function: Callable[[], T],
         done: Callable[[T | Exception], None],
         wanted: Callable[[], bool] = lambda: True,
         client: int = 0,
     ) -> None:
-        begin = super().submit_work
+        begin = super().submit_read
         self._held.append(lambda: begin(function, done, wanted, client))
 
 

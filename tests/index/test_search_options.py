@@ -417,7 +417,7 @@ class TestSubmit:
     async def test_all_queries_are_answered_at_once_and_in_order(
         self, workers: int, count: int, index: VectorIndex, nursery: trio.Nursery
     ) -> None:
-        service = SearchService(workers, 8)
+        service = SearchService(workers, max_batch=8)
         await nursery.start(service.run)
         order = np.random.default_rng(count).integers(0, 100, count)
         queries = 2.0 * order[:, None].astype(np.float32) + np.array([0.0, 1.0], np.float32)
@@ -431,7 +431,7 @@ class TestSubmit:
     async def test_others_are_answered_beside_one_with_many_queries(
         self, index: VectorIndex, nursery: trio.Nursery
     ) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         outcomes = Outcomes()
         other = VectorIndex(2, default_parameters(2, "l2"))
         service.submit(1, index.view(2), np.zeros((30, 2), np.float32), SearchOptions(1), outcomes)
@@ -442,7 +442,7 @@ class TestSubmit:
     async def test_a_search_of_which_every_part_fails_is_answered_once(
         self, index: VectorIndex, nursery: trio.Nursery
     ) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         outcomes, last = Outcomes(), Outcomes()
         service.submit(1, index.view(2), np.zeros((30, 9), np.float32), SearchOptions(1), outcomes)
         service.submit(1, index.view(2), np.zeros((1, 2), np.float32), SearchOptions(1), last)
@@ -454,7 +454,7 @@ class TestSubmit:
     async def test_many_queries_that_nobody_wants_are_not_run(
         self, index: VectorIndex, nursery: trio.Nursery
     ) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         outcomes, last = Outcomes(), Outcomes()
         view, queries = index.view(2), np.zeros((30, 2), np.float32)
         service.submit(1, view, queries, SearchOptions(1), outcomes, lambda: False)
@@ -464,13 +464,13 @@ class TestSubmit:
         assert (outcomes.seen, service.searches, service.waiting) == ([], 1, 0)
 
 
-class TestWork:
-    """Work that only reads is done in the search threads."""
+class TestReads:
+    """Other reads that take long are done in threads, too."""
 
     async def test_work_is_done_in_another_thread_and_answered_on_the_loop(
         self, nursery: trio.Nursery
     ) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         await nursery.start(service.run)
         answered: list[tuple[object, int]] = []
         ended = trio.Event()
@@ -479,7 +479,7 @@ class TestWork:
             answered.append((outcome, threading.get_ident()))
             ended.set()
 
-        service.submit_work(threading.get_ident, done)
+        service.submit_read(threading.get_ident, done)
         assert service.waiting == 1
         await ended.wait()
         ((worker, loop),) = answered
@@ -487,36 +487,26 @@ class TestWork:
         assert service.waiting == 0
 
     async def test_what_work_raises_is_its_outcome(self, nursery: trio.Nursery) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         await nursery.start(service.run)
         outcomes = Outcomes()
-        service.submit_work(lambda: 1 // 0, outcomes)
-        service.submit_work(lambda: 7, outcomes)
+        service.submit_read(lambda: 1 // 0, outcomes)
+        service.submit_read(lambda: 7, outcomes)
         error, number = await outcomes.wait(2)
         assert isinstance(error, ZeroDivisionError)
         assert number == 7
 
     async def test_work_that_nobody_wants_is_not_done(self, nursery: trio.Nursery) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         outcomes = Outcomes()
         wanted = True
         calls: list[int] = []
-        service.submit_work(lambda: calls.append(1), outcomes, lambda: wanted)
-        service.submit_work(lambda: calls.append(2), outcomes)
+        service.submit_read(lambda: calls.append(1), outcomes, lambda: wanted)
+        service.submit_read(lambda: calls.append(2), outcomes)
         wanted = False
         await nursery.start(service.run)
         await outcomes.wait(1)
         assert (calls, service.waiting) == ([2], 0)
-
-    async def test_work_and_searches_take_turns(self, nursery: trio.Nursery) -> None:
-        service = SearchService(1, 8)
-        outcomes = Outcomes()
-        index = VectorIndex(1, default_parameters(2, "l2"))
-        service.submit_work(lambda: "first", outcomes)
-        service.submit(1, index.view(2), np.zeros((1, 2), np.float32), SearchOptions(1), outcomes)
-        service.submit_work(lambda: "last", outcomes)
-        await nursery.start(service.run)
-        assert await outcomes.wait(3) == ["first", [SearchResult([], [])], "last"]
 
 
 class TestStrings:

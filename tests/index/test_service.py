@@ -39,12 +39,12 @@ class TestService:
 
     @pytest.fixture
     async def service(self, nursery: trio.Nursery) -> SearchService:
-        service = SearchService(2, 8)
+        service = SearchService(2, max_batch=8)
         await nursery.start(service.run)
         return service
 
     async def test_answers_are_those_of_a_search_alone(self, nursery: trio.Nursery, nearest: Nearest) -> None:
-        service = SearchService(2, 8)
+        service = SearchService(2, max_batch=8)
         random = np.random.default_rng(1)
         rows = random.normal(size=(200, 4)).astype(np.float32)
         queries = random.normal(size=(50, 4)).astype(np.float32)
@@ -84,7 +84,7 @@ class TestService:
             return [SearchResult([], []) for _ in views]
 
         monkeypatch.setattr(service_module, "search_each", record)
-        service = SearchService(1, 4)
+        service = SearchService(1, readers=0, max_batch=4)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         answered: list[float] = []
         for index_id, number in [(7, 1), (8, 2), (7, 3), (9, 4), (8, 5), (7, 6), (7, 7), (7, 8), (7, 9)]:
@@ -118,7 +118,7 @@ class TestService:
             return [SearchResult([], [])]
 
         monkeypatch.setattr(service_module, "search_each", search)
-        service = SearchService(threads, 4, 3 - threads)
+        service = SearchService(threads, 3 - threads, 0, max_batch=4)
         await nursery.start(service.run)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         for k in (5, 0, 1):
@@ -163,7 +163,7 @@ class TestService:
             return [SearchResult([], []) for _ in views]
 
         monkeypatch.setattr(service_module, "search_each", search)
-        service = SearchService(2, 1, helpers=3)
+        service = SearchService(2, helpers=3, max_batch=1)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         outcomes: list[list[SearchResult] | Exception] = []
         for number in range(20):
@@ -176,6 +176,84 @@ class TestService:
         while len(outcomes) < 20:
             await trio.lowlevel.checkpoint()
         assert outcomes == [[SearchResult([], [])]] * 20
+
+    async def test_others_search_while_what_was_found_is_encoded(self, nursery: trio.Nursery) -> None:
+        service = SearchService(1, max_batch=1)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        query = np.zeros((1, 2), np.float32)
+        other_is_over = threading.Event()
+
+        class Slow:
+            def encode(self, result: SearchResult) -> bytes:
+                return b"late" if other_is_over.wait(30) else b"too early"
+
+            def join(self, encoded: list[bytes]) -> bytes:
+                return encoded[0]
+
+        outcomes: list[Any] = []
+        finished = trio.Event()
+
+        def done(outcome: Any) -> None:
+            outcomes.append(outcome)
+            if len(outcomes) == 2:
+                finished.set()
+            other_is_over.set()
+
+        service.submit(1, view, query, SearchOptions(1), done, encoding=Slow())
+        service.submit(1, view, query, SearchOptions(1), done)
+        await nursery.start(service.run)
+        with trio.fail_after(20):
+            await finished.wait()
+        assert outcomes == [[SearchResult([b"0"], [1.0])], b"late"]
+
+    async def test_searches_and_long_reads_keep_each_other_from_no_thread(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        together, release = threading.Barrier(2), threading.Event()
+        at_once: list[int] = []
+
+        def search(
+            views: list[View], queries: Floats, options: SearchOptions, worker: int, share: Share
+        ) -> list[SearchResult]:
+            together.wait(30)
+            return [SearchResult([], []) for _ in views]
+
+        def read() -> int:
+            at_once.append(1)
+            most = len(at_once)
+            if not release.is_set():
+                together.wait(30)
+            release.wait(30)
+            at_once.pop()
+            return most
+
+        monkeypatch.setattr(service_module, "search_each", search)
+        service = SearchService(1, max_batch=1)
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        reads: list[object] = []
+        searches: list[object] = []
+        all_read, searched = trio.Event(), trio.Event()
+
+        def read_done(outcome: object) -> None:
+            reads.append(outcome)
+            if len(reads) == 4:
+                all_read.set()
+
+        def search_done(outcome: object) -> None:
+            searches.append(outcome)
+            searched.set()
+
+        await nursery.start(service.run)
+        for client in range(4):
+            service.submit_read(read, read_done, client=client)
+        service.submit(1, view, np.zeros((1, 2), np.float32), SearchOptions(1), search_done)
+        with trio.fail_after(20):
+            await searched.wait()
+        assert (reads, searches) == ([], [[SearchResult([], [])]])
+        release.set()
+        with trio.fail_after(20):
+            await all_read.wait()
+        assert reads == [1] * 4
 
     async def test_a_search_that_raises_is_answered_alone(self, service: SearchService) -> None:
         index = filled("l2", np.eye(4, dtype=np.float32))
@@ -214,7 +292,7 @@ class TestService:
             return [SearchResult([], [])]
 
         monkeypatch.setattr(service_module, "search_each", slow)
-        service = SearchService(1, 4)
+        service = SearchService(1, max_batch=4)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         async with trio.open_nursery() as nursery:
             await nursery.start(service.run)
@@ -222,7 +300,7 @@ class TestService:
             await started.wait()
             nursery.cancel_scope.cancel()
             release.set()
-        assert ended == [0]
+        assert len(ended) == 1
 
     async def test_what_nobody_wants_any_more_is_not_searched(self, service: SearchService) -> None:
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
@@ -235,7 +313,7 @@ class TestService:
         assert (answered, service.searches, service.waiting) == ([], 1, 0)
 
     async def test_an_idle_worker_holds_no_view(self, nursery: trio.Nursery) -> None:
-        service = SearchService(1, 4)
+        service = SearchService(1, max_batch=4)
         await nursery.start(service.run)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         held = weakref.ref(view)
@@ -315,7 +393,7 @@ class TestEncoding:
     async def test_it_happens_in_a_search_thread(self, nursery: trio.Nursery, view: View) -> None:
         encoding = Counted()
         queries = np.tile(np.eye(8, dtype=np.float32), (3, 1))
-        assert await self.ask(nursery, SearchService(2, 4), view, (queries, encoding)) == [
+        assert await self.ask(nursery, SearchService(2, max_batch=4), view, (queries, encoding)) == [
             b"0 1 2 3 4 5 6 7 " * 2 + b"0 1 2 3 4 5 6 7"
         ]
         assert encoding.threads
@@ -327,7 +405,7 @@ class TestEncoding:
         first, second, third = Counted(), Counted(b"1"), Counted()
         outcomes = await self.ask(
             nursery,
-            SearchService(1, 8),
+            SearchService(1, max_batch=8),
             view,
             (queries[:2], first),
             (queries[:4], second),
@@ -341,7 +419,7 @@ class TestEncoding:
     ) -> None:
         encoding = Counted(b"1")
         queries = np.tile(np.eye(8, dtype=np.float32), (10, 1))
-        service = SearchService(1, 4)
+        service = SearchService(1, readers=0, max_batch=4)
         (outcome,) = await self.ask(nursery, service, view, (queries, encoding))
         assert isinstance(outcome, MemoryError)
         assert outcome.__traceback__ is None
@@ -365,7 +443,7 @@ class TestEncoding:
         first, second, third = Counted(), Counted(), Counted()
         outcomes = await self.ask(
             nursery,
-            SearchService(1, 8),
+            SearchService(1, max_batch=8),
             view,
             (queries[:2], first),
             (queries[2:6], second),
@@ -384,7 +462,7 @@ class TestEncoding:
     ) -> None:
         """Trio would end the server for what is raised there."""
         clock = [0.0]
-        service = SearchService(1, 8, now=lambda: clock[-1])
+        service = SearchService(1, max_batch=8, now=lambda: clock[-1])
         service.timeout = 1.0
         told: list[object] = []
 
@@ -394,7 +472,7 @@ class TestEncoding:
 
         query = np.zeros((1, 8), np.float32)
         if kind == "work":
-            service.submit_work(lambda: 7, fail)
+            service.submit_read(lambda: 7, fail)
         else:
             service.submit(1, view, query, SearchOptions(1), fail)
         if kind == "late":
@@ -412,7 +490,7 @@ class TestEncoding:
     async def test_a_thread_outlives_errors_between_searches(
         self, nursery: trio.Nursery, view: View, caplog: pytest.LogCaptureFixture
     ) -> None:
-        service = SearchService(1, 8)
+        service = SearchService(1, max_batch=8)
         query = np.zeros((1, 8), np.float32)
         failures = [MemoryError(), MemoryError()]
 
@@ -460,7 +538,7 @@ class TestTurns:
     @pytest.fixture
     def service(self, clock: list[float]) -> SearchService:
         """Not running yet: what is submitted waits."""
-        service = SearchService(1, 4, now=lambda: clock[-1])
+        service = SearchService(1, max_batch=4, now=lambda: clock[-1])
         service.timeout = 5.0
         return service
 
@@ -492,7 +570,7 @@ class TestTurns:
         """Runs what waits."""
         await nursery.start(service.run)
         with trio.fail_after(30):
-            while service.waiting or service.idle < 1:
+            while service.waiting or service.idle < 2:
                 await trio.lowlevel.checkpoint()
         await trio.testing.wait_all_tasks_blocked()
 
@@ -522,16 +600,16 @@ class TestTurns:
         await self.finish(service, nursery)
         assert batches == [[100, 101, 102, 103], [200], [104, 105, 106, 107], [201], [108, 109, 110, 111]]
 
-    async def test_work_of_one_client_has_one_turn_at_a_time(
-        self, nursery: trio.Nursery, service: SearchService, submit: Submitted, batches: list[list[float]]
+    async def test_reads_of_one_client_have_one_turn_at_a_time(
+        self, nursery: trio.Nursery, service: SearchService
     ) -> None:
+        read: list[int] = []
         done: list[object] = []
         for number in range(3):
-            service.submit_work(lambda number=number: batches.append([number]), done.append, client=1)  # type: ignore[misc]
-        submit(2, *range(200, 205))
-        service.submit_work(lambda: batches.append([300]), done.append, client=3)
+            service.submit_read(partial(read.append, number), done.append, client=1)
+        service.submit_read(partial(read.append, 300), done.append, client=3)
         await self.finish(service, nursery)
-        assert batches == [[0], [200, 201, 202, 203], [300], [1], [204], [2]]
+        assert read == [0, 300, 1, 2]
         assert done == [None] * 4
 
     async def test_what_waits_for_too_long_is_refused(
@@ -547,7 +625,7 @@ class TestTurns:
         submit(1, 100)
         submit(2, list(range(200, 212)), index=2)
         submit(3, 300, wanted=False)
-        service.submit_work(lambda: 7, work.append, client=1)
+        service.submit_read(lambda: 7, work.append, client=1)
         clock.append(103.0)
         submit(1, 101)
         clock.append(105.0)
@@ -623,7 +701,7 @@ class TestTurns:
             return [SearchResult([], []) for _ in views]
 
         monkeypatch.setattr(service_module, "search_each", search)
-        service = SearchService(1, 1, now=trio.current_time)
+        service = SearchService(1, max_batch=1, now=trio.current_time)
         service.timeout = 5.0
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         query = np.zeros((1, 2), np.float32)

@@ -161,7 +161,7 @@ def test_what_is_of_no_kind_is_not_stored() -> None:
     keyspace: Keyspace[Any] = Keyspace(check=KINDS.of)
     with pytest.raises(TypeError, match="list is the type of no kind of value"):
         keyspace.set(b"k", [1])
-    assert (dict(keyspace.values), keyspace.others) == ({}, set())
+    assert (dict(keyspace.values), keyspace.others) == ({}, {})
 
 
 def test_no_two_kinds_have_a_name_or_a_type() -> None:

@@ -1,24 +1,31 @@
-"""Commands that name many keys: others have turns meanwhile, and see all of what is done or nothing."""
+"""Commands that take long: others have turns meanwhile, and see all of what is done or nothing."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
-from engram.commands import matching, turns
+from engram.commands import long_work, matching
+from engram.commands.allowance import Allowance, HeldReplies
 from engram.commands.registry import COMMANDS
 from engram.commands.session import Pieces
+from engram.config import Config
+from engram.errors import CommandError
 from engram.index.filters import Filter
 from engram.index.filters import filter as filter_module
 from engram.large_string import LargeString
 from engram.operations import DeleteKeys, DeleteVectors, SetStrings
 from tests.conftest import Client, House, ManualJournal, OpenHouse, vector
 
-KEYS = 10 * turns.KEYS_A_TURN + 7
+KEYS = 10 * long_work.ELEMENTS_A_TURN + 7
 NAMES = [b"k%d" % number for number in range(KEYS)]
 PAIRS = [word for name in NAMES for word in (name, b"v")]
 OK = b"+OK\r\n"
@@ -79,14 +86,84 @@ async def test_many_keys_are_changed_as_one(open_house: OpenHouse, words: list[b
         assert {type(operation) for operation in operations} == {kind}
 
 
-@pytest.mark.parametrize("words", [[b"DEL", *NAMES], [b"MSET", *PAIRS], [b"MGET", *NAMES]])
-async def test_in_a_transaction_many_keys_have_their_place(house: House, words: list[bytes]) -> None:
+@pytest.mark.parametrize(
+    ("words", "reply"),
+    [
+        ([b"DEL", *NAMES], b":%d\r\n:0\r\n" % KEYS),
+        ([b"MSET", *PAIRS], b"+OK\r\n:1\r\n"),
+        ([b"MSETNX", *[b"x" + word for word in PAIRS], b"k0", b"v"], b":0\r\n:1\r\n"),
+        ([b"MGET", *NAMES], b"*%d\r\n" % KEYS + b"$1\r\nv\r\n" * KEYS + b":1\r\n"),
+        ([b"EXISTS", *NAMES], b":%d\r\n:1\r\n" % KEYS),
+    ],
+)
+async def test_in_a_transaction_many_keys_have_their_place_and_turns(
+    house: House, words: list[bytes], reply: bytes
+) -> None:
+    client, other = house.connect(), house.connect()
+    await fill(client)
+    await client.send("MULTI", "GET k1", words, "EXISTS k0")
+    await client.arrived()
+    await client.send("EXEC")
+    await begun(house)
+    await other.send("EXISTS k0")
+    pings = 0
+    while house.server.exclusion.active:
+        assert await house.connect().call("PING") == b"+PONG\r\n"
+        pings += 1
+    assert pings
+    assert await client.reply() == b"*3\r\n$1\r\nv\r\n" + reply
+    # What was asked for meanwhile is answered by what there is afterwards.
+    assert await other.reply() == reply[-4:]
+    assert (house.server.held_replies.waiting, house.server.held_replies.reserved) == (0, 0)
+
+
+async def test_what_fails_in_a_turn_of_a_transaction_fails_alone_where_it_only_reads(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = house.connect()
     await fill(client)
-    for request in ("MULTI", words, "EXISTS k0", "EXEC"):
-        await client.send(request)
-    *_, found = [await client.reply() for _ in range(4)]
-    assert found.endswith(b":0\r\n" if words[0] == b"DEL" else b":1\r\n")
+    await client.send("MULTI", "INCR a", [b"EXISTS", *NAMES], [b"MGET", *NAMES], "INCR a")
+    await client.arrived()
+    house.server.config.client_output_buffer_limit = house.server.config.proto_max_bulk_len = 3 * KEYS // 4
+
+    class Failing(dict[bytes, Any]):
+        def get(self, key: bytes, default: Any = None) -> Any:
+            if key == NAMES[-1]:
+                raise MemoryError
+            return super().get(key, default)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(house.engine.keyspace, "values", Failing(house.engine.keyspace.values))
+        found = await client.call("EXEC")
+    first, *failed, last, _ = found.split(b"\r\n")[1:]
+    assert (first, last) == (b":1", b":2")
+    assert failed[0].startswith(b"-OOM")
+    assert failed[1].startswith(b"-ERR the reply would take ") or failed[1].startswith(b"-OOM")
+    assert house.database.failure is None
+
+
+async def test_what_fails_half_way_in_a_turn_of_a_transaction_ends_the_server(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal=journal) as house:
+        client = house.connect()
+        await fill(client)
+        await client.send("MULTI", "SET a 1", [b"DEL", *NAMES], "SET b 1")
+        await client.arrived()
+        journal.together.clear()
+        lookup = house.database.logical(0).lookup
+
+        def fail(key: bytes) -> Any:
+            if key == NAMES[long_work.ELEMENTS_A_TURN * 3]:
+                raise MemoryError
+            return lookup(key)
+
+        monkeypatch.setattr(house.database.logical(0), "lookup", fail)
+        await client.send("EXEC")
+        assert await client.ended() == b""
+        assert house.database.failure is not None
+        assert journal.together == []
 
 
 async def test_what_fails_half_way_through_many_keys_is_no_change_that_is_half_done(
@@ -101,7 +178,7 @@ async def test_what_fails_half_way_through_many_keys_is_no_change_that_is_half_d
         lookup = house.database.logical(0).lookup
 
         def fail(key: bytes) -> Any:
-            if key == NAMES[turns.KEYS_A_TURN * 3]:
+            if key == NAMES[long_work.ELEMENTS_A_TURN * 3]:
                 raise MemoryError
             return lookup(key)
 
@@ -237,3 +314,33 @@ async def test_in_a_transaction_a_long_filter_has_its_place(house: House) -> Non
     count: list[bytes] = [b"VCOUNT", b"index", b"FILTER", LONG_FILTER]
     await client.send("MULTI", count, "VDEL index m", count, "EXEC")
     assert [await client.reply() for _ in range(5)][-1] == b"*3\r\n:1\r\n:1\r\n:0\r\n"
+
+
+def test_threads_that_make_parts_of_a_reply_take_no_more_than_they_may() -> None:
+    config = Config()
+    held = HeldReplies(config)
+    client = attrs.make_class("Client", {"reserved": attrs.field(default=0)})()
+    client.buffered = lambda: (0, 0)
+    interval = sys.getswitchinterval()
+    for within in (None, held.allowance(client, most=1 << 30)):
+        allowance = held.allowance(client, within, most=1 << 20)
+
+        def take(allowance: Allowance = allowance) -> int:
+            taken = 0
+            with suppress(CommandError):
+                while True:
+                    allowance.take(7)
+                    taken += 7
+            return taken
+
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                taken = sum(pool.map(lambda _, take=take: take(), range(4)))
+        finally:
+            sys.setswitchinterval(interval)
+        assert taken == allowance.taken == (1 << 20) // 7 * 7
+        for each in (allowance, within):
+            if each is not None:
+                each.release()
+        assert held.reserved == client.reserved == 0

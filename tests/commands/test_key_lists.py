@@ -1,26 +1,32 @@
-"""Replies that take work in proportion to what there is."""
+"""Lists of all keys, and other replies that take work in proportion to what there is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from engram.commands import slices
+from engram.commands.long_work import ELEMENTS_A_TURN
+from engram.index.service import SearchService
 from tests.commands.conftest import add, bulks, parse
 from tests.conftest import Client, House, vector
 
-KEYS = 10 * slices.SLICE + 1
+KEYS = 10 * ELEMENTS_A_TURN + 1
 
 
 @pytest.fixture
 async def full(house: House) -> Client:
     """A client of a house with many keys, some of which lapse in 10 ms, and an index among them."""
     client = house.connect()
-    for start in range(0, KEYS, slices.SLICE):
-        pairs = [word for n in range(start, min(start + slices.SLICE, KEYS)) for word in (b"k%d" % n, b"v")]
+    for start in range(0, KEYS, ELEMENTS_A_TURN):
+        pairs = [
+            word for n in range(start, min(start + ELEMENTS_A_TURN, KEYS)) for word in (b"k%d" % n, b"v")
+        ]
         await client.call([b"MSET", *pairs])
     for number in range(0, KEYS, 1000):
         await client.call(f"PEXPIRE k{number} 10")
@@ -51,34 +57,84 @@ async def turns_during(house: House, client: Client, request: str) -> tuple[byte
     return await client.reply(), turns
 
 
+@attrs.define
+class Held:
+    """Long reads that begin when they are let go."""
+
+    service: SearchService
+    begin: list[Callable[[], None]] = attrs.field(factory=list)
+
+    def submit_read(self, *arguments: Any) -> None:
+        self.begin.append(partial(SearchService.submit_read, self.service, *arguments))
+
+    async def wait(self) -> None:
+        with trio.fail_after(60):
+            while not self.begin:
+                await trio.lowlevel.checkpoint()
+
+    def let_go(self) -> None:
+        for begin in self.begin:
+            begin()
+        self.begin.clear()
+
+
+@pytest.fixture
+def held(house: House, monkeypatch: pytest.MonkeyPatch) -> Held:
+    held = Held(house.server.searches)
+    monkeypatch.setattr(held.service, "submit_read", held.submit_read)
+    return held
+
+
 @pytest.mark.parametrize(
-    ("request_", "count"), [("KEYS *", KEYS + 1), ("KEYS k*7", KEYS // 10), ("KEYS nothing", 0), ("VLIST", 1)]
+    ("request_", "count"), [("KEYS *", KEYS + 1), ("KEYS k*7", KEYS // 10), ("KEYS nothing", 0)]
 )
-async def test_others_have_turns(house: House, full: Client, request_: str, count: int) -> None:
-    reply, turns = await turns_during(house, full, request_)
-    assert len(parse(reply)) == count
-    assert turns >= 10
-
-
-async def test_keys_are_those_of_one_moment(
-    house: House, full: Client, monkeypatch: pytest.MonkeyPatch
+async def test_many_keys_are_listed_in_a_thread(
+    house: House, full: Client, held: Held, request_: str, count: int
 ) -> None:
+    await full.send(request_, "GET k1")
+    await held.wait()
+    other = house.connect()
+    assert await other.call("GET k1") == b"$1\r\nv\r\n"
+    held.let_go()
+    assert len(parse(await full.reply())) == count
+    assert await full.reply() == b"$1\r\nv\r\n"
+    assert house.server.held_replies.reserved == 0
+
+
+async def test_many_indices_are_listed_in_a_thread(house: House, held: Held) -> None:
+    client = house.connect()
+    names = [f"i{number}" for number in range(ELEMENTS_A_TURN + 10)]
+    for name in names:
+        await client.call(f"VNEW {name} 1")
+    await client.call("SET string 1")
+    await client.send("DEL i7", "PEXPIRE i8 10", "RENAME i9 nine", "MOVE i10 3", "COPY string copy", "VLIST")
+    await held.wait()
+    other = house.connect()
+    await other.send("VNEW late 1", "DEL i1")
+    assert await other.arrived() == b"+OK\r\n:1\r\n"
+    house.clock.time += 10
+    held.let_go()
+    *_, found = [await client.reply() for _ in range(6)]
+    assert sorted(parse(found)) == sorted(name.encode() for name in {*names, "nine"} - {"i7", "i9", "i10"})
+    await client.send("VLIST")
+    await held.wait()
+    held.let_go()
+    again = parse(await client.reply())
+    assert set(parse(found)) - set(again) == {b"i1", b"i8"}
+
+
+async def test_keys_are_those_of_one_moment(house: House, full: Client, held: Held) -> None:
     """What lapses or changes while they are looked through makes no difference."""
     other = house.connect()
-    looked = trio.Event()
-    look = house.database.logical(0).live_keys_later
-
-    def live_keys_later() -> Callable[[Sequence[bytes]], Sequence[bytes]]:
-        looked.set()
-        return look()
-
-    monkeypatch.setattr(house.database.logical(0), "live_keys_later", live_keys_later)
-    await full.send("KEYS *")
-    await looked.wait()
+    await full.send("SET first 1", "DEL k5 k6", "SET k6 1", "KEYS *")
+    await held.wait()
     house.clock.time += 10
-    await other.send("SET new 1", "DEL k1 k2", "RENAME k3 renamed", "FLUSHALL")
-    keys = parse(await full.reply())
-    assert set(keys) == {b"index", *(b"k%d" % number for number in range(KEYS))}
+    await other.send("SET new 1", "DEL k1 k2", "SET k5 1", "RENAME k3 renamed", "SWAPDB 0 1", "FLUSHALL")
+    await other.arrived()
+    held.let_go()
+    *_, found = [await full.reply() for _ in range(4)]
+    keys = parse(found)
+    assert set(keys) == {b"index", b"first", *(b"k%d" % number for number in range(KEYS))} - {b"k5"}
     assert len(keys) == KEYS + 1
 
 
@@ -100,28 +156,40 @@ async def test_in_a_transaction_keys_are_those_of_their_place(house: House, full
 
 async def test_views_of_all_keys_in_a_transaction_are_bounded(house: House, full: Client) -> None:
     """Each is held until all is carried out."""
+    await full.call([b"DEL", *(b"k%d" % number for number in range(2000))])
     config = house.server.config
     config.client_output_buffer_limit = config.proto_max_bulk_len = 1 << 20
-    await full.send("MULTI", *["KEYS nothing"] * 10, "SET a 1", "EXEC")
-    *_, last = [await full.reply() for _ in range(13)]
+    await full.send("MULTI", *["KEYS nothing"] * 30, "SET a 1", "EXEC")
+    *_, last = [await full.reply() for _ in range(33)]
     *found, done = parse(last)
-    assert found[:6] == [[]] * 6
-    assert [str(each).startswith("ERR the reply would take ") for each in found[6:]] == [True] * 4
+    made = found.count([])
+    assert 4 < made < 20
+    assert found[:made] == [[]] * made
+    assert all(str(each).startswith("ERR the reply would take ") for each in found[made:])
     assert done == b"OK"
     assert house.server.held_replies.reserved == 0
 
 
-async def test_one_client_at_a_time_looks_at_all_keys(house: House, full: Client) -> None:
-    """So that many together take no more memory, and no more of a turn, than one."""
-    others = [house.connect() for _ in range(5)]
-    async with house.server.slices_lock:
-        for client in others:
-            await client.send("KEYS new*")
-        await wait_all_tasks_blocked()
-        await full.call("SET new 1")
-        assert house.server.slices_lock.statistics().tasks_waiting == 5
-    # Each sees the keys as they are at its turn.
-    assert {await client.reply() for client in others} == {bulks("new")}
+async def test_what_is_held_for_lists_that_wait_is_bounded(house: House, full: Client, held: Held) -> None:
+    """Each has the places of all keys, and of those that are deleted."""
+    await full.call([b"DEL", *(b"k%d" % number for number in range(2000))])
+    config = house.server.config
+    config.client_output_buffer_limit = config.proto_max_bulk_len = 1 << 20
+    config.output_buffer_total_limit = 1 << 20
+    requests = 100
+    clients = [house.connect() for _ in range(requests)]
+    for client in clients:
+        await client.send("KEYS nothing", "PING")
+    await wait_all_tasks_blocked()
+    waiting = len(held.begin)
+    assert 4 < waiting < 30
+    assert house.server.held_replies.reserved <= 1 << 20
+    held.let_go()
+    found = [await client.reply() for client in clients]
+    assert found.count(b"*0\r\n") == waiting
+    refused = {each.split(b" ")[6] for each in found if each != b"*0\r\n"}
+    assert refused == {b"all"}
+    assert house.server.held_replies.reserved == 0
 
 
 async def test_a_reply_of_keys_that_would_be_too_long_is_refused(house: House, full: Client) -> None:
