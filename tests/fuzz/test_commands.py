@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engram.commands.registry import COMMANDS
+from engram.protocol.requests import CROSS_PROTOCOL
 from tests.conftest import encode_request
 from tests.crash.server_process import DEADLINE_SECONDS, HOST, ServerProcess, running_server
 from tests.fuzz.grammar import OPENING, leaves, requests_for
@@ -54,7 +55,11 @@ def is_harmless(request: list[bytes]) -> bool:
     """Neither ends nor silences the connection, nor takes a setting that others need away."""
     lowered = [word.lower() for word in request[:3]]
     container = b"|".join(lowered[:2]).decode(errors="replace")
-    if container in EXCLUDED or lowered[0].decode(errors="replace") in EXCLUDED:
+    if (
+        container in EXCLUDED
+        or lowered[0].decode(errors="replace") in EXCLUDED
+        or lowered[0] in CROSS_PROTOCOL
+    ):
         return False
     return not (lowered[:2] == [b"config", b"set"] and KEPT_SETTINGS & set(map(bytes.lower, request)))
 
