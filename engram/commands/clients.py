@@ -100,6 +100,7 @@ COMMANDS = (
         "Changes the selected database.",
         _GROUP,
         ("loading", "stale", "fast"),
+        foreseen=True,
     ),
     Command(
         "hello",

@@ -180,7 +180,7 @@ class Transaction:
 
     Attributes:
         commands: the requests.
-        throttled: those, with their commands, for which the server may not be able to keep up.
+        foreseen: those, with their commands, that EXEC looks at before it carries any out.
         size: bytes that the requests take in memory.
         room: bytes that they may take in the log.
         writes: whether one of them changes data.
@@ -188,7 +188,7 @@ class Transaction:
     """
 
     commands: deque[list[bytes]] = attrs.field(factory=deque)
-    throttled: list[Queued] = attrs.field(factory=list)
+    foreseen: list[Queued] = attrs.field(factory=list)
     size: int = 0
     room: int = 0
     writes: bool = False
@@ -198,8 +198,8 @@ class Transaction:
         """Keeps a command, which may take `room` bytes of the log."""
         self.commands.append(request)
         self.room += room
-        if command.throttle is not None:
-            self.throttled.append((command, request))
+        if command.foreseen:
+            self.foreseen.append((command, request))
         self.size += _REQUEST_BYTES + BYTES_OBJECT * len(request) + sum(map(len, request))
         self.writes = self.writes or command.writes
         self.grows = self.grows or "denyoom" in command.flags
@@ -532,7 +532,7 @@ class Session:
         self.happen(_END_MULTI)
         transaction, self.transaction = self.transaction, None
         if transaction is not None and len(transaction.commands) > _FREED_AT_ONCE:
-            self.server.database.engine.dropped += (transaction.commands, transaction.throttled)
+            self.server.database.engine.dropped += (transaction.commands, transaction.foreseen)
         self.unwatch()
 
     def execute(self, allowance: Allowance) -> None:

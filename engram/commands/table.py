@@ -74,6 +74,9 @@ class Command:
     run: Run | None = None
     # The index that a call adds rows to, and how many, if many rows there have no graph: it may have to wait.
     throttle: Throttle | None = None
+    # Whether EXEC looks at a request before it carries any out: it may have to wait, or changes the database
+    # that those behind it are about.
+    foreseen: bool = attrs.field()
     # Bytes that a call may log beyond what its request has.
     logs_beyond: int = 0
     minimum: int = attrs.field(init=False)
@@ -88,6 +91,10 @@ class Command:
     @group_categories.default
     def _usual_categories(self) -> tuple[str, ...]:
         return _CATEGORIES.get(self.group, (f"@{self.group}",))
+
+    @foreseen.default
+    def _may_have_to_wait(self) -> bool:
+        return self.throttle is not None
 
     @varies.default
     def _varies_by_complexity(self) -> bool:

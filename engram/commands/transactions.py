@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 
@@ -27,9 +28,9 @@ from engram.permissions import Reason
 from engram.protocol import replies
 from engram.protocol.replies import OK
 
-# Keys that are watched, and requests that may have to wait for a builder, until others have a turn.
+# Keys that are watched, and requests that EXEC looks at beforehand, until others have a turn.
 _KEYS_A_TURN = 512
-_THROTTLED_A_TURN = 512
+_FORESEEN_A_TURN = 512
 
 _ANSWER_VALUES = frozenset({"getdel", "getex", "getset"})
 
@@ -90,19 +91,19 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     name = arguments[0]
     room = transaction.room + RECORD_OVERHEAD if transaction.writes else 0
     journal = session.database.journal
-    rows: Counter[VectorIndex] = Counter()
-    _count_rows(session, transaction.throttled[:_THROTTLED_A_TURN], rows)
-    rest = transaction.throttled[_THROTTLED_A_TURN:]
-    waits = [] if rest else _waits(session, rows)
+    foresight = _Foresight(session)
+    foresight.look_at(transaction.foreseen[:_FORESEEN_A_TURN])
+    rest = transaction.foreseen[_FORESEEN_A_TURN:]
+    waits = [] if rest else foresight.waits()
     if not (waits or rest) and (not room or journal is None or journal.has_room(room)):
         return _execute(session, transaction, name)
 
     async def execute() -> bytes | Pieces:
         try:
-            for start in range(0, len(rest), _THROTTLED_A_TURN):
+            for start in range(0, len(rest), _FORESEEN_A_TURN):
                 await trio.lowlevel.checkpoint()
-                _count_rows(session, rest[start : start + _THROTTLED_A_TURN], rows)
-            for wait in _waits(session, rows) if rest else waits:
+                foresight.look_at(rest[start : start + _FORESEEN_A_TURN])
+            for wait in foresight.waits() if rest else waits:
                 await wait()
             if room:
                 await session.server.admit(room)
@@ -115,17 +116,44 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     return Barrier(execute)
 
 
-def _count_rows(session: Session, throttled: Sequence[Queued], rows: Counter[VectorIndex]) -> None:
-    """Adds the rows that these commands bring to indices where many have no graph."""
-    for command, request in throttled:
-        if command.throttle is not None and (adds := command.throttle(session, request)) is not None:
-            rows[adds[0]] += adds[1]
+class _Foresight:
+    """What a transaction will bring to indices where many rows have no graph.
 
+    Each request is looked at in the database that it will be about.
+    """
 
-def _waits(session: Session, rows: Counter[VectorIndex]) -> list[Wait]:
-    """What to wait for where the builder cannot keep up."""
-    admitted = [session.server.builder.admit(index, count) for index, count in rows.items()]
-    return [wait for wait in admitted if wait is not None]
+    __slots__ = ("_database", "_rows", "_session")
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._database = session.database
+        self._rows: dict[VectorIndex, int] = {}
+
+    def look_at(self, requests: Iterable[Queued]) -> None:
+        """Adds what the next requests bring; their client does not notice."""
+        session = self._session
+        selected, session.database = session.database, self._database
+        try:
+            for command, request in requests:
+                # What fails brings nothing and selects nothing, and is answered in its place.
+                with suppress(CommandError):
+                    self._look_at(command, request)
+        finally:
+            self._database, session.database = session.database, selected
+
+    def _look_at(self, command: Command, request: list[bytes]) -> None:
+        if command.throttle is None:
+            # SELECT.
+            command.handler(self._session, request)
+        elif (adds := command.throttle(self._session, request)) is not None:
+            index, rows = adds
+            self._rows[index] = self._rows.get(index, 0) + rows
+
+    def waits(self) -> list[Wait]:
+        """What to wait for where the builder cannot keep up."""
+        builder = self._session.server.builder
+        admitted = [builder.admit(index, count) for index, count in self._rows.items()]
+        return [wait for wait in admitted if wait is not None]
 
 
 def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes | Pieces | Barrier:

@@ -10,6 +10,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from engram.commands import transactions
 from engram.commands.long_work import ELEMENTS_A_TURN
+from engram.index.pace import Wait
+from engram.index.vector_index import VectorIndex
 from engram.operations import AppendString, DeleteKeys, SetString
 from tests.conftest import START, HeldSearches, House, ManualJournal, OpenHouse, vector
 
@@ -526,6 +528,66 @@ async def test_what_was_queued_is_freed_later(house: House, end: str) -> None:
     await client.send(end)
     await client.arrived()
     assert any(collection is queued for collection in house.engine.dropped)
+
+
+@pytest.mark.parametrize("a_turn", [512, 1])
+async def test_a_transaction_waits_for_indices_of_the_databases_that_it_selects(
+    house: House, monkeypatch: pytest.MonkeyPatch, a_turn: int
+) -> None:
+    asked = []
+
+    def admit(index: VectorIndex, rows: int) -> Wait:
+        asked.append((index.id, rows))
+        return trio.lowlevel.checkpoint
+
+    monkeypatch.setattr(transactions, "_FORESEEN_A_TURN", a_turn)
+    monkeypatch.setattr(house.server.builder, "admit", admit)
+    house.server.config.max_unindexed_rows = 1
+    client = house.connect()
+    for database in (1, 2):
+        await client.call(f"SELECT {database}")
+        await client.call("VNEW a 1")
+        await client.call([b"VADD", b"a", b"x", vector(1)])
+    first, second = house.engine.indices
+    add = [b"VADD", b"a", b"y", vector(2)]
+    await client.call("SELECT 0")
+    await client.send("MULTI", add, "SELECT 1", "SELECT 16", "SELECT x", add, add, "SELECT 2", add, "EXEC")
+    for _ in range(9):
+        await client.reply()
+    assert (await client.reply()).endswith(b":1\r\n:0\r\n+OK\r\n:1\r\n")
+    assert asked == [(first, 2), (second, 1)]
+    # And then the client is where they have led.
+    assert b" db=2 " in await client.call("CLIENT INFO")
+
+
+async def test_a_client_is_in_its_database_while_its_transaction_waits(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = trio.Event()
+    monkeypatch.setattr(house.server.builder, "admit", lambda index, rows: go_on.wait)
+    house.server.config.max_unindexed_rows = 1
+    client, other = house.connect(), house.connect()
+    await client.call("SELECT 1")
+    await client.call("VNEW a 1")
+    await client.call([b"VADD", b"a", b"x", vector(1)])
+    await client.call("SELECT 0")
+    await client.send("MULTI", "SELECT 1", [b"VADD", b"a", b"y", vector(2)], "EXEC")
+    await wait_all_tasks_blocked()
+    assert b" db=0 " in await other.call("CLIENT LIST ID 1")
+    go_on.set()
+    assert (await client.arrived()).endswith(b"*2\r\n+OK\r\n:1\r\n")
+
+
+async def test_a_request_of_a_transaction_with_too_few_words_fails_in_its_place(house: House) -> None:
+    """Whether or not rows have to wait for a graph."""
+    house.server.config.max_unindexed_rows = 1
+    client = house.connect()
+    await client.call("VNEW a 1")
+    await client.call([b"VADD", b"a", b"x", vector(1)])
+    await client.send("MULTI", [b"VMADD", b"a", b"x", vector(1), b"y"], "PING", "EXEC", "PING")
+    assert (await client.arrived()).endswith(
+        b"*2\r\n-ERR wrong number of arguments for 'vmadd' command\r\n+PONG\r\n+PONG\r\n"
+    )
 
 
 class CountedKeys(dict[bytes, Any]):
