@@ -82,7 +82,8 @@ class Touched:
     Attributes:
         keys: by number of the database, the keys of which the value or the expiry changes.
         index: the id of the vector index of which members change, 0 for none.
-        databases: those of which all keys change; None for every database.
+        databases: those of which all keys change. One loses them, two exchange theirs; None says that every
+            database loses its own.
     """
 
     keys: Sequence[tuple[int, Sequence[bytes]]] = ()

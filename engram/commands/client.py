@@ -74,7 +74,7 @@ def describe(session: Session) -> str:
         "psub": 0,
         "ssub": 0,
         "multi": -1 if transaction is None else len(transaction.commands),
-        "watch": len(session.watch.keys),
+        "watch": len(session.watch),
         "qbuf": query_buffer,
         "qbuf-free": 0,
         "argv-mem": 0,

@@ -76,9 +76,9 @@ def _clients(server: Server) -> Fields:
         "blocked_clients": sum(session.blocked for session in sessions),
         "tracking_clients": 0,
         "pubsub_clients": 0,
-        "watching_clients": sum(bool(session.watch.keys) for session in sessions),
+        "watching_clients": sum(len(session.watch) > 0 for session in sessions),
         "monitoring_clients": len(server.monitors),
-        "total_watched_keys": sum(len(session.watch.keys) for session in sessions),
+        "total_watched_keys": sum(len(session.watch) for session in sessions),
     }
 
 
