@@ -79,7 +79,7 @@ KIND: Kind[Containers] = Kind(
     lines=(),
     dump=_dump,
     loader=_loader,
-    drop=lambda state, value: state.dropped.append(value.items),
+    take_apart=lambda state, value: state.dropped.append(value.items),
     effects={AddContainers: Effect(_add, touch_key)},
     operations=(AddContainers,),
 )

@@ -6,7 +6,7 @@ own (kinds); those that are about keys of any kind are bound in key_effects.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -71,8 +71,8 @@ class State(Protocol):
     def copy_of(self, value: Any) -> Any:
         """The same value for another key."""
 
-    def flush(self, database: int) -> None:
-        """Takes all keys of a database away."""
+    def flush(self, databases: Iterable[int]) -> None:
+        """Takes all keys of these databases away."""
 
 
 @attrs.frozen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
@@ -37,7 +39,8 @@ class Engine:
 
     `released_segments` names segments that this state no longer refers to, and `dropped` holds large
     collections, dictionaries and lists, that nobody refers to any more; whoever runs the engine takes from
-    both. Cursors of scans are numbers from `first_serial` on.
+    both. `flushed` holds values that went with all others of their database, and that `take_apart` is to be
+    called for. Cursors of scans are numbers from `first_serial` on.
 
     Attributes:
         indices: the vector indices by id.
@@ -50,6 +53,7 @@ class Engine:
         self.indices: dict[int, VectorIndex] = {}
         self.released_segments: list[str] = []
         self.dropped: list[Collected] = []
+        self.flushed: list[set[Any]] = []
         self.segments = segments
         self.seal_rows = seal_rows
         self.first_serial = first_serial
@@ -101,7 +105,9 @@ class Engine:
             return
         self.keyspaces[database].others.pop(value, None)
         self._others.remove(value)
-        KINDS.of(value).drop(self, value)
+        kind = KINDS.of(value)
+        kind.drop(self, (value,))
+        kind.take_apart(self, value)
 
     def copy_of(self, value: Any) -> Any:
         """The same value for another key. Raises ValueError when its kind has no copies."""
@@ -110,12 +116,34 @@ class Engine:
             raise ValueError(f"a {KINDS.of(value).name} is not copied")
         return copy(value)
 
-    def flush(self, database: int) -> None:
-        """Takes all keys of a database away."""
-        keyspace = self.keyspaces[database]
-        for value in list(keyspace.others):
-            self.drop(database, value)
-        self.dropped += keyspace.clear()
+    def flush(self, databases: Iterable[int]) -> None:
+        """Takes all keys of these databases away."""
+        flushed: list[set[Any]] = []
+        by_type: defaultdict[type, list[Any]] = defaultdict(list)
+        for number in databases:
+            keyspace = self.keyspaces[number]
+            flushed.append(keyspace.others)
+            for value in keyspace.others:
+                by_type[type(value)].append(value)
+            self.dropped += keyspace.clear()
+        for values in by_type.values():
+            KINDS.of(values[0]).drop(self, values)
+            if any(keyspace.others for keyspace in self.keyspaces.values()):
+                self._others.remove_many(values)
+            else:
+                self.dropped += self._others.remove_all()
+        self.flushed += filter(None, flushed)
+
+    def take_apart(self, limit: int) -> None:
+        """Takes up to `limit` of the values apart that were flushed: their large parts go to `dropped`."""
+        while self.flushed and limit > 0:
+            values = self.flushed[-1]
+            for _ in range(min(limit, len(values))):
+                value = values.pop()
+                KINDS.of(value).take_apart(self, value)
+                limit -= 1
+            if not values:
+                self.flushed.pop()
 
     def uses(self, segment: Segment) -> bool:
         """Whether an index has this segment now."""

@@ -31,9 +31,7 @@ def _set_expiry(state: State, lsn: int, operation: SetExpiry, prepared: None) ->
 
 
 def _flush(state: State, lsn: int, operation: Flush, prepared: None) -> None:
-    numbers = state.keyspaces if operation.database is None else (operation.database,)
-    for number in list(numbers):
-        state.flush(number)
+    state.flush(list(state.keyspaces) if operation.database is None else (operation.database,))
 
 
 def _rename_key(state: State, lsn: int, operation: RenameKey, prepared: None) -> None:

@@ -63,6 +63,7 @@ _IDLE_EXPIRY_INTERVAL = 0.1
 _ROUNDS_PAUSE = 0.01
 _PROGRESS_INTERVAL = 1.0
 _FREE_SLICE = 4096
+_TAKEN_APART_AT_ONCE = 64
 # One sample in so many takes the memory, too.
 _MEMORY_SAMPLES = 10
 # What saying that there is no memory takes of it: at the end of a recovery, and of a server that was running.
@@ -494,17 +495,7 @@ async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | 
     """
     while True:
         await trio.sleep(_IDLE_EXPIRY_INTERVAL)
-        while engine.dropped:
-            collection = engine.dropped[-1]
-            if isinstance(collection, list):
-                # Blocks of keys.
-                del collection[-(_FREE_SLICE // BLOCK_KEYS) :]
-            else:
-                take = collection.popitem if isinstance(collection, dict) else collection.pop
-                for _ in range(min(_FREE_SLICE, len(collection))):
-                    take()
-            if not collection:
-                engine.dropped.pop()
+        while _free_some(engine):
             await trio.lowlevel.checkpoint()
         released, engine.released_segments = engine.released_segments, []
         try:
@@ -517,6 +508,33 @@ async def _free(engine: Engine, store: SegmentStore, persistence: Persistence | 
         finally:
             # What has not been done is for the next time.
             engine.released_segments += released
+
+
+def _free_some(engine: Engine) -> bool:
+    """Frees a slice of what was dropped; returns False when there is nothing."""
+    if not engine.dropped:
+        if not engine.flushed:
+            return False
+        # No table holds these any more: each is freed here, unless somebody still works on it.
+        engine.take_apart(_TAKEN_APART_AT_ONCE)
+        return True
+    room = _FREE_SLICE
+    while engine.dropped and room > 0:
+        collection = engine.dropped[-1]
+        if isinstance(collection, list):
+            # Blocks of keys.
+            blocks = min(max(1, room // BLOCK_KEYS), len(collection))
+            del collection[len(collection) - blocks :]
+            room -= blocks * BLOCK_KEYS
+        else:
+            take = collection.popitem if isinstance(collection, dict) else collection.pop
+            freed = min(room, len(collection))
+            for _ in range(freed):
+                take()
+            room -= freed + 1
+        if not collection:
+            engine.dropped.pop()
+    return True
 
 
 def _sizes(store: SegmentStore, segment_ids: Sequence[str]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection, Hashable
+from typing import Any, Generic, TypeVar
 
 V = TypeVar("V", bound=Hashable)
 
@@ -19,18 +19,35 @@ class Tally(Generic[V]):
         self._measure = measure
         self._sums = (0,) * width
         self._counted: dict[V, tuple[int, ...]] = {}
-        self._changed: set[V] = set()
+        # As a set, but it can be freed in slices like any large dictionary.
+        self._changed: dict[V, None] = {}
 
     def change(self, value: V) -> None:
         """The value has come, or is another than before."""
-        self._changed.add(value)
+        self._changed[value] = None
 
     def remove(self, value: V) -> None:
         """The value is gone."""
-        self._changed.discard(value)
+        self._changed.pop(value, None)
         counted = self._counted.pop(value, None)
         if counted is not None:
             self._sums = tuple(total - one for total, one in zip(self._sums, counted, strict=True))
+
+    def remove_many(self, values: Collection[V]) -> None:
+        """As `remove`, of each of them."""
+        for value in values:
+            self._changed.pop(value, None)
+        none = (0,) * len(self._sums)
+        counted = [self._counted.pop(value, none) for value in values]
+        gone = map(sum, zip(*counted, strict=True))
+        self._sums = tuple(total - one for total, one in zip(self._sums, gone, strict=True))
+
+    def remove_all(self) -> list[dict[V, Any]]:
+        """All values are gone. Returns what may be large, to be freed."""
+        remains: list[dict[V, Any]] = [self._counted, self._changed]
+        self._counted, self._changed = {}, {}
+        self._sums = (0,) * len(self._sums)
+        return remains
 
     def sums(self) -> tuple[int, ...]:
         """Of each number that `measure` returns."""

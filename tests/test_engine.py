@@ -210,7 +210,38 @@ def test_what_takes_the_place_of_an_index_drops_it() -> None:
             engine.apply(4, last)
             assert index.dropped
             assert 1 not in engine.indices
-            assert engine.dropped[0] == {b"x": 0}
+            engine.take_apart(1)
+            assert {b"x": 0} in engine.dropped
+
+
+def test_a_flush_leaves_what_is_large_for_later() -> None:
+    """But nobody takes what is gone for something that is there."""
+    with engines() as make:
+        engine: Engine = make()
+        for number in range(100):
+            database = number % 2
+            engine.apply(
+                engine.lsn + 1, CreateIndex(b"%d" % number, 2, "l2", 16, 128, "f32", database=database)
+            )
+            engine.apply(engine.lsn + 1, AddVectors(engine.lsn, (b"x",), vector(1, 2)))
+            if number % 3:
+                assert engine.totals().rows == number + 1
+        indices = list(engine.indices.values())
+        for flush, left in ((Flush(0), 50), (Flush(), 0)):
+            engine.apply(engine.lsn + 1, flush)
+            assert len(engine.indices) == engine.totals().rows == left
+            assert [index.dropped for index in indices] == [
+                index.id not in engine.indices for index in indices
+            ]
+            assert engine.bytes_held() == sum(
+                keyspace.bytes_held() for keyspace in engine.keyspaces.values()
+            ) + sum(index.bytes_reserved for index in engine.indices.values())
+        assert len(engine.dropped) < 30
+        engine.take_apart(70)
+        assert sum(collection == {b"x": 0} for collection in engine.dropped) == 70
+        engine.take_apart(70)
+        assert sum(collection == {b"x": 0} for collection in engine.dropped) == 100
+        assert engine.flushed == []
 
 
 def test_a_segment_of_an_index_that_is_gone_is_released() -> None:

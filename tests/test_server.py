@@ -393,6 +393,7 @@ async def test_a_segment_that_cannot_be_removed_is_tried_again(
             keys = [b"%d" % number for number in range(10_000)]
             order = ScanOrder(dict.fromkeys(keys))
             self.dropped: list[dict[bytes, Any] | list[Any]] = [dict.fromkeys(keys), *order.remains(), []]
+            self.flushed: list[set[Any]] = []
             self.released_segments = ["a"]
 
     store, state = Store(), State()
@@ -448,6 +449,7 @@ async def test_the_log_is_told_what_segments_out_of_use_take(
     class State:
         def __init__(self) -> None:
             self.dropped: list[dict[bytes, int]] = []
+            self.flushed: list[set[Any]] = []
             self.released_segments = ["a", "bcd"]
             self.indices = {1: Index(), 2: Index()}
 

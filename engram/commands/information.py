@@ -110,7 +110,9 @@ def _memory(server: Server) -> Fields:
         "mem_clients_normal": buffers,
         "mem_aof_buffer": log_buffer,
         "mem_allocator": "libc",
-        "lazyfree_pending_objects": sum(map(len, server.database.engine.dropped)),
+        "lazyfree_pending_objects": sum(
+            map(len, (*server.database.engine.dropped, *server.database.engine.flushed))
+        ),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
@@ -120,7 +120,7 @@ class Loader(Protocol):
         ...
 
 
-def _nothing(state: State, value: Any) -> None:
+def _nothing(state: State, dropped: Any) -> None:
     return None
 
 
@@ -141,7 +141,8 @@ class Kind(Generic[V]):
         dump: the lines of a key; the last argument is whether vectors are written in base64.
         loader: what makes requests of the lines; the argument is whether keys that are there are replaced.
         copy: a value for another key; None where COPY is refused.
-        drop: lets go of a value that no key holds any more, and hands large parts of it to `Engine.dropped`.
+        drop: lets go of values that no key holds any more, in a few steps for each.
+        take_apart: hands large parts of such a value to `Engine.dropped`, at once or some time later.
         may_be_evicted: whether a key that lapses may give way where memory is short.
         effects, operations: what changes values of the kind, and those of the operations that are not
             engram's own.
@@ -157,7 +158,8 @@ class Kind(Generic[V]):
     dump: Callable[[State, KeyFields, V, bool], Iterator[Line]]
     loader: Callable[[bool], Loader]
     copy: Callable[[V], V] | None = None
-    drop: Callable[[State, V], None] = _nothing
+    drop: Callable[[State, Collection[V]], None] = _nothing
+    take_apart: Callable[[State, V], None] = _nothing
     may_be_evicted: bool = False
     effects: Mapping[type[Operation], Effect] = attrs.Factory(dict)
     operations: tuple[type[KindOperation], ...] = ()

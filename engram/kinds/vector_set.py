@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -139,10 +139,18 @@ def _touch_nothing(operation: InstallSegment) -> Touched:
     return Touched()
 
 
-def _drop(state: State, index: VectorIndex) -> None:
-    index.drop()
-    del state.indices[index.id]
-    state.index_totals.remove(index)
+def _drop(state: State, dropped: Collection[VectorIndex]) -> None:
+    indices = state.indices
+    for index in dropped:
+        index.drop()
+        del indices[index.id]
+    if indices:
+        state.index_totals.remove_many(dropped)
+    else:
+        state.dropped += state.index_totals.remove_all()
+
+
+def _take_apart(state: State, index: VectorIndex) -> None:
     state.released_segments += (segment.id for segment in index.segments)
     state.dropped += index.remains()
 
@@ -362,6 +370,7 @@ VECTOR_SET: Kind[VectorIndex] = Kind(
     dump=_dump,
     loader=_Loader,
     drop=_drop,
+    take_apart=_take_apart,
     effects={
         CreateIndex: Effect(_create_index, touch_key, _new_index),
         AddVectors: Effect(_add_vectors, _touch_index, _addition),
