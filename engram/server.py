@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import attrs
 import trio
@@ -27,7 +28,7 @@ from engram.commands.registry import COMMANDS
 from engram.commands.session import Server, Session
 from engram.commands.storage_errors import refusals_in_words
 from engram.config import Config
-from engram.database import RECORD_OVERHEAD, Database
+from engram.database import RECORD_OVERHEAD, Database, clock
 from engram.descriptors import RESERVED, DescriptorLimits, in_use, raise_limits
 from engram.engine import Engine
 from engram.errors import ChangeFailureError, OperatorError
@@ -38,6 +39,7 @@ from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
+from engram.keyspace import Keyspace
 from engram.kinds import KINDS
 from engram.listeners import Listener, Reception, listening, tcp_port
 from engram.log_lines import set_level
@@ -298,7 +300,7 @@ async def _prepare(
     persistence: Persistence | None = None
     if directory is not None:
         recovery = await _recover(directory, files, engine, progress, shutdown)
-        _require_databases(engine, config)
+        _require_databases(engine, config, clock())
         if in_use() >= descriptors.numbers:
             raise OperatorError(_TOO_MANY_SEGMENTS)
         command = _snapshot_command(directory)
@@ -427,13 +429,27 @@ async def _report_progress(progress: Progress) -> None:
             logger.warning("%s: %d of %d MiB", progress.doing, progress.done >> 20, progress.total >> 20)
 
 
-def _require_databases(engine: Engine, config: Config) -> None:
-    """Raises OperatorError when a database has keys that no client could select."""
-    most = max((number for number, keyspace in engine.keyspaces.items() if keyspace), default=0)
-    if most >= config.databases:
+def _require_databases(engine: Engine, config: Config, now: int) -> None:
+    """Raises OperatorError when a database has keys that no client could select.
+
+    Those that have lapsed by `now` do not count: they are deleted like all others.
+    """
+    beyond = [
+        number
+        for number, keyspace in engine.keyspaces.items()
+        if number >= config.databases and _has_living_keys(keyspace, now)
+    ]
+    if beyond:
+        most = max(beyond)
         raise OperatorError(
             f"database {most} holds keys, but `databases` is {config.databases}: set it to {most + 1} or more"
         )
+
+
+def _has_living_keys(keyspace: Keyspace[Any], now: int) -> bool:
+    """Whether a key lapses later than `now`, or never; takes time in proportion to those that lapse."""
+    expiries = keyspace.expiries
+    return len(keyspace) > len(expiries) or max(expiries.values(), default=now) > now
 
 
 def _log_settings(config: Config) -> PersistenceSettings:

@@ -27,11 +27,13 @@ from engram.engine import Engine
 from engram.errors import DirectoryInUseError, LogFailureError, OperatorError
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
+from engram.operations import DeleteKeys, SetString, encode
 from engram.persistence import Persistence, lock_directory
 from engram.progress import Progress
 from engram.scan_order import ScanOrder
 from engram.server import SWITCH_INTERVAL, Started, _free, serve
 from tests.conftest import PATIENCE, Client, vector
+from tests.persistence.conftest import LogMaker, read_back
 
 OK, PONG = b"+OK\r\n", b"+PONG\r\n"
 
@@ -431,6 +433,33 @@ async def test_a_scan_that_a_restart_interrupts_returns_all_and_ends(tmp_path: P
                 pages += 1
             assert pages == 3
             assert {b"%d" % number for number in range(20)} <= set(found)
+
+
+@pytest.mark.parametrize("living", [SetString(b"a", b"x", None, 9), SetString(b"a", b"x", 1 << 50, 9)])
+async def test_living_keys_beyond_the_last_database_refuse_a_start(tmp_path: Path, living: SetString) -> None:
+    (tmp_path / "segments").mkdir()
+    log = LogMaker(tmp_path)
+    log.write(map(encode, (living, SetString(b"b", b"x", 1, 9), SetString(b"c", b"x", 1, 11))))
+    log.close()
+    refusal = r"^database 9 holds keys, but `databases` is 2: set it to 10 or more$"
+    with pytest.raises(OperatorError, match=refusal):
+        await serve(Config(port=0, dir=str(tmp_path), databases=2))
+    async with running(Config(dir=str(tmp_path), databases=10)):
+        pass
+
+
+async def test_keys_that_have_lapsed_beyond_the_last_database_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "segments").mkdir()
+    log = LogMaker(tmp_path)
+    log.write(map(encode, (SetString(b"a", b"x", 1, 9), SetString(b"b", b"x", None, 1))))
+    log.close()
+    async with running(Config(dir=str(tmp_path), databases=2)) as server:
+        client = await server.connect()
+        with trio.fail_after(PATIENCE):
+            while b"expired_keys:1\r\n" not in await client.call("INFO stats"):
+                await trio.lowlevel.checkpoint()
+        assert b"db9" not in await client.call("INFO keyspace")
+    assert read_back(tmp_path).operations[2:] == [(3, DeleteKeys((b"a",), 9))]
 
 
 async def test_the_log_is_told_what_segments_out_of_use_take(
