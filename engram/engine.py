@@ -53,7 +53,7 @@ class Engine:
         self.indices: dict[int, VectorIndex] = {}
         self.released_segments: list[str] = []
         self.dropped: list[Collected] = []
-        self.flushed: list[set[Any]] = []
+        self.flushed: list[dict[Any, bytes]] = []
         self.segments = segments
         self.seal_rows = seal_rows
         self.first_serial = first_serial
@@ -118,7 +118,7 @@ class Engine:
 
     def flush(self, databases: Iterable[int]) -> None:
         """Takes all keys of these databases away."""
-        flushed: list[set[Any]] = []
+        flushed: list[dict[Any, bytes]] = []
         by_type: defaultdict[type, list[Any]] = defaultdict(list)
         for number in databases:
             keyspace = self.keyspaces[number]
@@ -139,7 +139,7 @@ class Engine:
         while self.flushed and limit > 0:
             values = self.flushed[-1]
             for _ in range(min(limit, len(values))):
-                value = values.pop()
+                value, _ = values.popitem()
                 KINDS.of(value).take_apart(self, value)
                 limit -= 1
             if not values:
