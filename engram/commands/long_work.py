@@ -23,8 +23,8 @@ from engram.index.errors import RefusalError
 
 T = TypeVar("T")
 
-ELEMENTS_A_TURN: Final = 2048
-"""Elements, such as keys, that are looked at or changed in one turn of the loop: a millisecond or two."""
+ELEMENTS_A_TURN: Final = 1024
+"""Elements, such as keys, that are looked at or changed in one turn of the loop: a millisecond or so."""
 
 _OVER = object()
 

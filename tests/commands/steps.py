@@ -322,7 +322,7 @@ class LargeServer:
             config=config,
             database=self.database,
             storage=storage,
-            searches=SearchService(1, 64),
+            searches=SearchService(1, max_batch=64),
             builder=Builder(self._store, self._install),
             verification=Verification(self._store, []),
             run_id="0" * 40,
@@ -560,7 +560,7 @@ class LargeServer:
     async def _start(self, nursery: trio.Nursery, *, builds: bool) -> None:
         server = self.server
         server.start_soon = nursery.start_soon
-        server.searches = SearchService(1, 64)
+        server.searches = SearchService(1, max_batch=64)
         await nursery.start(server.searches.run)
         if builds:
             await nursery.start(server.builder.run)

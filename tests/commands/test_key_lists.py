@@ -16,7 +16,7 @@ from engram.index.service import SearchService
 from tests.commands.conftest import add, bulks, parse
 from tests.conftest import Client, House, vector
 
-KEYS = 10 * ELEMENTS_A_TURN + 1
+KEYS = 20 * ELEMENTS_A_TURN + 1
 
 
 @pytest.fixture
