@@ -41,7 +41,7 @@ from engram.transport import SocketTransport, StreamTransport, Transport
 START = 1_800_000_000_000
 
 # A test that waits for longer has gone wrong.
-PATIENCE = 30
+PATIENCE = 120
 
 # Of `python -m tests.fuzz`.
 _FUZZ_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))

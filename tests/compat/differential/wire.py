@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import attrs
 
 HOST = "127.0.0.1"
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
 
 _AGGREGATES = {"*": 1, "~": 1, ">": 1, "%": 2}
 _SIZED = "$=!"
