@@ -58,6 +58,13 @@ class Rounds:
         """Has `depart` called once, when the clients of this part of the round have been served."""
         self._departing.append(depart)
 
+    def soon(self, function: Callable[[], None]) -> None:
+        """Calls a function when those clients have been served whose requests are here, or at once."""
+        if self.under_way:
+            self._departing.append(function)
+        else:
+            function()
+
     async def run(self) -> None:
         """Serves until cancelled."""
         while True:

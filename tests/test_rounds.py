@@ -214,3 +214,18 @@ def test_a_socket_that_has_just_gone_is_let_go_of(rounds: Rounds) -> None:
         rounds.watch(descriptor, other.close)
         rounds.unwatch(descriptor)
     far.close()
+
+
+async def test_what_is_to_be_done_soon_is_done_when_all_are_served(
+    rounds: Rounds, readers: list[Reader], log: list[str], nursery: trio.Nursery
+) -> None:
+    rounds.soon(lambda: log.append("at once"))
+    assert log == ["at once"]
+    log.clear()
+    for reader in readers[:2]:
+        reader.served = lambda: rounds.soon(lambda: log.append("soon"))
+        reader.far.send(b"x")
+    nursery.start_soon(rounds.run)
+    await wait_all_tasks_blocked()
+    assert sorted(log[:2]) == ["a", "b"]
+    assert sorted(log[2:]) == ["A", "B", "soon", "soon"]

@@ -270,6 +270,7 @@ class Server:
     def __attrs_post_init__(self) -> None:
         # Handlers and the connection meet the log through the database and `admit`: they know words only.
         self.database.too_large = worded
+        self.searches.soon = self.rounds.soon
         self.reconsider()
 
     def error(self, text: str) -> bytes:

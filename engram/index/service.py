@@ -292,16 +292,17 @@ class SearchService:
 
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
-    a turn of the loop in between. While it encodes what it has found, which takes the interpreter's lock,
-    another thread searches. Threads that are idle, `helpers` of them at least where nobody reads, help one
+    a turn of the loop in between. Where there are `helpers`, another thread searches while it encodes what it
+    has found, which takes the interpreter's lock. Threads that are idle, `helpers` of them at least where nobody reads, help one
     that walks several graphs.
 
     Neither kind of work keeps the other from its threads. Clients take turns: each has a search in a batch
     before any has its next, and a read before any has its next. What is not begun within `timeout` seconds
     is answered with a SearchBusyError; with a timeout of 0 it waits.
 
-    Each of the `workers`, which are all threads, has a number. The counters are `searches` (queries) and
-    `batches` run, what is `waiting`, and what was `refused`.
+    Where `soon` calls what it is given some steps later, threads are woken then: what is asked for together
+    is in one batch. Each of the `workers`, which are all threads, has a number. The counters are `searches`
+    (queries) and `batches` run, what is `waiting`, and what was `refused`.
     """
 
     def __init__(
@@ -314,6 +315,8 @@ class SearchService:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workers = threads + max(helpers, readers)
+        # Without a core for it, another thread would only take smaller batches.
+        self._spare = helpers > 0
         self._max_batch = max_batch
         # Guards the lanes, `waiting` and the number of idle threads; held for a few steps only.
         self._lock = Lock()
@@ -331,6 +334,8 @@ class SearchService:
         self.waiting = 0
         self.refused = 0
         self.timeout = 0.0
+        self.soon: Callable[[Callable[[], None]], None] = lambda wake: wake()
+        self._waking = False
 
     @property
     def idle(self) -> int:
@@ -374,7 +379,19 @@ class SearchService:
         with self._lock:
             lane.add(key, client, items)
             self.waiting += size
-            self._call_for(lane)
+        if not self._waking:
+            self._waking = True
+            try:
+                self.soon(self._wake)
+            except MemoryError:
+                self._wake()
+
+    def _wake(self) -> None:
+        """Has threads look at the queues that have nothing to do."""
+        self._waking = False
+        with self._lock:
+            self._call_for(self._searches)
+            self._call_for(self._reads)
 
     def _call_for(self, lane: _Lane[Any]) -> None:
         # A thread that is at it looks again before it idles.
@@ -484,7 +501,7 @@ class SearchService:
                 groups.setdefault((search.view.generation, search.options), []).append(search)
             for left, members in zip(reversed(range(len(groups))), groups.values(), strict=True):
                 # What is left to do with the last of them is to encode it: others may search meanwhile.
-                searched = _nothing if left else partial(self._leave, worker)
+                searched = _nothing if left or not self._spare else partial(self._leave, worker)
                 outcomes = _run_group(members, worker, self._share, searched)
                 for search, outcome in zip(members, outcomes, strict=True):
                     finished.append(search.finish(outcome))

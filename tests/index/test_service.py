@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -178,7 +179,7 @@ class TestService:
         assert outcomes == [[SearchResult([], [])]] * 20
 
     async def test_others_search_while_what_was_found_is_encoded(self, nursery: trio.Nursery) -> None:
-        service = SearchService(1, max_batch=1)
+        service = SearchService(1, helpers=1, max_batch=1)
         view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
         query = np.zeros((1, 2), np.float32)
         other_is_over = threading.Event()
@@ -205,6 +206,72 @@ class TestService:
         with trio.fail_after(20):
             await finished.wait()
         assert outcomes == [[SearchResult([b"0"], [1.0])], b"late"]
+
+    async def test_without_a_core_to_spare_batches_stay_whole(
+        self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        service = SearchService(1, readers=2, max_batch=4)
+        at_it: list[int] = []
+
+        class Alone:
+            def encode(self, result: SearchResult) -> int:
+                at_it.append(1)
+                count = len(at_it)
+                time.sleep(0)
+                at_it.pop()
+                return count
+
+            def join(self, encoded: list[int]) -> int:
+                return max(encoded)
+
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        outcomes: list[int] = []
+        for _ in range(40):
+            service.submit(
+                1, view, np.zeros((1, 2), np.float32), SearchOptions(1), outcomes.append, encoding=Alone()
+            )
+        await nursery.start(service.run)
+        with trio.fail_after(30):
+            while len(outcomes) < 40:
+                await trio.lowlevel.checkpoint()
+        assert (outcomes, service.batches) == ([1] * 40, 10)
+
+    async def test_what_is_asked_for_together_is_one_batch(self, nursery: trio.Nursery) -> None:
+        service = SearchService(1, max_batch=8)
+        wake: list[Callable[[], None]] = []
+        service.soon = wake.append
+        await nursery.start(service.run)
+        while service.idle < 2:
+            await trio.lowlevel.checkpoint()
+        view = filled("l2", np.eye(2, dtype=np.float32)).view(2)
+        outcomes: list[Any] = []
+        for number in range(5):
+            service.submit(1, view, np.zeros((1, 2), np.float32), SearchOptions(1), outcomes.append)
+            service.submit_read(partial(int, number), outcomes.append)
+        assert len(wake) == 1
+        assert (service.waiting, outcomes) == (10, [])
+        wake.pop()()
+        with trio.fail_after(30):
+            while len(outcomes) < 10:
+                await trio.lowlevel.checkpoint()
+        assert service.batches == 1
+        service.submit(1, view, np.zeros((1, 2), np.float32), SearchOptions(1), outcomes.append)
+        assert len(wake) == 1
+
+    async def test_threads_are_woken_even_where_there_is_no_memory_to_put_it_off(
+        self, nursery: trio.Nursery
+    ) -> None:
+        service = SearchService(1, max_batch=8)
+
+        def fail(wake: Callable[[], None]) -> None:
+            raise MemoryError
+
+        service.soon = fail
+        await nursery.start(service.run)
+        done = trio.Event()
+        service.submit_read(lambda: 1, lambda _: done.set())
+        with trio.fail_after(30):
+            await done.wait()
 
     async def test_searches_and_long_reads_keep_each_other_from_no_thread(
         self, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
