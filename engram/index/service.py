@@ -293,8 +293,8 @@ class SearchService:
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
     a turn of the loop in between. Where there are `helpers`, another thread searches while it encodes what it
-    has found, which takes the interpreter's lock. Threads that are idle, `helpers` of them at least where nobody reads, help one
-    that walks several graphs.
+    has found, which takes the interpreter's lock. Threads that are idle help one that walks several graphs:
+    `helpers` of them at least where nobody reads.
 
     Neither kind of work keeps the other from its threads. Clients take turns: each has a search in a batch
     before any has its next, and a read before any has its next. What is not begun within `timeout` seconds
