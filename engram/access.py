@@ -83,7 +83,7 @@ class User:
         self.change(self.rules)
 
     def change(self, rules: Rules) -> None:
-        """Gives the user other rules."""
+        """Gives the user other rules, which its sessions have to follow: see `Access.take_changed`."""
         self.rules = rules
         self.unrestricted = rules.unrestricted
 
@@ -149,6 +149,8 @@ class Access:
         self.default = User(DEFAULT_USER, _OPEN)
         self.users: dict[bytes, User] = {DEFAULT_USER: self.default}
         self.denied: Counter[str] = Counter()
+        # Those that have been changed or deleted since they were last taken.
+        self._changed: set[User] = set()
         self._log: deque[LogEntry] = deque()
         self._logged = 0
         self._describe = describe
@@ -180,7 +182,7 @@ class Access:
         self._password = password
         change = [b"resetpass", b">" + password] if password else [b"nopass"]
         self._configured = self._configured.apply(self.commands, change)
-        self.default.change(self.default.rules.apply(self.commands, change))
+        self.put(DEFAULT_USER, self.default.rules.apply(self.commands, change))
 
     def authenticate(self, name: bytes, password: bytes) -> User | None:
         """The user of that name when it is on and the password is one of its.
@@ -271,14 +273,25 @@ class Access:
 
     def put(self, name: bytes, rules: Rules) -> None:
         """Gives a user these rules; makes it when there is none of that name."""
-        if name in self.users:
-            self.users[name].change(rules)
-        else:
+        user = self.users.get(name)
+        if user is None:
             self.users[name] = User(name, rules)
+        else:
+            user.change(rules)
+            self._changed.add(user)
 
     def delete(self, name: bytes) -> bool:
         """Deletes a user, and returns whether there was one. The default user stays."""
-        return name != DEFAULT_USER and self.users.pop(name, None) is not None
+        user = None if name == DEFAULT_USER else self.users.pop(name, None)
+        if user is None:
+            return False
+        self._changed.add(user)
+        return True
+
+    def take_changed(self) -> set[User]:
+        """The users that were changed or deleted since this was last called."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def replace(self, users: Mapping[bytes, Rules]) -> None:
         """Lets these be the users; the default user is as configured when it is not one of them."""

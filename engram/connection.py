@@ -179,6 +179,10 @@ class Connection:
     def _parse(self, data: bytes) -> None:
         session, parser = self.session, self._parser
         if session.authenticated is not self._authenticated:
+            session.follow()
+            if self._finished:
+                # Its user is gone.
+                return
             self._authenticated = parser.authenticated = self._outbox.authenticated = session.authenticated
         held = 0 if self._database.journal is None else parser.buffered
         requests = parser.feed(data)

@@ -168,6 +168,7 @@ def check_rights(session: Session, command: Command, request: list[bytes]) -> No
 
 def check_authentication(session: Session, command: Command) -> None:
     """Raises CommandError when a session has to authenticate first."""
+    session.follow()
     if not session.authenticated and "no_auth" not in command.flags:
         raise CommandError(_NO_AUTHENTICATION)
 

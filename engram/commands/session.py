@@ -57,6 +57,8 @@ _REQUEST_BYTES = 200
 
 # Freeing a million requests would hold every client up: more than these are freed bit by bit.
 _FREED_AT_ONCE = 512
+# Sessions that follow a change of their users until others have a turn.
+_FOLLOWING_A_TURN = 128
 # Clients are hurried at most so often.
 _HURRY_SECONDS = 1.0
 
@@ -316,20 +318,44 @@ class Server:
                 session.hurry()
 
     def review_sessions(self, changing: Session | None = None) -> None:
-        """Lets a change of users hold for every session; those whose user is gone end.
+        """Lets changes of users hold for their sessions; those whose user is gone end.
 
-        `changing` is the session that made the change, which still gets its reply.
+        They hold at once: whatever a session asks for next, it follows them first. Of many sessions those
+        that ask for nothing follow in further turns. `changing` is the session that made the change, which
+        still gets its reply.
         """
-        users = self.access.users
-        for session in list(self.sessions.values()):
-            if users.get(session.user.name) is session.user:
-                session.reconsider()
-                continue
-            session.lose_user()
-            if session is changing:
-                session.leave()
-            else:
-                session.close()
+        changed = self.access.take_changed()
+        if not changed:
+            return
+        concerned = [session for session in self.sessions.values() if session.user in changed]
+        for session in concerned:
+            session.stale, session.guarded, session.authenticated = True, True, False
+        if changing is not None:
+            changing.follow(changing=True)
+        turns = _follow(concerned)
+        for _ in turns:
+            break
+        else:
+            return
+
+        async def go_on() -> None:
+            for _ in turns:
+                await trio.lowlevel.checkpoint()
+
+        try:
+            self.start_soon(go_on)
+        except RuntimeError:
+            # The server shuts down.
+            for _ in turns:
+                pass
+
+
+def _follow(sessions: Sequence[Session]) -> Iterator[None]:
+    """Has sessions follow changes of their users; yields between two turns."""
+    for number, session in enumerate(sessions):
+        if number and not number % _FOLLOWING_A_TURN:
+            yield
+        session.follow()
 
 
 @attrs.define(eq=False)
@@ -340,7 +366,8 @@ class Session:
     every request is kept beside it:
 
     Attributes:
-        authenticated: whether the client is in.
+        authenticated: whether the client is in, and that is certain.
+        stale: whether its user has changed, which the session has yet to follow.
         guarded: whether a command of this client has more to pass than its arity: see
             `engram.commands.guard`.
         closing, flowing: as in `ClientState`.
@@ -373,6 +400,7 @@ class Session:
     state: ClientState = attrs.field(init=False, factory=ClientState)
     authenticated: bool = attrs.field(init=False, default=False)
     guarded: bool = attrs.field(init=False, default=True)
+    stale: bool = attrs.field(init=False, default=False)
     closing: bool = attrs.field(init=False, default=False)
     flowing: bool = attrs.field(init=False, default=True)
     last_active: float = 0.0
@@ -404,7 +432,7 @@ class Session:
         """Moves the state on. Raises ImpossibleEventError, and changes nothing, where that cannot be."""
         state = self.state
         state.happen(event)
-        self.authenticated = state.authenticated
+        self.authenticated = state.authenticated and not self.stale
         self.guarded = not self.authenticated or state.in_multi or not self.user.unrestricted
         self.closing = state.closing
         self.flowing = state.flowing
@@ -497,9 +525,24 @@ class Session:
         transaction = self.transaction
         return command.writes or (command.name == "exec" and transaction is not None and transaction.writes)
 
-    def reconsider(self) -> None:
-        """Follows a change of users: of what this one may do, and of whether anyone has to authenticate."""
-        self.happen(Event.OPEN if self.server.access.is_open else Event.SHUT)
+    def follow(self, *, changing: bool = False) -> None:
+        """Follows a change of its user: of what it may do, or of whether anyone has to authenticate.
+
+        Nothing happens where there was none. When the user is gone the client ends; one that made the change,
+        `changing`, once its replies are sent.
+        """
+        if not self.stale:
+            return
+        self.stale = False
+        access = self.server.access
+        if access.users.get(self.user.name) is self.user:
+            self.happen(Event.OPEN if access.is_open else Event.SHUT)
+            return
+        self.happen(Event.LOSE_USER)
+        if changing:
+            self.leave()
+        else:
+            self.close()
 
     def _enter(self) -> None:
         """Is the default user, and in when that needs no password."""
@@ -512,10 +555,6 @@ class Session:
         """Lets the client be that user from now on."""
         self.user = user
         self.happen(Event.LOG_IN)
-
-    def lose_user(self) -> None:
-        """The user is gone: the client may do nothing any more."""
-        self.happen(Event.LOSE_USER)
 
     def begin(self) -> None:
         """MULTI: commands are queued from now on."""

@@ -107,6 +107,9 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
                 await wait()
             if room:
                 await session.server.admit(room)
+            # A client whose user has gone meanwhile is ended.
+            session.follow()
+            await trio.lowlevel.checkpoint_if_cancelled()
         except CommandError as error:
             session.discard()
             raise CommandError(f"EXECABORT Transaction discarded because of: {error}") from error

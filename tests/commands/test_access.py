@@ -11,15 +11,17 @@ import trio
 from redis import AuthenticationError, Redis
 from redis.exceptions import ConnectionError as DisconnectedError
 from redis.exceptions import NoPermissionError
+from trio.testing import wait_all_tasks_blocked
 
 from engram.access import PROTECTED, Access
+from engram.commands import session as session_module
 from engram.commands.registry import COMMANDS
 from engram.config import Config
 from engram.files import DiskFiles
 from engram.listeners import Reception, listening
 from engram.permissions import Rules, all_commands, categories
 from tests.commands.conftest import SYNTAX_ERROR, Conversation, Converse, array, bulk, bulks, parse
-from tests.conftest import Client, House
+from tests.conftest import Client, House, ManualJournal, OpenHouse
 from tests.crash.server_process import StartError, running_server, start_server
 
 OK, PONG = b"+OK\r\n", b"+PONG\r\n"
@@ -356,6 +358,82 @@ async def test_who_is_deleted_carries_nothing_out_that_was_on_its_way(house: Hou
     house.server.review_sessions()
     assert session.guarded
     assert not session.authenticated
+
+
+async def test_of_many_sessions_none_does_anything_before_it_follows(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that ask for nothing end, or are let in, in further turns."""
+    monkeypatch.setattr(session_module, "_FOLLOWING_A_TURN", 1)
+    operator, first, second, third = (house.connect() for _ in range(4))
+    await operator.call("ACL SETUSER bob on nopass +@all ~*")
+    for client in (first, second, third):
+        await client.call("AUTH bob x")
+    sessions = [house.server.sessions[number] for number in (2, 3, 4)]
+    house.server.access.delete(b"bob")
+    house.server.review_sessions()
+    assert [session.id in house.server.sessions for session in sessions] == [False, True, True]
+    assert [(session.guarded, session.authenticated) for session in sessions] == [(True, False)] * 3
+    await third.send("SET k v", "AUTH default x", "SET k v")
+    for client in (first, second, third):
+        assert await client.ended() == b""
+    assert len(house.database.engine.keyspace) == 0
+    assert await operator.call("PING") == PONG
+    await operator.call("ACL SETUSER default >secret")
+    strangers = [house.connect() for _ in range(3)]
+    for stranger in strangers:
+        assert await stranger.call("PING") == NO_AUTHENTICATION
+    await operator.call("ACL SETUSER default nopass")
+    for stranger in strangers:
+        assert await stranger.call("PING") == PONG
+
+
+async def test_a_change_of_users_is_followed_while_the_server_shuts_down(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No task can be begun any more."""
+    monkeypatch.setattr(session_module, "_FOLLOWING_A_TURN", 1)
+    clients = [house.connect() for _ in range(3)]
+    for client in clients:
+        await client.call("ACL SETUSER bob on nopass +@all ~*")
+        await client.call("AUTH bob x")
+
+    def refuse(job: object) -> None:
+        raise RuntimeError("Nursery is closed to new arrivals")
+
+    house.server.start_soon = refuse
+    house.server.access.delete(b"bob")
+    house.server.review_sessions()
+    assert not house.server.sessions
+
+
+async def test_an_exec_that_waits_is_not_carried_out_for_a_user_that_is_gone(
+    open_house: OpenHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_FOLLOWING_A_TURN", 1)
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        operator, client, other = house.connect(), house.connect(), house.connect()
+        await operator.call("ACL SETUSER bob on nopass +@all ~*")
+        for each in (other, client):
+            await each.call("AUTH bob x")
+        await client.send("MULTI", "SET k v")
+        assert await client.reply() == OK
+        assert await client.reply() == b"+QUEUED\r\n"
+        journal.room = False
+        await client.send("EXEC")
+        await wait_all_tasks_blocked()
+        house.server.start_soon = lambda job: None
+        house.server.sessions[3], house.server.sessions[2] = (
+            house.server.sessions.pop(3),
+            house.server.sessions.pop(2),
+        )
+        house.server.access.delete(b"bob")
+        house.server.review_sessions()
+        assert house.server.sessions[2].stale
+        journal.make_room()
+        assert await client.ended() == b""
+        assert journal.records == []
 
 
 async def test_who_deletes_itself_is_told_so(house: House) -> None:
