@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import attrs
 
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
 from engram.commands.limits import check_reply
+from engram.commands.long_work import ELEMENTS_A_TURN, beside_others, by_slices
 from engram.commands.session import Session
 from engram.commands.states import Event
-from engram.commands.table import Command, container, help_command
+from engram.commands.table import Command, Reply, container, help_command
 from engram.commands.waiting import timeout
 from engram.errors import CommandError
 from engram.protocol import replies
@@ -19,6 +21,9 @@ from engram.protocol.replies import EMPTY_ARRAY, OK, ONE, ZERO
 
 # About what a connected client takes without anything held for it: its task, parser and outbox.
 _OVERHEAD = 12 << 10
+
+# Clients that are described or ended in one turn: a millisecond or so.
+_CLIENTS_A_TURN = 128
 
 _TYPES = (b"normal", b"master", b"replica", b"slave", b"pubsub")
 
@@ -113,25 +118,52 @@ def _client_type(argument: bytes) -> bytes:
     return kind
 
 
-def _list(session: Session, arguments: list[bytes]) -> bytes:
+def _list(session: Session, arguments: list[bytes]) -> Reply:
     session.last_command = "client|list"
-    sessions: Iterable[Session] = session.server.sessions.values()
+    sessions = session.server.sessions
     if len(arguments) > 2:
         option = arguments[2].upper()
-        if option == b"TYPE" and len(arguments) == 4:
-            sessions = sessions if _client_type(arguments[3]) == b"normal" else ()
-        elif option == b"ID" and len(arguments) > 3:
-            known = session.server.sessions
-            wanted = [integer(word, "ERR Invalid client ID") for word in arguments[3:]]
-            lines = {
-                number: describe(known[number]) + "\n" for number in dict.fromkeys(wanted) if number in known
-            }
-            # As often as it is named.
-            check_reply(session, sum(len(lines.get(number, "")) for number in wanted))
-            return session.encoder.verbatim("".join(lines.get(number, "") for number in wanted))
-        else:
+        if option == b"ID" and len(arguments) > 3:
+            return _list_named(session, arguments[3:])
+        if option != b"TYPE" or len(arguments) != 4:
             raise CommandError(SYNTAX_ERROR)
-    return session.encoder.verbatim("".join(describe(other) + "\n" for other in sessions))
+        if _client_type(arguments[3]) != b"normal":
+            return session.encoder.verbatim("")
+    lines: dict[int, str] = {}
+
+    def answer() -> bytes:
+        return session.encoder.verbatim("".join(lines.values()))
+
+    return beside_others(session, _describe_all(session, list(sessions), lines), answer)
+
+
+def _list_named(session: Session, words: Sequence[bytes]) -> Reply:
+    """CLIENT LIST ID: a line for each time that a client is named."""
+    wanted: list[int] = []
+    lines: dict[int, str] = {}
+
+    def turns() -> Iterator[None]:
+        yield from by_slices(words, ELEMENTS_A_TURN, read_ids)
+        yield from _describe_all(session, list(dict.fromkeys(wanted)), lines)
+
+    def read_ids(some: Sequence[bytes]) -> None:
+        wanted.extend(integer(word, "ERR Invalid client ID") for word in some)
+
+    def answer() -> bytes:
+        check_reply(session, sum(map(len, map(lines.get, wanted, repeat("")))))
+        return session.encoder.verbatim("".join(map(lines.get, wanted, repeat(""))))
+
+    return beside_others(session, turns(), answer)
+
+
+def _describe_all(session: Session, ids: Sequence[int], lines: dict[int, str]) -> Iterator[None]:
+    """Finds the lines of some clients, by id, in turns: each as it is then, and none of one that has gone."""
+    sessions = session.server.sessions
+
+    def look(some: Sequence[int]) -> None:
+        lines.update((number, describe(sessions[number]) + "\n") for number in some if number in sessions)
+
+    return by_slices(ids, _CLIENTS_A_TURN, look)
 
 
 def _getname(session: Session, arguments: list[bytes]) -> bytes:
@@ -181,25 +213,30 @@ class _Filter:
         )
 
 
-def _kill(session: Session, arguments: list[bytes]) -> bytes:
-    sessions = list(session.server.sessions.values())
+def _kill(session: Session, arguments: list[bytes]) -> Reply:
+    sessions = session.server.sessions
     if len(arguments) == 3:
         address = text(arguments[2])
-        for other in sessions:
+        for other in sessions.values():
             if other.address == address:
                 _end(session, other)
                 return OK
         raise CommandError("ERR No such client")
     wanted = _read_filter(session, arguments[2:])
     now = time.monotonic()
-    victims = [
-        other
-        for other in sessions
-        if wanted.matches(other, now) and not (wanted.skip_self and other is session)
-    ]
-    for other in victims:
-        _end(session, other)
-    return replies.integer(len(victims))
+    ended: list[int] = []
+
+    def end_matching(ids: Sequence[int]) -> None:
+        for number in ids:
+            other = sessions.get(number)
+            if other is None or (wanted.skip_self and other is session) or not wanted.matches(other, now):
+                continue
+            _end(session, other)
+            ended.append(number)
+
+    ids = list(sessions) if wanted.id is None else [wanted.id]
+    turns = by_slices(ids, _CLIENTS_A_TURN, end_matching)
+    return beside_others(session, turns, lambda: replies.integer(len(ended)))
 
 
 def _read_filter(session: Session, words: Sequence[bytes]) -> _Filter:

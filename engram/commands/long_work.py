@@ -3,12 +3,12 @@
 A read looks at what does not change any more: a view of the state as it is when the request is carried out. A
 thread of the search service makes the reply from it, while its client and all others go on. What cannot be
 done so, since it changes the state or names many keys, is done in turns: between two of them other clients
-go on, but see no data and change none until it is over.
+go on, but see no data and change none until it is over. What is not about the data needs no such care.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
@@ -113,6 +113,35 @@ def in_turns(session: Session, turns: Iterator[object], answer: Callable[[], byt
     if not session.executing:
         return alone(session.server, turns, answer)
     return answer() if next(turns, _OVER) is _OVER else Turns(turns, answer)
+
+
+def beside_others(session: Session, turns: Iterator[object], answer: Callable[[], bytes]) -> Reply:
+    """Takes one turn after the other, between which others go on as ever, and then answers.
+
+    The first is taken at once. What has been begun is finished even if the client leaves. In EXEC the others
+    are turns of its own.
+    """
+    if next(turns, _OVER) is _OVER:
+        return answer()
+    if session.executing:
+        return Turns(turns, answer)
+
+    async def go_on() -> bytes:
+        with trio.CancelScope(shield=True):
+            await trio.lowlevel.checkpoint()
+            for _ in turns:
+                await trio.lowlevel.checkpoint()
+        return answer()
+
+    return Barrier(go_on)
+
+
+def by_slices(items: Sequence[T], size: int, work: Callable[[Sequence[T]], object]) -> Iterator[None]:
+    """Does the work on one slice after the other of so many items; yields between two."""
+    for start in range(0, len(items), size):
+        if start:
+            yield
+        work(items[start : start + size])
 
 
 def alone(

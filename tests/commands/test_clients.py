@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import trio
 import trio.testing
 
 from engram import REDIS_VERSION
+from engram.commands import client as client_module
+from engram.commands import long_work
 from tests.commands.conftest import Conversation, Converse
 from tests.conftest import House, ManualJournal, OpenHouse
 
@@ -233,6 +236,60 @@ async def test_client_info_and_list(house: House) -> None:
         "CLIENT LIST TYPE pubsub": [],
     }.items():
         assert re.findall(r"\bid=\d+", (await client.call(request)).decode()) == ids
+
+
+async def test_many_clients_are_listed_in_turns(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as it is when it is looked at, and none that has gone by then."""
+    monkeypatch.setattr(client_module, "_CLIENTS_A_TURN", 2)
+    clients = [house.connect() for _ in range(7)]
+    for client in clients:
+        await client.call("PING")
+    sessions = house.server.sessions
+    gone, named = sessions[6], sessions[7]
+
+    for words in ("CLIENT LIST", "CLIENT LIST ID 9 7 6 5 4 3 2 1 7"):
+        listed = (await clients[0].call(words)).decode()
+        wanted = re.findall(r"\d", words) or list("1234567")
+        assert re.findall(r"\bid=(\d+)", listed) == [number for number in wanted if number != "9"]
+    assert await clients[0].call("CLIENT LIST ID 1 2 3 x") == b"-ERR Invalid client ID\r\n"
+    assert await clients[0].call("MULTI") == b"+OK\r\n"
+    assert await clients[0].call("CLIENT LIST") == b"+QUEUED\r\n"
+    assert (await clients[0].call("EXEC")).count(b"id=") == 7
+    taken = 0
+    turns = long_work.by_slices
+
+    def disturbed(items: Sequence[object], size: int, work: Callable[..., object]) -> Iterator[None]:
+        nonlocal taken
+        for _ in turns(items, size, work):
+            taken += 1
+            if taken == 1:
+                gone.close()
+                named.name = "late"
+            yield
+
+    monkeypatch.setattr(client_module, "by_slices", disturbed)
+    listed = (await clients[0].call("CLIENT LIST")).decode()
+    assert re.findall(r"\bid=(\d+)", listed) == list("123457")
+    assert " name=late " in listed
+    assert taken == 3
+
+
+async def test_many_clients_are_killed_in_turns(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client that asked for it may be gone by then."""
+    monkeypatch.setattr(client_module, "_CLIENTS_A_TURN", 2)
+    clients = [house.connect() for _ in range(6)]
+    for client in clients:
+        await client.call("PING")
+    assert await clients[0].call("CLIENT KILL TYPE normal") == b":5\r\n"
+    for client in clients[1:]:
+        assert await client.ended() == b""
+    others = [house.connect() for _ in range(6)]
+    for client in others:
+        await client.call("PING")
+    assert await clients[0].call("CLIENT KILL TYPE normal SKIPME no") == b":7\r\n"
+    for client in (clients[0], *others):
+        assert await client.ended() == b""
+    assert not house.server.sessions
 
 
 async def test_kill_by_what_clients_are(house: House) -> None:
