@@ -9,7 +9,7 @@ import hmac
 import ipaddress
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -208,9 +208,20 @@ class Access:
 
         `command` is that of the subcommand where there is one.
         """
+        for _ in self.checking(client, command, request):
+            pass
+
+    def checking(
+        self, client: Client, command: Command, request: Sequence[bytes]
+    ) -> Generator[None, None, None]:
+        """Does what `check` does, by the rules that are the user's now; yields between turns."""
         user = client.user
-        if (denial := self.denial(client, command, request)) is None:
+        if user.unrestricted:
             return
+        denial = yield from user.rules.search(self.commands, command, request)
+        if denial is None:
+            return
+        self._log_denial(client, denial, command, request)
         if denial.reason is Reason.KEY:
             raise CommandError("NOPERM No permissions to access a key")
         raise CommandError(f"NOPERM {self.explain(user, denial, command, request)}")
@@ -220,10 +231,13 @@ class Access:
         user = client.user
         if user.unrestricted or (denial := user.rules.denial(self.commands, command, request)) is None:
             return None
+        self._log_denial(client, denial, command, request)
+        return denial
+
+    def _log_denial(self, client: Client, denial: Denial, command: Command, request: Sequence[bytes]) -> None:
         by_key = denial.reason is Reason.KEY
         subject = request[denial.position] if by_key else command.name.encode()
-        self.record(client, Reason.KEY if by_key else Reason.COMMAND, subject, user.name)
-        return denial
+        self.record(client, Reason.KEY if by_key else Reason.COMMAND, subject, client.user.name)
 
     def explain(self, user: User, denial: Denial, command: Command, request: Sequence[bytes]) -> str:
         """A denial in the words of ACL DRYRUN."""
@@ -300,24 +314,28 @@ class Access:
         for name, rules in {DEFAULT_USER: self._configured, **users}.items():
             self.put(name, rules)
 
-    def lines(self) -> list[bytes]:
-        """The users as ACL LIST shows them, by name."""
-        return describe_users({name: user.rules for name, user in self.users.items()})
+    def all_rules(self) -> dict[bytes, Rules]:
+        """The rules of each user as they are now."""
+        return {name: user.rules for name, user in self.users.items()}
 
-    def content(self, changes: Mapping[bytes, Rules | None] | None = None) -> bytes:
-        """What the file is to hold after changes; a user with None is deleted.
+    def content(self) -> bytes:
+        """What the file is to hold."""
+        return file_of_users(self.kept())
+
+    def kept(self, changes: Mapping[bytes, Rules | None] | None = None) -> dict[bytes, Rules]:
+        """The rules of the users that the file is to hold after changes; a user with None is deleted.
 
         A file that is kept automatically leaves out a default user that is as configured, so that another
         `requirepass` holds at the next start.
         """
-        rules = {name: user.rules for name, user in self.users.items()}
+        rules = self.all_rules()
         for name, change in (changes or {}).items():
             rules.pop(name, None)
             if change is not None:
                 rules[name] = change
         if self.automatic and rules[DEFAULT_USER] == self._configured:
             del rules[DEFAULT_USER]
-        return b"".join(line + b"\n" for line in describe_users(rules))
+        return rules
 
     def save(self, content: bytes) -> None:
         """Replaces the file, durably. Blocks; one call at a time may. Raises OSError."""
@@ -342,6 +360,11 @@ class Access:
 def describe_users(users: Mapping[bytes, Rules]) -> list[bytes]:
     """A line of a file for each user, by name."""
     return [b"user %b %b" % (name, rules.describe()) for name, rules in sorted(users.items())]
+
+
+def file_of_users(users: Mapping[bytes, Rules]) -> bytes:
+    """The content of a file that holds the users."""
+    return b"".join(line + b"\n" for line in describe_users(users))
 
 
 def parse_users(commands: Commands, content: bytes, where: str) -> dict[bytes, Rules]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from itertools import groupby
+from operator import itemgetter
 from typing import Final, Literal, Protocol
 
 import attrs
 
 from engram.config import LONGEST_PASSWORD
-from engram.protocol.glob import compile_glob
+from engram.key_patterns import KeyMatcher, KeyPattern
 
 _SYNTAX: Final = "Syntax error"
 UNKNOWN_COMMAND: Final = "Unknown command or category name in ACL"
@@ -53,6 +55,10 @@ Commands = Mapping[bytes, Command]
 """The containers and plain commands by lower-case name."""
 
 
+Use = tuple[list[int], bool, bool]
+"""The positions of keys in a request, whether they are read, and whether they are written."""
+
+
 class RuleError(ValueError):
     """A rule is not one; the text says why, in Redis's words. `rule` is what it was, selectors joined."""
 
@@ -79,27 +85,6 @@ class Denial:
 
     reason: Literal[Reason.COMMAND, Reason.KEY]
     position: int = 0
-
-
-@attrs.frozen
-class KeyPattern:
-    """Keys that may be read, written or both."""
-
-    pattern: bytes
-    reads: bool = True
-    writes: bool = True
-    matches: Callable[[bytes], bool] = attrs.field(init=False, eq=False, repr=False)
-
-    @matches.default
-    def _matches(self) -> Callable[[bytes], bool]:
-        return compile_glob(self.pattern)
-
-    def describe(self) -> bytes:
-        """The rule that makes this pattern."""
-        # "~*" would be `allkeys`, behind which no pattern may follow; this one may be among others.
-        if self.reads and self.writes and self.pattern != b"*":
-            return b"~" + self.pattern
-        return b"%" + b"R" * self.reads + b"W" * self.writes + b"~" + self.pattern
 
 
 @attrs.frozen
@@ -131,25 +116,32 @@ class Selector:
     _verdicts: dict[str, tuple[bool, frozenset[bytes]]] = attrs.field(
         init=False, factory=dict, eq=False, repr=False
     )
+    # Made when they are first needed: by whether keys are read, and whether they are written.
+    _matchers: dict[tuple[bool, bool], KeyMatcher] = attrs.field(
+        init=False, factory=dict, eq=False, repr=False
+    )
 
     @property
     def unrestricted(self) -> bool:
         """Whether it allows every command on every key."""
         return self.all_keys and self.all_commands and all(rule.allows for rule in self.commands)
 
-    def denial(self, commands: Commands, command: Command, request: Sequence[bytes]) -> Denial | None:
-        """Why the request, for that command, is not allowed; None when it is."""
-        if "no_auth" not in command.flags and not self.allows(commands, command, request):
-            return Denial(Reason.COMMAND)
-        if self.all_keys:
-            return None
-        for position, reads, writes in _uses(command, request):
-            key = request[position]
-            if not any(
-                pattern.reads >= reads and pattern.writes >= writes and pattern.matches(key)
-                for pattern in self.keys
-            ):
-                return Denial(Reason.KEY, position)
+    def first_refused(
+        self, request: Sequence[bytes], uses: Iterable[Use]
+    ) -> Generator[None, None, int | None]:
+        """The position of the first key that must not be used so, None without one. Yields between turns."""
+        for positions, reads, writes in uses:
+            matcher = self._matchers.get((reads, writes))
+            if matcher is None:
+                matcher = self._matchers[reads, writes] = KeyMatcher(
+                    known.pattern for known in self.keys if known.reads >= reads and known.writes >= writes
+                )
+            for start in range(0, len(positions), matcher.keys_a_turn):
+                if start:
+                    yield
+                some = positions[start : start + matcher.keys_a_turn]
+                if (refused := matcher.first_unmatched(request, some)) is not None:
+                    return refused
         return None
 
     def allows(self, commands: Commands, command: Command, request: Sequence[bytes] = ()) -> bool:
@@ -200,7 +192,7 @@ class Selector:
             case b"+" | b"-":
                 return self._apply_command(commands, rule)
             case b"~" | b"%":
-                return self._apply_key(rule)
+                return self.add_keys((rule,))
             case b"&":
                 return self._apply_channel(rule)
         raise RuleError(rule, _SYNTAX)
@@ -228,26 +220,18 @@ class Selector:
         )
         return attrs.evolve(self, commands=(*kept, CommandRule(allows, target)))
 
-    def _apply_key(self, rule: bytes) -> Selector:
-        if self.all_keys:
-            raise RuleError(rule, _USELESS_PATTERN.format("allkeys", "resetkeys", "patterns"))
-        reads = writes = True
-        if rule[:1] == b"~":
-            pattern = rule[1:]
-        else:
-            letters, _, pattern = rule[1:].partition(b"~")
-            if letters.upper() not in (b"R", b"W", b"RW", b"WR"):
-                raise RuleError(rule, _SYNTAX)
-            reads, writes = b"R" in letters.upper(), b"W" in letters.upper()
-        _check_pattern(rule, pattern)
-        keys = list(self.keys)
-        for number, known in enumerate(keys):
-            if known.pattern == pattern:
-                keys[number] = KeyPattern(pattern, reads or known.reads, writes or known.writes)
-                break
-        else:
-            keys.append(KeyPattern(pattern, reads, writes))
-        return attrs.evolve(self, keys=tuple(keys))
+    def add_keys(self, rules: Iterable[bytes]) -> Selector:
+        """The selector once rules that name patterns of keys are applied. Raises RuleError."""
+        keys = {known.pattern: known for known in self.keys}
+        for rule in rules:
+            if self.all_keys:
+                raise RuleError(rule, _USELESS_PATTERN.format("allkeys", "resetkeys", "patterns"))
+            pattern, reads, writes = _read_key_rule(rule)
+            known = keys.get(pattern)
+            if known is not None:
+                reads, writes = reads or known.reads, writes or known.writes
+            keys[pattern] = KeyPattern(pattern, reads, writes)
+        return attrs.evolve(self, keys=tuple(keys.values()))
 
     def _apply_channel(self, rule: bytes) -> Selector:
         if self.all_channels:
@@ -288,18 +272,37 @@ def has_space(value: bytes) -> bool:
     return _SPACE.search(value) is not None
 
 
+def _names_keys(rule: bytes) -> bool:
+    """Whether a rule names a pattern of keys, as any number of rules one after the other may."""
+    return rule[:1] in (b"~", b"%") and rule != b"~*"
+
+
+def _read_key_rule(rule: bytes) -> tuple[bytes, bool, bool]:
+    """The pattern of such a rule, and whether keys may be read and written. Raises RuleError."""
+    reads = writes = True
+    if rule[:1] == b"~":
+        pattern = rule[1:]
+    else:
+        letters, _, pattern = rule[1:].partition(b"~")
+        if letters.upper() not in (b"R", b"W", b"RW", b"WR"):
+            raise RuleError(rule, _SYNTAX)
+        reads, writes = b"R" in letters.upper(), b"W" in letters.upper()
+    _check_pattern(rule, pattern)
+    return pattern, reads, writes
+
+
 def _check_pattern(rule: bytes, pattern: bytes) -> None:
     if has_space(pattern):
         raise RuleError(rule, _SYNTAX)
 
 
-def _uses(command: Command, request: Sequence[bytes]) -> Iterator[tuple[int, bool, bool]]:
-    """For each key of a request its position, whether it is read, and whether it is written."""
-    for position, flags in command.key_uses(request):
+def _uses(command: Command, request: Sequence[bytes]) -> Iterator[Use]:
+    """What is done with the keys of a request, those that come together at a time."""
+    for flags, some in groupby(command.key_uses(request), itemgetter(1)):
         reads = "access" in flags
         if command.name == "set":
             reads = any(option.upper() == b"GET" for option in request[3:])
-        yield position, reads, not _WRITES.isdisjoint(flags)
+        yield list(map(itemgetter(0), some)), reads, not _WRITES.isdisjoint(flags)
 
 
 def _find(commands: Commands, name: bytes) -> Command | None:
@@ -370,20 +373,43 @@ class Rules:
 
         Of the selectors' reasons it is that of the one that comes closest.
         """
+        search = self.search(commands, command, request)
+        while True:
+            try:
+                next(search)
+            except StopIteration as end:
+                found: Denial | None = end.value
+                return found
+
+    def search(
+        self, commands: Commands, command: Command, request: Sequence[bytes]
+    ) -> Generator[None, None, Denial | None]:
+        """Finds what `denial` does; yields between turns where the request has many keys."""
         closest = Denial(Reason.COMMAND)
+        uses: list[Use] | None = None
         for selector in (self.root, *self.selectors):
-            denial = selector.denial(commands, command, request)
-            if denial is None:
+            if "no_auth" not in command.flags and not selector.allows(commands, command, request):
+                continue
+            if selector.all_keys:
                 return None
-            if denial.reason is Reason.KEY and denial.position > closest.position:
-                closest = denial
+            if uses is None:
+                uses = list(_uses(command, request))
+            position = yield from selector.first_refused(request, uses)
+            if position is None:
+                return None
+            if position > closest.position:
+                closest = Denial(Reason.KEY, position)
         return closest
 
     def apply(self, commands: Commands, rules: Iterable[bytes]) -> Rules:
         """The rules of the user once others are applied, one after the other. Raises RuleError."""
         changed = self
-        for rule in _join_selectors(rules):
-            changed = changed._apply_one(commands, rule)
+        for of_keys, some in groupby(_join_selectors(rules), _names_keys):
+            if of_keys:
+                changed = attrs.evolve(changed, root=changed.root.add_keys(some))
+                continue
+            for rule in some:
+                changed = changed._apply_one(commands, rule)
         return changed
 
     def _apply_one(self, commands: Commands, rule: bytes) -> Rules:
@@ -408,16 +434,7 @@ class Rules:
             case b">" | b"<" | b"#" | b"!":
                 return self._apply_password(rule)
             case b"(" if rule.endswith(b")"):
-                selector = Selector()
-                try:
-                    for inner in rule[1:-1].split():
-                        # It would seem to be the end of the selector where that is described.
-                        if inner.endswith(b")"):
-                            raise RuleError(rule, _SYNTAX)
-                        selector = selector.apply(commands, inner)
-                except RuleError as error:
-                    raise RuleError(rule, str(error)) from error
-                return attrs.evolve(self, selectors=(*self.selectors, selector))
+                return attrs.evolve(self, selectors=(*self.selectors, _read_selector(commands, rule)))
         return attrs.evolve(self, root=self.root.apply(commands, rule))
 
     def _apply_password(self, rule: bytes) -> Rules:
@@ -455,6 +472,30 @@ class Rules:
                 *(b"(%b)" % selector.describe() for selector in self.selectors),
             )
         )
+
+
+def _read_selector(commands: Commands, rule: bytes) -> Selector:
+    """The selector that a rule in parentheses makes. Raises RuleError."""
+    selector = Selector()
+    try:
+        for of_keys, some in groupby(_inner_rules(rule), _names_keys):
+            if of_keys:
+                selector = selector.add_keys(some)
+                continue
+            for inner in some:
+                selector = selector.apply(commands, inner)
+    except RuleError as error:
+        raise RuleError(rule, str(error)) from error
+    return selector
+
+
+def _inner_rules(rule: bytes) -> Iterator[bytes]:
+    """The rules of a selector in parentheses. Raises RuleError."""
+    for inner in rule[1:-1].split():
+        # It would seem to be the end of the selector where that is described.
+        if inner.endswith(b")"):
+            raise RuleError(rule, _SYNTAX)
+        yield inner
 
 
 def _join_selectors(rules: Iterable[bytes]) -> list[bytes]:

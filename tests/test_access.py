@@ -4,6 +4,7 @@ import errno
 import hashlib
 import hmac
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -12,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram import access as access_module
-from engram.access import PROTECTED, Access, User, open_access, parse_users
+from engram.access import PROTECTED, Access, User, describe_users, file_of_users, open_access, parse_users
 from engram.commands.registry import COMMANDS
 from engram.config import LONGEST_PASSWORD, Config
 from engram.errors import CommandError, ConfigError, OperatorError
 from engram.files import DiskFiles
+from engram.key_patterns import KeyMatcher, KeyPattern
 from engram.permissions import (
     Denial,
-    KeyPattern,
     Reason,
     RuleError,
     Rules,
@@ -27,6 +28,7 @@ from engram.permissions import (
     categories,
     hash_password,
 )
+from engram.protocol.glob import MAX_PATTERN_LENGTH, compile_glob
 
 HASH_A = hashlib.sha256(b"a").hexdigest()
 HASH_B = hashlib.sha256(b"b").hexdigest()
@@ -473,7 +475,9 @@ def test_every_password_of_a_user_is_compared(monkeypatch: pytest.MonkeyPatch) -
 def test_requirepass_is_the_password_of_the_default_user() -> None:
     access = Access(COMMANDS, password=b"a")
     assert not access.is_open
-    assert access.lines() == [f"user default on sanitize-payload #{HASH_A} ~* &* +@all".encode()]
+    assert describe_users(access.all_rules()) == [
+        f"user default on sanitize-payload #{HASH_A} ~* &* +@all".encode()
+    ]
     access.put(b"default", rules_of(">b", access.default.rules))
     access.require(b"a")
     assert access.authenticate(b"default", b"b") is not None
@@ -554,7 +558,7 @@ def opened(config: Config, directory: Path | None = None, warnings: list[str] | 
 def test_users_of_the_config_file(tmp_path: Path) -> None:
     config = Config(users=[("bob", "on", ">a", "+get"), ("default", "on", ">b", "+@all", "~*")])
     access = opened(config)
-    assert [line.split()[1] for line in access.lines()] == [b"bob", b"default"]
+    assert [line.split()[1] for line in describe_users(access.all_rules())] == [b"bob", b"default"]
     assert access.path is None
     assert access.authenticate(b"default", b"b") is not None
     assert not opened(config, tmp_path).is_open
@@ -620,7 +624,7 @@ def test_users_of_a_data_directory(tmp_path: Path) -> None:
     assert again.authenticate(b"default", b"c") is not None
     # Unless ACL SETUSER has said what the default user's is.
     again.put(b"default", rules_of("on >d ~* +@all"))
-    again.save(again.content({b"bob": None}))
+    again.save(file_of_users(again.kept({b"bob": None})))
     warnings: list[str] = []
     last = opened(Config(requirepass="c", users=[("carl", "on")]), tmp_path, warnings)
     assert set(last.users) == {b"default"}
@@ -672,3 +676,39 @@ def test_a_change_holds_for_who_is_that_user_already() -> None:
 
 def test_patterns_that_differ_in_rights_only_are_one() -> None:
     assert rules_of("%R~a %W~a").root.keys == (KeyPattern(b"a"),)
+
+
+PATTERNS = st.text(alphabet="ab*?[]\\", max_size=5).map(str.encode)
+
+
+@given(st.lists(PATTERNS, max_size=6), st.lists(st.text(alphabet="ab*", max_size=5).map(str.encode)))
+def test_a_key_matches_when_one_of_the_patterns_does(patterns: list[bytes], keys: list[bytes]) -> None:
+    matchers = [compile_glob(pattern) for pattern in patterns]
+    expected = [not any(matches(key) for matches in matchers) for key in keys]
+    first = KeyMatcher(patterns).first_unmatched(keys, range(len(keys)))
+    assert first == (expected.index(True) if True in expected else None)
+
+
+def test_a_pattern_that_is_too_long_matches_nothing() -> None:
+    long = b"k" * MAX_PATTERN_LENGTH
+    assert KeyMatcher([long + b"*"]).first_unmatched([long], [0]) == 0
+    assert KeyMatcher([long + b"k"]).first_unmatched([long + b"k"], [0]) is None
+
+
+def test_the_rights_to_many_keys_are_looked_at_in_turns() -> None:
+    rules = rules_of("+mget ~a* ~*b* (+mget ~a* ~c*)")
+    keys = [b"a%d" % number for number in range(3000)]
+    for last, expected in ((b"a", None), (b"d", Denial(Reason.KEY, 3001))):
+        found: list[Denial | None] = []
+
+        def look(request: list[bytes], found: list[Denial | None] = found) -> Iterator[None]:
+            found.append((yield from rules.search(COMMANDS, COMMANDS[b"mget"], request)))
+
+        assert len(list(look([b"MGET", *keys, last]))) > 2
+        assert found == [expected]
+
+
+def test_many_patterns_are_added_in_the_order_in_which_they_came() -> None:
+    words = [*(b"~k%d*" % number for number in range(5000)), b"%R~k1*", b"resetkeys", b"~b", b"%R~a", b"~a"]
+    assert Rules().apply(COMMANDS, words[:-4]).root.keys[4999] == KeyPattern(b"k4999*")
+    assert Rules().apply(COMMANDS, words).root.describe_keys() == b"~b ~a"

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import trio
 
-from engram.access import DEFAULT_USER, NO_FILE, User, check_username
+from engram.access import (
+    DEFAULT_USER,
+    NO_FILE,
+    LogEntry,
+    User,
+    check_username,
+    describe_users,
+    file_of_users,
+)
+from engram.commands.allowance import Allowance
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
+from engram.commands.long_work import beside_others, by_slices, read
 from engram.commands.session import Barrier, Server, Session
 from engram.commands.table import Command, Reply, check_arity, container, help_command
 from engram.errors import CommandError
 from engram.permissions import (
+    Denial,
     Reason,
     RuleError,
     Rules,
@@ -42,6 +53,10 @@ _BAD_BITS = (
 )
 _USUAL_BITS = 256
 _USUAL_LOG_COUNT = 10
+# Entries of the log that are shown in one turn.
+_ENTRIES_A_TURN = 128
+# What describing a user takes, where an element is a key that is looked at.
+_ELEMENTS_OF_A_USER = 4
 
 
 def authenticate(session: Session, request: list[bytes], name: bytes, password: bytes) -> None:
@@ -74,8 +89,13 @@ def _users(session: Session, arguments: list[bytes]) -> bytes:
     return replies.bulk_array(sorted(session.server.access.users))
 
 
-def _list(session: Session, arguments: list[bytes]) -> bytes:
-    return replies.bulk_array(session.server.access.lines())
+def _list(session: Session, arguments: list[bytes]) -> Reply:
+    users = session.server.access.all_rules()
+
+    def make(allowance: Allowance) -> bytes:
+        return replies.bulk_array(describe_users(users))
+
+    return read(session, make, "listing users failed", elements=_ELEMENTS_OF_A_USER * len(users))
 
 
 def _getuser(session: Session, arguments: list[bytes]) -> bytes:
@@ -162,9 +182,9 @@ def _deluser(session: Session, arguments: list[bytes]) -> Reply:
 async def _save(server: Server, changes: Mapping[bytes, Rules | None] | None = None) -> None:
     """Writes the users as they are, or will be after changes, to their file."""
     access = server.access
-    content = access.content(changes)
+    users = access.kept(changes)
     try:
-        await trio.to_thread.run_sync(access.save, content)
+        await trio.to_thread.run_sync(lambda: access.save(file_of_users(users)))
     except OSError as error:
         logger.warning("cannot save users to %s: %s", access.path, error.strerror)
         raise CommandError(_NOT_SAVED) from error
@@ -230,7 +250,7 @@ def _genpass(session: Session, arguments: list[bytes]) -> bytes:
     return replies.bulk(secrets.token_hex((digits + 1) // 2)[:digits].encode())
 
 
-def _dryrun(session: Session, arguments: list[bytes]) -> bytes:
+def _dryrun(session: Session, arguments: list[bytes]) -> Reply:
     access = session.server.access
     user: User | None = access.users.get(arguments[2])
     if user is None:
@@ -242,13 +262,21 @@ def _dryrun(session: Session, arguments: list[bytes]) -> bytes:
     if not isinstance(command, Command):
         raise CommandError(f"ERR Command '{text(request[0])}' not found")
     check_arity(command, request)
-    denial = user.rules.denial(access.commands, command, request)
-    if denial is None:
-        return OK
-    return replies.bulk(access.explain(user, denial, command, request).encode(errors="surrogateescape"))
+    denial: Denial | None = None
+
+    def turns() -> Iterator[None]:
+        nonlocal denial
+        denial = yield from user.rules.search(access.commands, command, request)
+
+    def answer() -> bytes:
+        if denial is None:
+            return OK
+        return _bulk(access.explain(user, denial, command, request))
+
+    return beside_others(session, turns(), answer)
 
 
-def _log(session: Session, arguments: list[bytes]) -> bytes:
+def _log(session: Session, arguments: list[bytes]) -> Reply:
     access, encoder = session.server.access, session.encoder
     if len(arguments) > 3:
         raise _misused(arguments)
@@ -258,22 +286,29 @@ def _log(session: Session, arguments: list[bytes]) -> bytes:
             access.forget_log()
             return OK
         count = integer(arguments[2])
-    return replies.array(
-        encoder.map(
-            (
-                (replies.bulk(b"count"), replies.integer(entry.count)),
-                (replies.bulk(b"reason"), _bulk(entry.reason.value)),
-                (replies.bulk(b"context"), _bulk(entry.context)),
-                (replies.bulk(b"object"), replies.bulk(entry.subject)),
-                (replies.bulk(b"username"), replies.bulk(entry.username)),
-                (replies.bulk(b"age-seconds"), _age(age, encoder)),
-                (replies.bulk(b"client-info"), _bulk(entry.client)),
-                (replies.bulk(b"entry-id"), replies.integer(entry.number)),
-                (replies.bulk(b"timestamp-created"), replies.integer(int(entry.created * 1000))),
-                (replies.bulk(b"timestamp-last-updated"), replies.integer(int(entry.updated * 1000))),
-            )
+    shown: list[bytes] = []
+
+    def show(some: Sequence[tuple[LogEntry, float]]) -> None:
+        shown.extend(_entry(entry, age, encoder) for entry, age in some)
+
+    turns = by_slices(access.log(count), _ENTRIES_A_TURN, show)
+    return beside_others(session, turns, lambda: replies.array(shown))
+
+
+def _entry(entry: LogEntry, age: float, encoder: Encoder) -> bytes:
+    return encoder.map(
+        (
+            (replies.bulk(b"count"), replies.integer(entry.count)),
+            (replies.bulk(b"reason"), _bulk(entry.reason.value)),
+            (replies.bulk(b"context"), _bulk(entry.context)),
+            (replies.bulk(b"object"), replies.bulk(entry.subject)),
+            (replies.bulk(b"username"), replies.bulk(entry.username)),
+            (replies.bulk(b"age-seconds"), _age(age, encoder)),
+            (replies.bulk(b"client-info"), _bulk(entry.client)),
+            (replies.bulk(b"entry-id"), replies.integer(entry.number)),
+            (replies.bulk(b"timestamp-created"), replies.integer(int(entry.created * 1000))),
+            (replies.bulk(b"timestamp-last-updated"), replies.integer(int(entry.updated * 1000))),
         )
-        for entry, age in access.log(count)
     )
 
 

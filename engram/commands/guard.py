@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import trio
+
 from engram.commands.limits import check_keys
 from engram.commands.session import Session, Transaction
 from engram.commands.states import Event, Queueing, Role
 from engram.commands.table import Command, Handler, log_room
 from engram.errors import CommandError
+from engram.permissions import Rules
 from engram.protocol import replies
 
 # What has to be waited for before a request is looked at again. Raises CommandError when it is refused.
@@ -17,6 +20,10 @@ Wait = Callable[[], Awaitable[None]]
 
 _QUEUED = replies.simple("QUEUED")
 _NO_AUTHENTICATION = "NOAUTH Authentication required."
+
+# Of requests with more words, rights to keys are looked at in turns.
+_WORDS_AT_ONCE = 128
+_OVER = object()
 
 _QUEUEING = Queueing.QUEUEING
 _MONITOR = Role.MONITOR
@@ -60,7 +67,16 @@ class Guard(Gate):
         admitted: whether it has so much; None until it has been asked.
     """
 
-    __slots__ = ("_cleared", "_database", "_journal", "_server", "_session", "admitted", "room")
+    __slots__ = (
+        "_cleared",
+        "_database",
+        "_journal",
+        "_permitted",
+        "_server",
+        "_session",
+        "admitted",
+        "room",
+    )
 
     def __init__(self, session: Session) -> None:
         self.room = 0
@@ -71,6 +87,8 @@ class Guard(Gate):
         self._journal = session.server.database.journal
         # Whether the next request has waited for all that it had to.
         self._cleared = False
+        # The request with many keys that was last found to be allowed, and the rules that allow it.
+        self._permitted: tuple[list[bytes], Rules] | None = None
 
     def begin(self, command: Command) -> Handler | None:
         admitted = self.admitted
@@ -98,7 +116,10 @@ class Guard(Gate):
         session, server = self._session, self._server
         if session.guarded or server.guarded:
             # In Redis's order; nothing is evicted in a pause.
-            check(session, command, request)
+            check_standing(session, command)
+            if not session.user.unrestricted and (wait := self._look_at_rights(command, request)) is not None:
+                return wait
+            check_shape(session, command, request)
             if server.pause.active and server.pause.holds(writes := session.would_write(command)):
                 return partial(self._wait_for_pause, writes)
             if server.exclusion.active and command.shows_data:
@@ -115,6 +136,32 @@ class Guard(Gate):
                 show(session, command, request)
         return self._obstacle(command, request) if command.writes else None
 
+    def _look_at_rights(self, command: Command, request: list[bytes]) -> Wait | None:
+        """What has to be waited for until it is known that a restricted user may do this; None if it is.
+
+        Raises:
+            CommandError: it may not.
+        """
+        session, permitted, rules = self._session, self._permitted, self._session.user.rules
+        if permitted is not None and permitted[0] is request and permitted[1] is rules:
+            return None
+        access = session.server.access
+        if len(request) <= _WORDS_AT_ONCE:
+            self._permitted = None
+            access.check(session, command, request)
+            return None
+        turns = access.checking(session, command, request)
+        if next(turns, _OVER) is _OVER:
+            return None
+
+        async def go_on() -> None:
+            await trio.lowlevel.checkpoint()
+            for _ in turns:
+                await trio.lowlevel.checkpoint()
+            self._permitted = request, rules
+
+        return go_on
+
     def _obstacle(self, command: Command, request: list[bytes]) -> Wait | None:
         """What a write has to wait for that nothing else forbids."""
         adds = None if command.throttle is None else command.throttle(self._session, request)
@@ -124,15 +171,19 @@ class Guard(Gate):
             self.admitted or journal is None or journal.has_room(log_room(command, request))
         ):
             return None
-        return partial(self._clear, command, request, wait)
+        return partial(self._clear, command, request, wait, self._session.user.rules)
 
-    async def _clear(self, command: Command, request: list[bytes], wait: Wait | None) -> None:
+    async def _clear(
+        self, command: Command, request: list[bytes], wait: Wait | None, permitting: Rules
+    ) -> None:
         """Waits until a write may be carried out: for the builder, and as long as the log has no room."""
         if wait is not None:
             await wait()
         await self._server.admit(log_room(command, request))
         # Its user may have changed meanwhile.
-        check_rights(self._session, command, request)
+        check_authentication(self._session, command)
+        if self._session.user.rules is not permitting:
+            self._server.access.check(self._session, command, request)
         self._cleared = True
 
     async def _wait_for_pause(self, writes: bool) -> None:
@@ -144,26 +195,22 @@ class Guard(Gate):
             session.happen(Event.RESUME)
 
 
-def check(session: Session, command: Command, request: list[bytes]) -> None:
-    """Notes a command as the client's last. Raises CommandError for what it must not do now."""
+def check_standing(session: Session, command: Command) -> None:
+    """Notes a command as the client's last. Raises CommandError when it cannot be given now by anyone."""
     session.last_command = command.name
     if not session.authenticated:
         check_authentication(session, command)
     if session.transaction is not None and "no_multi" in command.flags:
         raise CommandError("ERR Command not allowed inside a transaction")
-    if not session.user.unrestricted:
-        session.server.access.check(session, command, request)
+
+
+def check_shape(session: Session, command: Command, request: list[bytes]) -> None:
+    """Raises CommandError for a key that is too long, or where one who monitors asks for data."""
     config = session.server.config
     if config.max_key_length < config.proto_max_bulk_len:
         check_keys(command, request, config)
     if session.state.role is _MONITOR and {"write", "readonly"} & set(command.flags):
         raise CommandError("ERR Replica can't interact with the keyspace")
-
-
-def check_rights(session: Session, command: Command, request: list[bytes]) -> None:
-    """Raises CommandError when a session may not do this: it is nobody's, or its user may not."""
-    check_authentication(session, command)
-    session.server.access.check(session, command, request)
 
 
 def check_authentication(session: Session, command: Command) -> None:

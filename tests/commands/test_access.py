@@ -14,6 +14,7 @@ from redis.exceptions import NoPermissionError
 from trio.testing import wait_all_tasks_blocked
 
 from engram.access import PROTECTED, Access
+from engram.commands import access as access_commands
 from engram.commands import session as session_module
 from engram.commands.registry import COMMANDS
 from engram.config import Config
@@ -320,6 +321,30 @@ async def test_the_log(house: House, version: int) -> None:
     assert b" cmd=del user=bob " in entries[1][b"client-info"]
     assert await reader.call("ACL LOG RESET") == OK
     assert await reader.call("ACL LOG") == array()
+
+
+async def test_a_long_log_is_shown_in_turns(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_commands, "_ENTRIES_A_TURN", 2)
+    client = house.connect()
+    for number in range(7):
+        await client.call(f"AUTH nobody{number} x")
+    entries = parse(await client.call("ACL LOG"))
+    assert [entry[9] for entry in entries] == [b"nobody%d" % number for number in reversed(range(7))]
+    assert len(parse(await client.call("ACL LOG 3"))) == 3
+    await client.call("MULTI")
+    await client.call("ACL LOG 7")
+    assert len(parse(await client.call("EXEC"))[0]) == 7
+
+
+async def test_many_users_are_listed_by_name(house: House) -> None:
+    client = house.connect()
+    for number in range(300):
+        house.server.access.put(b"u%03d" % number, Rules())
+    listed = parse(await client.call("ACL LIST"))
+    assert listed[0] == DEFAULT.encode()
+    assert listed[1:] == [
+        b"user u%03d off sanitize-payload resetchannels -@all" % number for number in range(300)
+    ]
 
 
 async def test_a_change_holds_at_once_for_connected_clients(house: House) -> None:

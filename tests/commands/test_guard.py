@@ -82,6 +82,38 @@ async def test_a_user_may_not_do_everything(house: House, session: Session, guar
     assert guard.admit(*request("GET a")) is None
 
 
+async def test_rights_to_many_keys_are_looked_at_in_turns(
+    house: House, session: Session, guard: Guard
+) -> None:
+    def change(*rules: bytes) -> None:
+        house.server.access.put(b"default", house.server.access.changed(b"default", rules))
+        house.server.review_sessions()
+
+    change(b"resetkeys", b"~a*", b"~*b*")
+    mget = request("MGET " + " ".join(f"a{number}" for number in range(3000)))
+    wait = guard.admit(*mget)
+    assert callable(wait)
+    await wait()
+    assert guard.admit(*mget) is None
+    change(b"resetkeys", b"~b*")
+    with pytest.raises(CommandError, match=r"^NOPERM "):
+        guard.admit(*mget)
+    change(b"~a*")
+    wait = guard.admit(*mget)
+    assert callable(wait)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.lowlevel.checkpoint()
+        change(b"resetkeys", b"~b*")
+    with pytest.raises(CommandError, match=r"^NOPERM "):
+        guard.admit(*mget)
+    client = house.connect()
+    change(b"~a*")
+    assert await client.call([b"MGET", *mget[1][1:], b"x"]) == b"-NOPERM No permissions to access a key\r\n"
+    assert (await client.call(mget[1])).startswith(b"*3000\r\n")
+    assert await client.call("ACL LOG RESET") == b"+OK\r\n"
+
+
 async def test_a_client_that_monitors_keeps_off_the_data(
     house: House, session: Session, guard: Guard
 ) -> None:

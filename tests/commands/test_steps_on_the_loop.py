@@ -335,20 +335,8 @@ KNOWN: dict[str, int] = {
     # Each key is counted.
     "CONFIG SET maxmemory-policy volatile-ttl maxmemory 1": 257_696,
     "CONFIG SET maxmemory 100gb": 185_619,
-    # Each user is written to the file.
-    "ACL SETUSER new @rules": 572_127,
-    "ACL SETUSER u1 ~x*": 177_128,
-    "ACL SETUSER default >password": 176_989,
-    "ACL LIST": 183_042,
-    "ACL SAVE": 176_858,
     # Each entry of a log is shown.
-    "ACL LOG 5000": 680_361,
     "SLOWLOG GET -1": 530_364,
-    # The rights to each key of a request are looked at before its first turn.
-    "DEL @keys behind AUTH some x": 738_282,
-    "MGET @keys behind AUTH some x": 703_425,
-    "MSET @pairs behind AUTH some x": 687_287,
-    "ACL DRYRUN some MGET @keys": 667_509,
     # In a transaction rows are added, and a filter compiled, in one turn.
     "EXEC of 1 VMADD index @rows ATTRS in 4": 884_234,
     "EXEC of 1 DEL @keys in 3": 497_316,
