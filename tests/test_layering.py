@@ -71,7 +71,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
     "collector": frozenset(),
     "statistics": frozenset(),
     "slowlog": frozenset(),
-    "monitors": frozenset({"protocol", "slowlog"}),
+    "monitors": frozenset({"protocol", "sizes", "slowlog"}),
     "exclusion": frozenset(),
     "pause": frozenset(),
     "watches": frozenset({"effects", "index", "keyspace"}),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 
 import attrs
 import pytest
@@ -34,8 +35,12 @@ class Watching:
         return 0, self.held
 
 
+def _never(job: Callable[[], Awaitable[None]]) -> None:
+    raise AssertionError("a task has been started")
+
+
 def test_a_line_is_as_redis_writes_it() -> None:
-    monitors = Monitors(lambda: 1000, now=lambda: 1_795_392_261_510_101_999)
+    monitors = Monitors(lambda: 1000, _never, now=lambda: 1_795_392_261_510_101_999)
     watching = Watching()
     monitors.add(watching)
     monitors.feed(Watching("127.0.0.1:53724"), [b"SET", b"k\x00\xff\xc3\xa9", b'a"b\\c\n\r\t\a\b\x1b\x7f'])
@@ -46,7 +51,7 @@ def test_a_line_is_as_redis_writes_it() -> None:
 
 
 def test_an_address_may_be_a_socket_of_unix() -> None:
-    monitors = Monitors(lambda: 1000, now=lambda: 0)
+    monitors = Monitors(lambda: 1000, _never, now=lambda: 0)
     watching = Watching()
     monitors.add(watching)
     monitors.feed(Watching("/run/engram.sock:0"), [b"PING"])
@@ -54,7 +59,7 @@ def test_an_address_may_be_a_socket_of_unix() -> None:
 
 
 def test_who_does_not_read_is_dropped_alone() -> None:
-    monitors = Monitors(lambda: 1000, now=lambda: 0)
+    monitors = Monitors(lambda: 1000, _never, now=lambda: 0)
     slow, quick = Watching(held=990), Watching()
     monitors.add(slow)
     monitors.add(quick)
@@ -66,11 +71,103 @@ def test_who_does_not_read_is_dropped_alone() -> None:
 
 
 def test_who_does_not_read_is_dropped_though_clients_have_no_limit() -> None:
-    monitors = Monitors(lambda: 1 << 50, now=lambda: 0)
+    monitors = Monitors(lambda: 1 << 50, _never, now=lambda: 0)
     slow = Watching(held=64 << 20)
     monitors.add(slow)
     monitors.feed(Watching(), [b"PING"])
     assert slow.closed
+
+
+# It takes several turns of the loop to be quoted.
+LONG = [b"SET", b"a", bytes(1 << 20)]
+
+Jobs = list[Callable[[], Awaitable[None]]]
+
+
+async def test_quoting_what_is_long_lets_others_go_on() -> None:
+    jobs: Jobs = []
+    monitors, watching = Monitors(lambda: 8 << 20, jobs.append), Watching()
+    monitors.add(watching)
+    for request in (LONG, [b"PING"], LONG):
+        monitors.feed(Watching(), request)
+    (job,) = jobs
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        assert not watching.lines
+        await job()
+        nursery.cancel_scope.cancel()
+    assert turns >= 2
+    shown = b"".join(watching.lines).splitlines()
+    long = b'"SET" "a" "%b"' % (b"\\x00" * (1 << 20))
+    assert [line.partition(b"] ")[2] for line in shown] == [long, b'"PING"', long]
+    monitors.feed(Watching(), [b"PING"])
+    assert watching.lines[-1].endswith(b'"PING"\r\n')
+
+
+async def test_what_waits_to_be_quoted_is_shown_to_those_that_watched_and_still_do() -> None:
+    jobs: Jobs = []
+    monitors, stays, leaves, late = Monitors(lambda: 8 << 20, jobs.append), Watching(), Watching(), Watching()
+    monitors.add(stays)
+    monitors.add(leaves)
+    monitors.feed(Watching(), LONG)
+    monitors.add(late)
+    monitors.feed(Watching(), [b"PING"])
+    monitors.remove(leaves)
+    await jobs.pop()()
+    assert b"".join(stays.lines).count(b"\r\n") == 2
+    assert b"".join(late.lines).count(b"\r\n") == 1
+    assert not leaves.lines
+
+
+async def test_nothing_is_quoted_for_nobody() -> None:
+    jobs: Jobs = []
+    monitors, leaves = Monitors(lambda: 1 << 50, jobs.append), Watching()
+    monitors.add(leaves)
+    monitors.feed(Watching(), [b"SET", b"a", bytes(64 << 20)])
+    assert leaves.closed
+    assert not jobs
+    monitors.add(leaves)
+    monitors.feed(Watching(), LONG)
+    monitors.remove(leaves)
+    await jobs.pop()()
+    assert not leaves.lines
+
+
+async def test_too_much_that_waits_to_be_quoted_drops_who_watches() -> None:
+    jobs: Jobs = []
+    monitors, watching = Monitors(lambda: 5 << 20, jobs.append), Watching()
+    monitors.add(watching)
+    for _ in range(4):
+        monitors.feed(Watching(), LONG)
+    assert not watching.closed
+    monitors.feed(Watching(), LONG)
+    assert watching.closed
+    await jobs.pop()()
+    assert not watching.lines
+
+
+async def test_who_misses_a_line_for_want_of_memory_is_dropped() -> None:
+    jobs: Jobs = []
+
+    class Full(Watching):
+        def push(self, line: bytes) -> None:
+            raise MemoryError
+
+    monitors, watching = Monitors(lambda: 8 << 20, jobs.append), Full()
+    monitors.add(watching)
+    monitors.feed(Watching(), LONG)
+    with pytest.raises(MemoryError):
+        await jobs.pop()()
+    assert watching.closed
+    assert len(monitors) == 0
 
 
 @pytest.mark.parametrize(
@@ -95,6 +192,12 @@ def test_passwords_are_not_shown(request_: str, shown: str) -> None:
 def test_every_byte_is_shown_in_print() -> None:
     assert quoted(bytes(range(256))).isascii()
     assert quoted(b"") == b'""'
+
+
+@pytest.mark.parametrize("length", [1, 47, 48, 49, 1000])
+def test_a_long_argument_is_shown_as_its_bytes_are(length: int) -> None:
+    argument = (bytes(range(256)) * 4)[:length]
+    assert quoted(argument) == b'"%b"' % b"".join(quoted(bytes((byte,)))[1:-1] for byte in argument)
 
 
 def test_slow_calls_are_kept_short() -> None:
@@ -185,6 +288,27 @@ async def test_one_that_does_not_read_holds_nobody_up(house: House) -> None:
     await trio.testing.wait_all_tasks_blocked()
     assert len(house.server.monitors) == 0
     assert 1 not in house.server.sessions
+
+
+async def test_what_takes_long_to_be_quoted_is_shown_in_order(house: House) -> None:
+    watching, client = house.connect(), house.connect()
+    await watching.call("MONITOR")
+    long, many = bytes(range(256)) * 1024, [b"k%d" % number for number in range(5000)]
+    requests = [[b"SET", b"a", b"0"], [b"SET", b"a", long], [b"SET", b"b", b""], [b"MGET", *many], [b"PING"]]
+    await client.send(*requests)
+    shown = (await watching.arrived()).splitlines()
+    assert [line.partition(b"] ")[2] for line in shown] == [
+        b" ".join(map(quoted, request)) for request in requests
+    ]
+
+
+async def test_a_line_above_the_limit_is_not_quoted(house: House) -> None:
+    house.server.config.client_output_buffer_limit = 1 << 20
+    watching, client = house.connect(), house.connect()
+    await watching.call("MONITOR")
+    assert await client.call([b"SET", b"a", b"x" * (1 << 20)]) == b"+OK\r\n"
+    assert len(house.server.monitors) == 0
+    await watching.ended()
 
 
 async def test_not_in_a_transaction(house: House) -> None:

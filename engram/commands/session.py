@@ -251,7 +251,11 @@ class Server:
 
     @monitors.default
     def _monitors(self) -> Monitors:
-        return Monitors(lambda: self.config.client_output_buffer_limit, self.reconsider)
+        return Monitors(
+            lambda: self.config.client_output_buffer_limit,
+            lambda job: self.start_soon(job),
+            self.reconsider,
+        )
 
     @pause.default
     def _pause(self) -> Pause:

@@ -289,6 +289,7 @@ SERVER = (
     Row("CONFIG HELP"),
     Row("MONITOR"),
     Row("MGET @keys", monitored=True),
+    Row("SET long @long", monitored=True),
     Row("SLOWLOG GET -1"),
     Row("SLOWLOG LEN"),
     Row("SLOWLOG RESET"),
