@@ -10,7 +10,7 @@ from engram.commands.wording import in_words
 from engram.config import Config
 from engram.errors import CommandError
 from engram.index.errors import VectorError
-from engram.index.vectors import Vector, decode_vector, join_vectors
+from engram.index.vectors import Vector, check_sizes, decode_vector, join_vectors
 from engram.kinds.string import INTEGER_HIGH, integer_in
 from engram.large_string import String
 from engram.scan_order import PAGE_BYTES
@@ -63,6 +63,14 @@ def read_vectors(arguments: Sequence[bytes], dimension: int) -> bytes:
     """Vectors, as `join_vectors` gives them. Raises CommandError when one of them is none."""
     try:
         return join_vectors(arguments, dimension)
+    except VectorError as error:
+        raise in_words(error) from None
+
+
+def check_vector_sizes(arguments: Sequence[bytes], dimension: int) -> None:
+    """Raises CommandError when one of several vectors has not so many numbers."""
+    try:
+        check_sizes(arguments, dimension)
     except VectorError as error:
         raise in_words(error) from None
 

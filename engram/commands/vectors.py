@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from engram.commands.allowance import Allowance
-from engram.commands.arguments import options, read_vector, read_vectors, scan_count, scan_cursor, scan_size
+from engram.commands.arguments import (
+    check_vector_sizes,
+    options,
+    read_vector,
+    read_vectors,
+    scan_count,
+    scan_cursor,
+    scan_size,
+)
 from engram.commands.indices import existing_index, read_index
 from engram.commands.limits import check, check_members, check_reply, check_results
-from engram.commands.long_work import read
+from engram.commands.long_work import ELEMENTS_A_TURN, in_turns, read
 from engram.commands.session import Session, Slot
-from engram.commands.table import Command, wrong_arity
+from engram.commands.table import Command, Reply, wrong_arity
+from engram.database import LogicalDatabase
 from engram.index.vector_index import VectorIndex
 from engram.operations import AddVectors, DeleteVectors, SetAttributes
 from engram.protocol import replies
@@ -22,6 +33,10 @@ _SCAN_COUNT = 10
 
 # Vectors that VMGET reads itself; a thread reads more.
 _GOT_AT_ONCE = 1024
+
+# Rows that VMADD looks at or adds in one turn, and bytes of their vectors or attributes: some milliseconds.
+_ROWS_A_TURN = 2 * ELEMENTS_A_TURN
+_BYTES_A_TURN = 2 << 20
 
 
 def _add(session: Session, arguments: list[bytes]) -> bytes:
@@ -37,24 +52,66 @@ def _add(session: Session, arguments: list[bytes]) -> bytes:
     return reply
 
 
-def _add_many(session: Session, arguments: list[bytes]) -> bytes:
-    database = session.database
+def _add_many(session: Session, arguments: list[bytes]) -> Reply:
     index = existing_index(session, arguments[1])
-    keys, blobs, attributes = _rows(arguments, index.parameters.dimension)
+    dimension = index.parameters.dimension
+    keys, blobs, attributes = _rows(arguments, dimension)
     config = session.server.config
     check(len(keys), config.vector_max_rows, "the number of vectors")
     check_members(keys, config)
-    vectors = read_vectors(blobs, index.parameters.dimension)
-    last = {key: position for position, key in enumerate(keys)}
+    check_vector_sizes(blobs, dimension)
+    before = len(index)
+    turns = _add_in_turns(session.database, index, keys, blobs, attributes)
+    return in_turns(session, turns, lambda: replies.integer(len(index) - before))
+
+
+def _add_in_turns(
+    database: LogicalDatabase,
+    index: VectorIndex,
+    keys: Sequence[bytes],
+    blobs: Sequence[bytes],
+    attributes: Sequence[bytes],
+) -> Iterator[None]:
+    """Looks at all rows and then adds them; yields between two turns.
+
+    Raises CommandError before it adds any.
+    """
+    dimension = index.parameters.dimension
+    parts = _parts(len(keys), 4 * dimension, attributes)
+    for part in parts:
+        read_vectors(blobs[part], dimension)
+        if len(parts) > 1:
+            yield
+    last = dict(zip(keys, range(len(keys)), strict=True))
     if len(last) < len(keys):
         # Of a key given twice the last counts.
         kept = sorted(last.values())
-        keys = [keys[position] for position in kept]
-        vectors = b"".join(blobs[position] for position in kept)
-        attributes = [attributes[position] for position in kept] if attributes else ()
-    before = len(index)
-    database.commit(AddVectors(index.id, tuple(keys), vectors, tuple(attributes)))
-    return replies.integer(len(index) - before)
+        keys = list(map(keys.__getitem__, kept))
+        blobs = list(map(blobs.__getitem__, kept))
+        attributes = list(map(attributes.__getitem__, kept)) if attributes else ()
+        parts = _parts(len(keys), 4 * dimension, attributes)
+    with database.as_one():
+        for part in parts:
+            if part.start:
+                yield
+            vectors = b"".join(blobs[part])
+            database.commit(AddVectors(index.id, tuple(keys[part]), vectors, tuple(attributes[part])))
+
+
+def _parts(count: int, vector_bytes: int, attributes: Sequence[bytes]) -> list[slice]:
+    """Which of so many rows are looked at, or added, in each turn."""
+    most = min(_ROWS_A_TURN, max(1, _BYTES_A_TURN // vector_bytes))
+    # Where the attributes of each row end, were they one after the other.
+    ends = list(accumulate(map(len, attributes), initial=0))
+    parts = []
+    start = 0
+    while start < count:
+        stop = min(start + most, count)
+        if ends[-1] > _BYTES_A_TURN:
+            stop = min(stop, max(start + 1, bisect_right(ends, ends[start] + _BYTES_A_TURN) - 1))
+        parts.append(slice(start, stop))
+        start = stop
+    return parts
 
 
 def _rows(arguments: list[bytes], dimension: int) -> tuple[Sequence[bytes], Sequence[bytes], Sequence[bytes]]:

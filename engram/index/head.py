@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -122,12 +123,10 @@ class Chunk:
             row += coded_row_bytes(dimension)
         return _CHUNK_OBJECT_BYTES + capacity * row + self.attribute_bytes
 
-    def describe(self, position: int, text: bytes) -> int:
-        """Gives a row that has none its attributes, a JSON text; returns the bytes they take."""
+    def describe(self, position: int, text: bytes) -> None:
+        """Gives a row that has none its attributes, a JSON text."""
         self.attributes[position] = text
-        size = _ATTRIBUTES_OBJECT_BYTES + len(text)
-        self.attribute_bytes += size
-        return size
+        self.attribute_bytes += _ATTRIBUTES_OBJECT_BYTES + len(text)
 
     def norms(self, count: int) -> Doubles:
         """The norms of the first `count` rows, computed at the first search that needs them.
@@ -153,9 +152,23 @@ class Chunk:
         self.keys.append(key)
         self.count = position + 1
 
-    def extend(self, row_ids: RowIds, keys: list[bytes], vectors: Floats, lsns: Lsns | int = 0) -> None:
-        """Appends rows, born at `lsns`; there must be room."""
+    def extend(
+        self,
+        row_ids: RowIds,
+        keys: list[bytes],
+        vectors: Floats,
+        lsns: Lsns | int = 0,
+        attributes: Sequence[bytes | None] = (),
+    ) -> None:
+        """Appends rows, born at `lsns`; there must be room. `attributes` are theirs, or empty."""
         start, end = self.count, self.count + len(keys)
+        if any(attributes):
+            # Without a step for each of them.
+            described = dict(
+                zip(compress(range(start, end), attributes), filter(None, attributes), strict=True)
+            )
+            self.attributes.update(described)
+            self.attribute_bytes += _attribute_bytes(described)
         self.births[start:end] = lsns
         self.vectors[start:end] = vectors
         self.row_ids[start:end] = row_ids
@@ -264,13 +277,6 @@ class Head:
         """What the chunks take once they have been searched; without keys."""
         return self._bytes_before_tail + (self.chunks[-1].bytes_reserved if self.chunks else 0)
 
-    def describe(self, row_id: int, text: bytes) -> None:
-        """Gives a row that has none its attributes, a JSON text."""
-        chunk, position = self.find(row_id)
-        size = chunk.describe(position, text)
-        if chunk is not self.chunks[-1]:
-            self._bytes_before_tail += size
-
     def born_by(self, lsn: int) -> tuple[tuple[Chunk, int], ...]:
         """The chunks with rows that were there at `lsn`, and how many those are: at least one, the first.
 
@@ -333,13 +339,17 @@ class Head:
         vectors: Floats,
         lsn: int = 0,
         spares: list[Chunk] | None = None,
+        attributes: Sequence[bytes | None] = (),
     ) -> None:
-        """Appends rows, born at `lsn`; their ids are greater than all here. `spares` are of `reserve`."""
+        """Appends rows, born at `lsn`; their ids are greater than all here. `spares` are of `reserve`.
+
+        `attributes` has a JSON text or None for each, or is empty.
+        """
         done = 0
         while done < len(keys):
             tail = self.tail(spares)
             part = slice(done, min(done + tail.capacity - tail.count, len(keys)))
-            tail.extend(row_ids[part], keys[part], vectors[part], lsn)
+            tail.extend(row_ids[part], keys[part], vectors[part], lsn, attributes[part])
             done = part.stop
 
     def fill(self, rows: Rows) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import attrs
@@ -364,7 +365,7 @@ class VectorIndex:
         """
         if len(keys) == 1:
             return self.prepare_one(keys[0], vectors[0], (attributes[0] if attributes else None) or b"")
-        last = {key: position for position, key in enumerate(keys)}
+        last = dict(zip(keys, range(len(keys)), strict=True))
         if len(last) < len(keys):
             kept = sorted(last.values())
             keys = [keys[position] for position in kept]
@@ -394,15 +395,15 @@ class VectorIndex:
         """Rows of distinct keys that are about to be added."""
         live = self.live
         spares = self._head.reserve(len(keys))
-        old = [row_id for key in keys if (row_id := live.get(key)) is not None]
+        known = list(filter(live.__contains__, keys))
         return Addition(
             dict(zip(keys, row_ids.tolist(), strict=True)),
             row_ids,
             vectors,
             attributes,
-            sum(len(key) for key in keys if key not in live),
-            len(keys) - len(old),
-            self._locate(old),
+            sum(map(len, keys)) - sum(map(len, known)),
+            len(keys) - len(known),
+            self._locate(list(map(live.__getitem__, known))),
             spares,
         )
 
@@ -435,12 +436,9 @@ class VectorIndex:
 
     def _append(self, lsn: int, addition: Addition) -> None:
         """Appends rows and points their keys at them."""
-        rows, row_ids = addition.rows, addition.row_ids
+        rows, vectors = addition.rows, addition.vectors
         self._next_row += len(rows)
-        self._head.extend(row_ids, list(rows), addition.vectors, lsn, addition.spares)
-        for row_id, text in zip(row_ids.tolist(), addition.attributes, strict=False):
-            if text:
-                self._head.describe(row_id, text)
+        self._head.extend(addition.row_ids, list(rows), vectors, lsn, addition.spares, addition.attributes)
         self._key_bytes += addition.new_bytes
         live = self.live
         live.update(rows)
@@ -479,6 +477,21 @@ class VectorIndex:
         """The JSON text of a key's attributes, empty when there is none or no such key."""
         found = self._find(key)
         return b"" if found is None else found[0].attributes_at(np.array([found[1]]))[0]
+
+    def attributes_of(self, keys: Sequence[bytes]) -> list[bytes]:
+        """As `attributes`, of each of these keys."""
+        found = [b""] * len(keys)
+        wanted = np.fromiter(map(self.live.get, keys, repeat(-1)), np.int64, len(keys))
+        sources: list[tuple[Chunk | Segment, int]] = [(each.segment, each.rows) for each in self.segments]
+        sources += [(chunk, chunk.count) for chunk in self._head.chunks if chunk.attributes]
+        for source, count in sources:
+            held = source.row_ids[:count]
+            (places,) = ((wanted >= held[0]) & (wanted <= held[-1])).nonzero()
+            if len(places):
+                texts = source.attributes_at(held.searchsorted(wanted[places]))
+                for place, text in zip(places.tolist(), texts, strict=True):
+                    found[place] = text
+        return found
 
     def _find(self, key: bytes) -> tuple[Chunk | Segment, int] | None:
         row_id = self.live.get(key)

@@ -37,15 +37,21 @@ def decode_vector(blob: bytes, dimension: int) -> Vector:
     return vector
 
 
+def check_sizes(blobs: Sequence[bytes], dimension: int) -> None:
+    """Raises VectorError, as `decode_vector` does, for the first of some vectors that has a wrong size."""
+    if not set(map(len, blobs)) <= {4 * dimension}:
+        for blob in blobs:
+            if len(blob) != 4 * dimension:
+                decode_vector(blob, dimension)
+
+
 def join_vectors(blobs: Sequence[bytes], dimension: int) -> bytes:
     """Vectors, each as `decode_vector` takes it, one after the other.
 
     Raises:
         VectorError: as `decode_vector`, for one that is wrong; those of a wrong size come first.
     """
-    for blob in blobs:
-        if len(blob) != 4 * dimension:
-            decode_vector(blob, dimension)
+    check_sizes(blobs, dimension)
     joined = b"".join(blobs)
     rows = np.frombuffer(joined, "<f4").reshape(len(blobs), dimension)
     with np.errstate(all="ignore"):

@@ -72,11 +72,10 @@ def _addition(state: State, lsn: int, operation: AddVectors) -> tuple[VectorInde
     vectors = vectors.reshape(len(keys), -1)
     if not attributes and not index.live.keys().isdisjoint(keys):
         attributes = (None,) * len(keys)
-    if attributes:
-        attributes = [
-            text if text is not None else index.attributes(key)
-            for key, text in zip(keys, attributes, strict=True)
-        ]
+    if None in attributes:
+        # Those of these rows stay.
+        former = index.attributes_of(keys)
+        attributes = [old if text is None else text for text, old in zip(attributes, former, strict=True)]
     return index, index.prepare_addition(keys, vectors, attributes)
 
 

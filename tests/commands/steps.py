@@ -44,7 +44,7 @@ from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
 from engram.index.vector_index import VectorIndex
 from engram.index.verification import Verification
-from engram.operations import CreateIndex, Flush, InstallSegment, SetString
+from engram.operations import AddVectors, CreateIndex, Flush, InstallSegment, SetString
 from engram.permissions import Reason, Rules
 from engram.statistics import Usage
 from engram.transport import CHUNK
@@ -112,6 +112,7 @@ _WORDS: dict[str, Callable[[], Sequence[bytes]]] = {
     "@new-pairs": lambda: [word for key in names(MANY, b"n") for word in (key, b"value")],
     "@members": partial(names, MANY, b"m"),
     "@rows": partial(rows, b"m"),
+    "@bare-rows": lambda: [word for row in zip(names(MANY, b"m"), vectors(), strict=True) for word in row],
     "@vector": lambda: vectors(1),
     "@queries": partial(vectors, QUERIES),
     "@long": lambda: [b"x" * LONG],
@@ -453,13 +454,16 @@ class LargeServer:
             parameters = f"{DIMENSION} M 4 EF_CONSTRUCTION 4"
             for text in (
                 f"VNEW index {parameters}",
-                "VMADD index @rows ATTRS",
                 f"VNEW empty {parameters}",
                 f"VNEW one {parameters}",
                 "VADD one m1 @vector",
             ):
                 words = request(text)
                 COMMANDS[words[0].lower()].handler(session, words)
+        index = self.database.logical(number).index(b"index")
+        assert index is not None
+        keys, blobs, attributes = (request("@rows")[column::3] for column in range(3))
+        self.database.commit(AddVectors(index.id, tuple(keys), b"".join(blobs), tuple(attributes)))
 
     def _add_users(self) -> None:
         access = self.server.access

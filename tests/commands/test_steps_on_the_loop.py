@@ -231,6 +231,7 @@ VECTOR_INDICES = (
     Row("VADD index m1 @vector", database=VECTORS),
     Row("VMADD empty @rows ATTRS", database=VECTORS),
     Row("VMADD index @rows ATTRS", database=VECTORS),
+    Row("VMADD index @bare-rows", database=VECTORS),
     Row("VGET index m1", database=VECTORS),
     Row("VMGET index @members", database=VECTORS),
     Row("VMGET index @keys", database=VECTORS),
@@ -338,8 +339,7 @@ KNOWN: dict[str, int] = {
     "CONFIG SET maxmemory 100gb": 185_619,
     # Each entry of a log is shown.
     "SLOWLOG GET -1": 530_364,
-    # In a transaction rows are added, and a filter compiled, in one turn.
-    "EXEC of 1 VMADD index @rows ATTRS in 4": 884_234,
+    # In a transaction a filter is compiled, or keys deleted, in one turn.
     "EXEC of 1 DEL @keys in 3": 497_316,
     "EXEC of 1 VSEARCH index @vector 10 FILTER @filter in 4": 342_973,
     # A slice of keys takes long: those that lapsed are deleted one by one, indices are let go of.
@@ -356,8 +356,6 @@ KNOWN: dict[str, int] = {
     "LATENCY HISTOGRAM": 449_968,
     "INFO": 155_759,
     # Each word, row or draw is looked at in the one turn that there is.
-    "VMADD index @rows ATTRS in 4": 885_613,
-    "VMADD empty @rows ATTRS in 4": 801_397,
     "COMMAND INFO @unknown": 240_483,
     "COMMAND DOCS @unknown": 180_474,
     "RANDOMKEY in 2": 178_703,

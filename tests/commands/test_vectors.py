@@ -106,6 +106,70 @@ async def test_vmadd(client: Client) -> None:
     assert await search(client, "a", vector(5, 0), b"9") == bulks("x", "0", "y", "1", "z", "2")
 
 
+# Some turns.
+MANY = 5000
+
+
+def many_rows(*, attributes: bool) -> list[bytes]:
+    """A VMADD of many rows: of those of the first slice, many come again in others."""
+    request = [b"VMADD", b"a"]
+    for number in range(MANY):
+        request += [b"m%d" % (number % 4000), vector(number), *([b'{"n":%d}' % number] * attributes)]
+    return [*request, *([b"ATTRS"] * attributes)]
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("attributes", [False, True])
+async def test_many_rows_are_added_as_one(open_house: OpenHouse, attributes: bool, queued: bool) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client, other = house.connect(), house.connect()
+        await client.call("VNEW a 1")
+        await client.call([b"VMADD", b"a", b"m3999", vector(9), b"{}", b"m1", vector(9), b"[1]", b"ATTRS"])
+        await other.call("WATCH a")
+        before = len(journal.records)
+        if queued:
+            await client.send("MULTI", many_rows(attributes=attributes), "EXEC")
+        else:
+            await client.send(many_rows(attributes=attributes))
+        while (count := await other.call("VCOUNT a")) == b":2\r\n":
+            pass
+        assert count == b":4000\r\n"
+        replies = [await client.reply() for _ in range(3 if queued else 1)]
+        assert replies[-1] == (b"*1\r\n" if queued else b"") + b":3998\r\n"
+        assert len(journal.records) - before == 2
+        for number, text in ((999, b"" if not attributes else b'{"n":4999}'), (3999, b"{}")):
+            newest = number + 4000 * (number < 1000)
+            assert await client.call(f"VGET a m{number}") == bulk(vector(newest))
+            shown = b'{"n":%d}' % newest if attributes else text
+            expected = bulk(shown) if shown else b"$-1\r\n"
+            assert await client.call(f"VGETATTR a m{number}") == expected
+        assert house.engine.totals().dead == 2
+        await other.send("MULTI", "PING", "EXEC")
+        assert await other.arrived() == b"+OK\r\n+QUEUED\r\n*-1\r\n"
+
+
+async def test_of_many_rows_none_is_added_when_the_last_is_wrong(client: Client) -> None:
+    await client.call("VNEW a 1")
+    request = many_rows(attributes=False)
+    request[-1] = vector(float("nan"))
+    assert await client.call(request) == b"-ERR vector must be finite, with a norm of at most 1e+18\r\n"
+    request[-1] = vector(1, 2)
+    assert await client.call(request) == b"-ERR wrong vector dimension: index expects 1, got 2\r\n"
+    assert await client.call("VCOUNT a") == b":0\r\n"
+
+
+async def test_rows_with_long_attributes_are_added_a_few_at_a_time(open_house: OpenHouse) -> None:
+    journal = ManualJournal(automatic=True)
+    async with open_house(journal) as house:
+        client = house.connect()
+        await client.call("VNEW a 1")
+        words = [word for n in range(7) for word in (b"m%d" % n, vector(n), b"x" * (1 << 20))]
+        assert await client.call([b"VMADD", b"a", *words, b"ATTRS"]) == b":7\r\n"
+        sizes = [len(record.keys) for _, record in journal.records if isinstance(record, AddVectors)]
+        assert sizes == [2, 2, 2, 1]
+
+
 async def test_vmadd_is_one_record(open_house: OpenHouse) -> None:
     journal = ManualJournal(automatic=True)
     async with open_house(journal) as house:

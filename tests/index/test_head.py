@@ -149,7 +149,7 @@ def test_the_rows_born_by_an_lsn_are_the_first_ones(chunk_rows: int) -> None:
 
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["append", "extend", "describe", "drop"]), st.integers(0, 40)), max_size=30
+        st.tuples(st.sampled_from(["append", "extend", "described", "drop"]), st.integers(0, 40)), max_size=30
     )
 )
 @settings(deadline=None)
@@ -165,9 +165,15 @@ def test_bytes_reserved_are_those_of_the_chunks(steps: list[tuple[str, int]]) ->
             row_ids = np.arange(next_row, next_row + number)
             head.extend(row_ids, [b"key"] * number, np.zeros((number, 3), np.float32))
             next_row += number
-        elif word == "describe" and (row := first_row + number) < next_row and row not in described:
-            described[row] = number
-            head.describe(row, bytes(number))
+        elif word == "described":
+            row_ids = np.arange(next_row, next_row + number)
+            texts_of = [bytes(row % 5) or None for row in row_ids.tolist()]
+            vectors = np.zeros((number, 3), np.float32)
+            head.extend(row_ids, [b"key"] * number, vectors, attributes=texts_of)
+            described |= {
+                row: len(text) for row, text in zip(row_ids.tolist(), texts_of, strict=True) if text
+            }
+            next_row += number
         elif word == "drop" and (row := first_row + number) < next_row:
             head.drop_through(row)
             first_row = row + 1
