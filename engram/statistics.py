@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import accumulate, compress
 
 import attrs
 
@@ -13,6 +16,16 @@ _STEP_BITS = 6
 _STEPS = 512
 _LAST_OCTAVE = 44
 _OCTAVE_BITS = 4
+
+# Nanoseconds that the calls of each step took at most.
+_FAST_TIMES = range(1 << _STEP_BITS, (_STEPS + 1) << _STEP_BITS, 1 << _STEP_BITS)
+
+
+@cache
+def _slow_time(key: int) -> int:
+    """The same for a key of `Usage._slow`."""
+    octave, part = key >> _OCTAVE_BITS, key & 15
+    return (17 + part) << octave - _OCTAVE_BITS - 1
 
 
 class Usage:
@@ -50,37 +63,40 @@ class Usage:
         key = (octave << _OCTAVE_BITS) + (each >> octave - _OCTAVE_BITS - 1 & 15)
         self._slow[key] = self._slow.get(key, 0) + count
 
-    def latencies(self) -> Iterator[tuple[int, int]]:
+    def latencies(self) -> Iterable[tuple[int, int]]:
         """(nanoseconds, calls that took up to about that many), ascending; only where there are calls."""
-        for step, calls in enumerate(self._fast):
-            if calls:
-                yield (step + 1) << _STEP_BITS, calls
-        for key in sorted(self._slow):
-            octave, part = key >> _OCTAVE_BITS, key & 15
-            yield (17 + part) << octave - _OCTAVE_BITS - 1, self._slow[key]
+        return zip(*self._columns(), strict=True)
+
+    def _columns(self) -> tuple[list[int], list[int]]:
+        """The two columns of `latencies`, without a step for each number."""
+        slow = sorted(self._slow)
+        times = [*compress(_FAST_TIMES, self._fast), *map(_slow_time, slow)]
+        return times, [*filter(None, self._fast), *map(self._slow.__getitem__, slow)]
+
+    def percentiles(self, percents: Iterable[float]) -> list[int]:
+        """For each the nanoseconds that so many percent of the calls took at most; 0 without calls."""
+        times, calls = self._columns()
+        seen = list(accumulate(calls))
+        if not seen:
+            return [0 for _ in percents]
+        wanted = (max(1, int(percent / 100 * seen[-1] + 0.5)) for percent in percents)
+        return [times[min(bisect_left(seen, count), len(times) - 1)] for count in wanted]
 
     def percentile(self, percent: float) -> int:
-        """Nanoseconds that `percent` of the calls took at most; 0 without calls."""
-        latencies = list(self.latencies())
-        wanted = max(1, int(percent / 100 * sum(calls for _, calls in latencies) + 0.5))
-        seen = 0
-        for nanoseconds, calls in latencies:
-            seen += calls
-            if seen >= wanted:
-                return nanoseconds
-        return latencies[-1][0] if latencies else 0
+        """One of `percentiles`."""
+        return self.percentiles((percent,))[0]
 
     def histogram(self) -> list[tuple[int, int]]:
         """(nanoseconds, calls that took at most so many), for powers of two from 1024 on; ascending, only
         where the number of calls changes."""
+        times, calls = self._columns()
+        seen = list(accumulate(calls))
         found: list[tuple[int, int]] = []
-        seen = 0
-        for nanoseconds, calls in self.latencies():
-            seen += calls
-            bound = 1 << max(10, (nanoseconds - 1).bit_length())
-            if found and found[-1][0] == bound:
-                found.pop()
-            found.append((bound, seen))
+        position = 0
+        while position < len(times):
+            bound = 1 << max(10, (times[position] - 1).bit_length())
+            position = bisect_right(times, bound, position)
+            found.append((bound, seen[position - 1]))
         return found
 
     def cumulative(self, bounds: Sequence[int]) -> list[tuple[int, int]]:

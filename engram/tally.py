@@ -7,12 +7,16 @@ from typing import Any, Generic, TypeVar
 
 V = TypeVar("V", bound=Hashable)
 
+# So many values that have changed are counted at once, a millisecond or so.
+_MOST_CHANGED = 256
+
 
 class Tally(Generic[V]):
     """The sums of what `measure` says of values, each of which is known by its identity.
 
     Whoever changes a value says so. Asking for the sums takes time in proportion to the values that have
-    changed since they were last asked for.
+    changed since they were last asked for. Those are a few hundred at most, for more are counted as they
+    change.
     """
 
     def __init__(self, measure: Callable[[V], tuple[int, ...]], width: int) -> None:
@@ -25,6 +29,8 @@ class Tally(Generic[V]):
     def change(self, value: V) -> None:
         """The value has come, or is another than before."""
         self._changed[value] = None
+        if len(self._changed) >= _MOST_CHANGED:
+            self.sums()
 
     def remove(self, value: V) -> None:
         """The value is gone."""

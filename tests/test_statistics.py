@@ -40,6 +40,25 @@ def test_percentiles() -> None:
     assert usage.percentile(100) == pytest.approx(1_000_000_000, rel=1 / 16)
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.integers(0, 1 << 50)), min_size=1),
+    st.lists(st.floats(0, 100), max_size=5),
+)
+def test_figures_are_those_of_latencies_looked_at_one_by_one(
+    runs: list[tuple[int, int]], percents: list[float]
+) -> None:
+    usage = Usage()
+    for count, nanoseconds in runs:
+        usage.record(count, count * nanoseconds)
+    each = [nanoseconds for nanoseconds, calls in usage.latencies() for _ in range(calls)]
+    wanted = [each[max(1, int(percent / 100 * len(each) + 0.5)) - 1] for percent in percents]
+    assert usage.percentiles(percents) == wanted
+    bounds = [1 << max(10, (nanoseconds - 1).bit_length()) for nanoseconds in each]
+    assert usage.histogram() == [
+        (bound, bounds.index(bound) + bounds.count(bound)) for bound in sorted(set(bounds))
+    ]
+
+
 def test_histograms_are_cumulative() -> None:
     usage = Usage()
     assert usage.histogram() == []

@@ -255,7 +255,7 @@ def _latency_statistics(server: Server) -> Fields:
     fields: Fields = {}
     for name, usage in sorted(server.statistics.usage.items()):
         if usage.calls:
-            percentiles = ((percent, usage.percentile(percent)) for percent in _PERCENTILES)
+            percentiles = zip(_PERCENTILES, usage.percentiles(_PERCENTILES), strict=True)
             fields[f"latency_percentiles_usec_{name}"] = ",".join(
                 f"p{percent}={nanoseconds / 1000:.3f}" for percent, nanoseconds in percentiles
             )
@@ -285,7 +285,7 @@ def _vectors(server: Server) -> Fields:
     engine = server.database.engine
     totals = engine.totals()
     searches, builder = server.searches, server.builder
-    latency = server.statistics.searches
+    half, most = server.statistics.searches.percentiles((50, 99))
     return {
         "vectors_indices": len(engine.indices),
         "vectors_rows": totals.rows,
@@ -296,8 +296,8 @@ def _vectors(server: Server) -> Fields:
         "vectors_search_batches": searches.batches,
         "vectors_searches_waiting": searches.waiting,
         "vectors_searches_refused": searches.refused,
-        "vectors_search_usec_p50": latency.percentile(50) // 1000,
-        "vectors_search_usec_p99": latency.percentile(99) // 1000,
+        "vectors_search_usec_p50": half // 1000,
+        "vectors_search_usec_p99": most // 1000,
         "vectors_builds_running": builder.running,
         "vectors_builds_waiting": builder.waiting,
         "vectors_builds": builder.builds,

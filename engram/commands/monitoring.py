@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import trio
+
 from engram.commands.arguments import integer, text
-from engram.commands.session import Session
-from engram.commands.table import Command, container, help_command
+from engram.commands.session import Barrier, Session
+from engram.commands.table import Command, Reply, container, help_command
 from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.replies import EMPTY_ARRAY, OK, ZERO
@@ -12,11 +16,13 @@ from engram.slowlog import SlowCall
 from engram.statistics import Usage
 
 _SHOWN_BY_DEFAULT = 10
+# Entries of the slow log that are encoded in one turn of the loop.
+_SHOWN_AT_ONCE = 256
 
 _WRONG_NUMBER = "ERR unknown subcommand or wrong number of arguments for '{}'. Try {} HELP."
 
 
-def _slowlog_get(session: Session, arguments: list[bytes]) -> bytes:
+def _slowlog_get(session: Session, arguments: list[bytes]) -> Reply:
     if len(arguments) > 3:
         raise CommandError(_WRONG_NUMBER.format(text(arguments[1]), "SLOWLOG"))
     count = _SHOWN_BY_DEFAULT
@@ -26,7 +32,19 @@ def _slowlog_get(session: Session, arguments: list[bytes]) -> bytes:
         if count < -1:
             raise CommandError(message)
     calls = list(session.server.slowlog)
-    return replies.array(map(_slow_call, calls if count < 0 else calls[:count]))
+    if count >= 0:
+        calls = calls[:count]
+    if len(calls) <= _SHOWN_AT_ONCE:
+        return replies.array(map(_slow_call, calls))
+
+    async def show() -> bytes:
+        shown: list[bytes] = []
+        for start in range(0, len(calls), _SHOWN_AT_ONCE):
+            shown += map(_slow_call, calls[start : start + _SHOWN_AT_ONCE])
+            await trio.lowlevel.checkpoint()
+        return replies.array(shown)
+
+    return Barrier(show)
 
 
 def _slow_call(call: SlowCall) -> bytes:
@@ -82,14 +100,15 @@ def _latency_histogram(session: Session, arguments: list[bytes]) -> bytes:
     names: list[str] = sorted(usage)
     if len(arguments) > 2:
         # A container stands for its subcommands.
-        meant: dict[str, list[str]] = {}
+        meant: dict[bytes, list[str]] = {}
         for name in names:
-            meant.setdefault(name, []).append(name)
+            meant.setdefault(name.encode(), []).append(name)
             container_name, bar, _ = name.partition("|")
             if bar:
-                meant.setdefault(container_name, []).append(name)
-        wanted = dict.fromkeys(text(word).lower() for word in arguments[2:])
-        names = list(dict.fromkeys(name for word in wanted for name in meant.get(word, ())))
+                meant.setdefault(container_name.encode(), []).append(name)
+        # There may be many words, but few of them are names.
+        wanted = dict.fromkeys(filter(meant.__contains__, map(bytes.lower, arguments[2:])))
+        names = list(dict.fromkeys(name for word in wanted for name in meant[word]))
     encoder = session.encoder
     return encoder.map(
         (replies.bulk(name.encode()), encoder.map(_histogram(session, usage[name])))
@@ -99,15 +118,17 @@ def _latency_histogram(session: Session, arguments: list[bytes]) -> bytes:
 
 
 def _histogram(session: Session, usage: Usage) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
-    # The bounds are those of Redis, whose histogram keeps two significant digits.
-    buckets = (
-        (replies.integer((bound + (bound >> 7) - 1) // 1000), replies.integer(calls))
-        for bound, calls in usage.histogram()
-    )
+    buckets = ((_bound(bound), replies.integer(calls)) for bound, calls in usage.histogram())
     return (
         (replies.bulk(b"calls"), replies.integer(usage.calls)),
         (replies.bulk(b"histogram_usec"), session.encoder.map(buckets)),
     )
+
+
+@cache
+def _bound(nanoseconds: int) -> bytes:
+    """The bound of a bucket as Redis has it, whose histogram keeps two significant digits."""
+    return replies.integer((nanoseconds + (nanoseconds >> 7) - 1) // 1000)
 
 
 _SLOWLOG_HELP = (

@@ -91,3 +91,15 @@ async def test_histograms_of_latency(house: House) -> None:
     everything = reader.gets()
     assert everything[b"client|id"] == {b"calls": 2, b"histogram_usec": {1: 2}}
     assert {b"get", b"hello", b"latency|histogram"} <= set(everything)
+
+
+async def test_a_long_slow_log_is_shown_in_order(house: House) -> None:
+    client = house.connect()
+    house.server.config.slowlog_max_len = 1000
+    (session,) = house.server.sessions.values()
+    for number in range(300):
+        house.server.slowlog.add(session, [b"n%d" % number], 1)
+    reply = await client.call("SLOWLOG GET -1")
+    assert reply.startswith(b"*300\r\n")
+    places = [reply.index(b"\r\nn%d\r\n" % number) for number in range(300)]
+    assert places == sorted(places, reverse=True)

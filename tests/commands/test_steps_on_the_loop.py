@@ -337,8 +337,6 @@ KNOWN: dict[str, int] = {
     # Each key is counted.
     "CONFIG SET maxmemory-policy volatile-ttl maxmemory 1": 257_696,
     "CONFIG SET maxmemory 100gb": 185_619,
-    # Each entry of a log is shown.
-    "SLOWLOG GET -1": 530_364,
     # In a transaction a filter is compiled, or keys deleted, in one turn.
     "EXEC of 1 DEL @keys in 3": 497_316,
     "EXEC of 1 VSEARCH index @vector 10 FILTER @filter in 4": 342_973,
@@ -347,13 +345,9 @@ KNOWN: dict[str, int] = {
     # A page of a scan takes long.
     "SCAN 0 COUNT 1000000 TYPE string": 199_973,
     "SCAN 0 COUNT 1000000 MATCH ?*": 118_518,
-    # Each index is let go of, or counted afresh.
+    # Each session is looked at.
     "INFO behind VADD k4999 m @vector in 3": 789_786,
-    # Latencies of each command are added up for each percentile.
     "INFO everything": 1_221_955,
-    "INFO latencystats": 1_065_019,
-    "LATENCY HISTOGRAM @commands": 532_810,
-    "LATENCY HISTOGRAM": 449_968,
     "INFO": 155_759,
     # Each word, row or draw is looked at in the one turn that there is.
     "COMMAND INFO @unknown": 240_483,
