@@ -7,7 +7,7 @@ key that is there throughout is met once, and the server remembers nothing of a 
 
 from __future__ import annotations
 
-import secrets
+import random
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -236,12 +236,12 @@ class ScanOrder:
         pieces = len(blocks) + bool(tail)
         width = BLOCK_KEYS if pieces > 1 else len(blocks[0][0] if blocks else tail)
         for _ in range(_DRAWS):
-            index, position = divmod(secrets.randbelow(pieces * width), width)
+            index, position = divmod(int(random.random() * pieces * width), width)  # noqa: S311
             keys = blocks[index][0] if index < len(blocks) else tail
             if position < len(keys) and keys[position] in self._held:
                 return keys[position]
         # Most blocks are small, or most entries dead: the next that lives, from any block on.
-        index = secrets.randbelow(pieces)
+        index = random.randrange(pieces)  # noqa: S311
         cursor = blocks[index][1][-1] if index < len(blocks) else 0
         while True:
             cursor, found = self.page(cursor, 1)

@@ -37,7 +37,10 @@ _SAME_KEY = "ERR source and destination objects are the same"
 # Draws of a random key that may have lapsed, before all keys are looked through; and where they are more than
 # so many, which are not.
 _DRAWS = 100
-_MORE_DRAWS = 4096
+_MORE_DRAWS = 2048
+
+# Keys of a page of SCAN that are looked at one by one, for their type or a pattern.
+_EXAMINED = 4096
 
 
 def _delete(session: Session, arguments: list[bytes]) -> Reply:
@@ -274,6 +277,8 @@ def _scan(session: Session, arguments: list[bytes]) -> bytes:
             case _:
                 raise CommandError(SYNTAX_ERROR)
     keyspace = database.keyspace
+    if kind is not None or (pattern is not None and pattern != b"*"):
+        count = min(count, _EXAMINED)
     cursor, keys = keyspace.scan(cursor, count, scan_size(pattern))
     keys = database.live_keys(keys)
     if pattern is not None and pattern != b"*":

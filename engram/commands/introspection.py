@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
+from itertools import repeat
+from typing import TypeVar
 
 import attrs
+import trio
 
 from engram.commands.arguments import SYNTAX_ERROR, text
 from engram.commands.limits import check_reply
-from engram.commands.session import Pieces, Session
+from engram.commands.long_work import ELEMENTS_A_TURN
+from engram.commands.session import Barrier, Pieces, Session
 from engram.commands.syntax import Argument
 from engram.commands.table import Command, Reply, check_arity, container, help_command
 from engram.errors import CommandError
 from engram.protocol import replies
 from engram.protocol.glob import compile_glob
 from engram.protocol.replies import Encoder
+
+T = TypeVar("T")
+
+# So many parts of a reply become one where they are short.
+_JOINED = 64
+_JOINED_BYTES = 4096
 
 
 def command_info(command: Command, encoder: Encoder) -> bytes:
@@ -121,10 +131,14 @@ class _Introspection:
         self._info_of = cache(command_info)
         self._docs_of = cache(_named_docs)
 
-    def _find(self, name: bytes) -> Command | None:
-        head, _, tail = name.lower().partition(b"|")
-        command = self._table.get(head)
-        return command.subcommands.get(tail) if command is not None and tail else command
+    @cached_property
+    def _named(self) -> Mapping[bytes, Command]:
+        """All commands by the lower-case names that INFO and DOCS know them by."""
+        named: dict[bytes, Command] = {}
+        for name, command in self._table.items():
+            named[name] = named[name + b"|"] = command
+            named |= {name + b"|" + part: each for part, each in command.subcommands.items()}
+        return named
 
     def _described(
         self,
@@ -133,13 +147,14 @@ class _Introspection:
         describe: Callable[[Command, Encoder], bytes],
         missing: bytes,
     ) -> list[bytes]:
-        """What is said of each command named, as often as it is; raises CommandError for too much."""
-        encoder = session.encoder
-        known = {
-            name: missing if (command := self._find(name)) is None else describe(command, encoder)
-            for name in dict.fromkeys(names)
-        }
-        found = [known[name] for name in names]
+        """What is said of each command named, as often as it is; raises CommandError for too much.
+
+        There may be many names, which take no step each.
+        """
+        encoder, named = session.encoder, self._named
+        lower = list(map(bytes.lower, names))
+        known = {name: describe(named[name], encoder) for name in set(filter(named.__contains__, lower))}
+        found = list(map(known.get, lower, repeat(missing)))
         check_reply(session, sum(map(len, found)))
         return found
 
@@ -152,7 +167,7 @@ class _Introspection:
         if len(arguments) == 2:
             return self.everything(session, arguments)
         found = self._described(session, arguments[2:], self._info_of, session.encoder.null)
-        return Pieces((replies.array_header(len(found)), *found))
+        return _joined(replies.array_header(len(found)), found)
 
     def docs(self, session: Session, arguments: list[bytes]) -> Reply:
         """COMMAND DOCS."""
@@ -161,7 +176,7 @@ class _Introspection:
         else:
             found = list(filter(None, self._described(session, arguments[2:], self._docs_of, b"")))
         # Each is a name with what is said of it.
-        return Pieces((session.encoder.map_header(len(found)), *found))
+        return _joined(session.encoder.map_header(len(found)), found)
 
     def count(self, session: Session, arguments: list[bytes]) -> bytes:
         """COMMAND COUNT."""
@@ -182,23 +197,24 @@ class _Introspection:
             raise CommandError("ERR Invalid number of arguments specified for command") from error
         return command
 
-    def get_keys(self, session: Session, arguments: list[bytes]) -> bytes:
+    def get_keys(self, session: Session, arguments: list[bytes]) -> Reply:
         """COMMAND GETKEYS."""
         request = arguments[2:]
-        return replies.bulk_array(
-            request[position] for position in self._keyed(request).key_positions(request)
-        )
+        keys = list(map(request.__getitem__, self._keyed(request).key_positions(request)))
+        return _in_parts(keys, lambda some: map(replies.bulk, some))
 
-    def get_keys_and_flags(self, session: Session, arguments: list[bytes]) -> bytes:
+    def get_keys_and_flags(self, session: Session, arguments: list[bytes]) -> Reply:
         """COMMAND GETKEYSANDFLAGS."""
-        request = arguments[2:]
+        request, encoder = arguments[2:], session.encoder
         encoded: dict[tuple[str, ...], bytes] = {}
-        found = []
-        for position, flags in self._keyed(request).key_uses(request):
-            if flags not in encoded:
-                encoded[flags] = session.encoder.set(map(replies.simple, flags))
-            found.append(b"*2\r\n" + replies.bulk(request[position]) + encoded[flags])
-        return replies.array(found)
+
+        def encode(uses: Sequence[tuple[int, tuple[str, ...]]]) -> Iterator[bytes]:
+            for position, flags in uses:
+                if flags not in encoded:
+                    encoded[flags] = encoder.set(map(replies.simple, flags))
+                yield b"*2\r\n" + replies.bulk(request[position]) + encoded[flags]
+
+        return _in_parts(self._keyed(request).key_uses(request), encode)
 
     def listing(self, session: Session, arguments: list[bytes]) -> bytes:
         """COMMAND LIST."""
@@ -220,6 +236,30 @@ class _Introspection:
                 case _:
                     raise CommandError(SYNTAX_ERROR)
         return replies.bulk_array(each.name.encode() for each in listed)
+
+
+def _joined(header: bytes, found: Sequence[bytes]) -> Pieces:
+    """What is found one after the other; what is short is joined, what is long is not copied."""
+    parts = [header]
+    for start in range(0, len(found), _JOINED):
+        some = found[start : start + _JOINED]
+        parts += (b"".join(some),) if sum(map(len, some)) <= _JOINED_BYTES else some
+    return Pieces(parts)
+
+
+def _in_parts(items: Sequence[T], encode: Callable[[Sequence[T]], Iterable[bytes]]) -> bytes | Barrier:
+    """The array of what `encode` makes of each item; others have a turn while it makes many."""
+    if len(items) <= ELEMENTS_A_TURN:
+        return replies.array(encode(items))
+
+    async def go_on() -> bytes:
+        parts: list[bytes] = []
+        for start in range(0, len(items), ELEMENTS_A_TURN):
+            parts += encode(items[start : start + ELEMENTS_A_TURN])
+            await trio.lowlevel.checkpoint()
+        return replies.array(parts)
+
+    return Barrier(go_on)
 
 
 def _named_docs(command: Command, encoder: Encoder) -> bytes:

@@ -395,6 +395,14 @@ async def test_a_scan_takes_some_thousand_keys_at_once(house: House) -> None:
         found += more
         calls += 1
     assert sorted(found) == sorted(keys)
+    # Fewer where each is looked at.
+    for options in ((b"MATCH", b"?*"), (b"TYPE", b"string")):
+        cursor, found = await scan(client, b"0", b"COUNT", b"1000000", *options)
+        assert len(found) == 4096
+        while cursor != b"0":
+            cursor, more = await scan(client, cursor, b"COUNT", b"1000000", *options)
+            found += more
+        assert sorted(found) == sorted(keys)
     # The longer a pattern is, the longer each key may take to match with it.
     cursor, found = await scan(client, b"0", b"COUNT", b"1000000", b"MATCH", b"*" + b"[0-9]*" * 600)
     assert cursor != b"0"

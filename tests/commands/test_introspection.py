@@ -4,6 +4,7 @@ import hiredis
 import pytest
 
 from engram.commands.registry import COMMANDS
+from engram.protocol.replies import bulk, bulk_array
 from tests.commands.conftest import Conversation, Converse
 from tests.conftest import House
 
@@ -182,3 +183,22 @@ async def test_keys_that_are_used_in_two_ways(house: House) -> None:
     assert [each[each.index(b"key_spec_index") + 1] for each in arguments] == [0, 1]
     reader.feed(await client.call("COMMAND GETKEYSANDFLAGS renamenx a b"))
     assert reader.gets() == [[b"a", [b"RW", b"access", b"delete"]], [b"b", [b"OW", b"insert"]]]
+
+
+async def test_names_are_told_of_as_often_as_they_are_asked_for(house: House) -> None:
+    client = house.connect()
+    get, client_list = await client.call("COMMAND INFO GET"), await client.call("COMMAND INFO CLIENT|LIST")
+    request = [b"COMMAND", b"INFO", *[b"nosuch", b"gEt", b"client|list", b"get|x", b"GET|"] * 100]
+    shown = get.removeprefix(b"*1\r\n"), client_list.removeprefix(b"*1\r\n")
+    parts = b"$-1\r\n", shown[0], shown[1], b"$-1\r\n", shown[0]
+    assert await client.call(request) == b"*500\r\n" + b"".join(parts) * 100
+
+
+async def test_many_keys_are_told_as_few_are(house: House) -> None:
+    client = house.connect()
+    keys = [b"k%d" % number for number in range(3000)]
+    assert await client.call([b"COMMAND", b"GETKEYS", b"MGET", *keys]) == bulk_array(keys)
+    pairs = [word for key in keys for word in (key, b"")]
+    reply = await client.call([b"COMMAND", b"GETKEYSANDFLAGS", b"MSET", *pairs])
+    flags = (await client.call("COMMAND GETKEYSANDFLAGS MSET k v")).removeprefix(b"*1\r\n*2\r\n$1\r\nk\r\n")
+    assert reply == b"*3000\r\n" + b"".join(b"*2\r\n" + bulk(key) + flags for key in keys)

@@ -342,19 +342,10 @@ KNOWN: dict[str, int] = {
     "EXEC of 1 VSEARCH index @vector 10 FILTER @filter in 4": 342_973,
     # A slice of keys takes long: those that lapsed are deleted one by one, indices are let go of.
     "DEL @keys in 3": 179_147,
-    # A page of a scan takes long.
-    "SCAN 0 COUNT 1000000 TYPE string": 199_973,
-    "SCAN 0 COUNT 1000000 MATCH ?*": 118_518,
     # Each session is looked at.
     "INFO behind VADD k4999 m @vector in 3": 789_786,
     "INFO everything": 1_221_955,
     "INFO": 155_759,
-    # Each word, row or draw is looked at in the one turn that there is.
-    "COMMAND INFO @unknown": 240_483,
-    "COMMAND DOCS @unknown": 180_474,
-    "RANDOMKEY in 2": 178_703,
-    "COMMAND GETKEYS MGET @keys": 167_430,
-    "COMMAND GETKEYSANDFLAGS MSET @pairs": 166_641,
 }
 
 
