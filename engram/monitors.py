@@ -188,16 +188,25 @@ def _quoted_in_parts(words: Sequence[bytes]) -> Iterator[bytes]:
     """Words as `quoted` has them, with blanks between them, in parts that are each made at once."""
     part: list[bytes] = []
     size = 0
-    for number, word in enumerate(words):
-        part.append(b' "' if number else b'"')
-        for start in range(0, len(word), _BYTES_AT_ONCE):
-            shown = escaped(word[start : start + _BYTES_AT_ONCE])
-            part.append(shown)
-            size += len(shown)
-            if size >= _BYTES_AT_ONCE:
-                yield b"".join(part)
-                part.clear()
-                size = 0
-        part.append(b'"')
-        size += _WAITING_WORD
+    for piece in _quoted_pieces(words):
+        part.append(piece)
+        size += len(piece) + _WAITING_WORD
+        if size >= _BYTES_AT_ONCE:
+            yield b"".join(part)
+            part.clear()
+            size = 0
     yield b"".join(part)
+
+
+def _quoted_pieces(words: Sequence[bytes]) -> Iterator[bytes]:
+    """The same, word by word, and of a long word bit by bit."""
+    blank = b""
+    for word in words:
+        if len(word) <= _BYTES_AT_ONCE:
+            yield blank + quoted(word)
+        else:
+            yield blank + b'"'
+            for start in range(0, len(word), _BYTES_AT_ONCE):
+                yield escaped(word[start : start + _BYTES_AT_ONCE])
+            yield b'"'
+        blank = b" "

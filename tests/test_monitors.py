@@ -112,6 +112,20 @@ async def test_quoting_what_is_long_lets_others_go_on() -> None:
     assert watching.lines[-1].endswith(b'"PING"\r\n')
 
 
+@pytest.mark.parametrize("length", [0, 1, 200_000])
+async def test_what_is_quoted_bit_by_bit_is_as_it_were_at_once(length: int) -> None:
+    jobs: Jobs = []
+    monitors, watching = Monitors(lambda: 32 << 20, jobs.append), Watching()
+    monitors.add(watching)
+    request = [
+        b"MSET",
+        *[bytes(range(256)) * (length // 256) + b"x" * (length % 256), b""] * (3 if length > 1 else 5000),
+    ]
+    monitors.feed(Watching(), request)
+    await jobs.pop()()
+    assert b"".join(watching.lines).partition(b"] ")[2] == b" ".join(map(quoted, request)) + b"\r\n"
+
+
 async def test_what_waits_to_be_quoted_is_shown_to_those_that_watched_and_still_do() -> None:
     jobs: Jobs = []
     monitors, stays, leaves, late = Monitors(lambda: 8 << 20, jobs.append), Watching(), Watching(), Watching()
