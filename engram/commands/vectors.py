@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 
 from engram.commands.allowance import Allowance
@@ -90,7 +91,7 @@ def _add_in_turns(
         blobs = list(map(blobs.__getitem__, kept))
         attributes = list(map(attributes.__getitem__, kept)) if attributes else ()
         parts = _parts(len(keys), 4 * dimension, attributes)
-    with database.as_one():
+    with database.as_one() if len(parts) > 1 else nullcontext():
         for part in parts:
             if part.start:
                 yield
