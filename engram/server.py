@@ -32,6 +32,7 @@ from engram.database import RECORD_OVERHEAD, Database, clock
 from engram.descriptors import RESERVED, DescriptorLimits, in_use, raise_limits
 from engram.engine import Engine
 from engram.errors import ChangeFailureError, OperatorError
+from engram.exclusion import Exclusion
 from engram.files import DiskFiles, Files
 from engram.heap import Heap
 from engram.index.builder import Builder, BuilderSettings
@@ -257,7 +258,7 @@ class _Parts:
         nursery.start_soon(partial(keep_running, "serving clients", server.rounds.run, pause=_ROUNDS_PAUSE))
         jobs: dict[str, Job] = {
             "verifying segments": self.verification.run,
-            "deleting keys that lapsed": partial(_expire, database),
+            "deleting keys that lapsed": partial(_expire, database, server.exclusion),
             "freeing what was dropped": partial(_free, database.engine, self.store, self.persistence),
             "forgetting watches": partial(_forget_watches, database),
             "trimming the heap": heap.run,
@@ -482,8 +483,8 @@ async def _sample(server: Server) -> None:
         await trio.sleep(SAMPLE_INTERVAL)
 
 
-async def _expire(database: Database) -> None:
-    """Deletes keys soon after they lapse."""
+async def _expire(database: Database, exclusion: Exclusion) -> None:
+    """Deletes keys soon after they lapse, but none between two turns of a client that has the data alone."""
     while True:
         next_expiry = database.next_expiry()
         pause = _IDLE_EXPIRY_INTERVAL
@@ -491,8 +492,10 @@ async def _expire(database: Database) -> None:
         if next_expiry is not None and next_expiry > database.now():
             pause = min(pause, max(0.001, (next_expiry - database.now()) / 1000))
         await trio.sleep(pause)
+        await exclusion.wait()
         while database.expire_due():
             await trio.lowlevel.checkpoint()
+            await exclusion.wait()
 
 
 async def _forget_watches(database: Database) -> None:

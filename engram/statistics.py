@@ -101,15 +101,9 @@ class Usage:
 
     def cumulative(self, bounds: Sequence[int]) -> list[tuple[int, int]]:
         """(bound, calls that took at most so many nanoseconds) for each of `bounds`, which ascend."""
-        latencies = list(self.latencies())
-        position = seen = 0
-        found = []
-        for bound in bounds:
-            while position < len(latencies) and latencies[position][0] <= bound:
-                seen += latencies[position][1]
-                position += 1
-            found.append((bound, seen))
-        return found
+        times, calls = self._columns()
+        seen = [0, *accumulate(calls)]
+        return [(bound, seen[bisect_right(times, bound)]) for bound in bounds]
 
     def reset(self) -> None:
         """Counts from zero."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import trio
 from trio.lowlevel import Task
+from trio.testing import MockClock
 
 from engram import collector, heap, supervision
 from engram.config import Config
@@ -26,10 +27,11 @@ from engram.index.segment import SegmentStore
 from engram.index.service import SearchService
 from engram.listeners import Reception
 from engram.rounds import Rounds
+from engram.server import _expire
 from engram.statistics import Statistics
 from engram.supervision import keep_running
 from engram.watches import Watches
-from tests.conftest import vector
+from tests.conftest import OpenHouse, vector
 from tests.test_server import OK, PONG, running
 
 NO_THREAD = RuntimeError("can't start new thread")
@@ -205,3 +207,21 @@ async def scrape(config: Config) -> None:
             await stream.receive_some()
     except (OSError, trio.BrokenResourceError):
         return
+
+
+async def test_no_key_lapses_between_two_turns_of_one_who_has_the_data_alone(
+    open_house: OpenHouse, autojump_clock: MockClock
+) -> None:
+    """Without a log, too: a VMADD that takes turns would be left half-way without its index."""
+    async with open_house() as house:
+        house.engine.keyspace.set(b"k", b"v", house.clock.time + 1)
+        house.clock.time += 10
+        house.server.exclusion.begin()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_expire, house.database, house.server.exclusion)
+            await trio.sleep(5)
+            assert b"k" in house.engine.keyspace.values
+            house.server.exclusion.end()
+            await trio.sleep(5)
+            assert b"k" not in house.engine.keyspace.values
+            nursery.cancel_scope.cancel()
