@@ -215,16 +215,31 @@ class _Lane(Generic[_Waiting]):
         threads: the most threads that are at it at once.
         queues: what waits, by what is served in turn: an index, or a client.
         busy: threads that are at it.
+        idle: threads of this kind that have nothing to do.
+        calls: True for each of these that should look at the queues, False for one that should end.
     """
 
     threads: int
     queues: dict[int, _Turns[_Waiting]] = attrs.field(factory=dict)
     busy: int = 0
+    idle: int = 0
+    calls: SimpleQueue[bool] = attrs.field(factory=SimpleQueue)
 
     @property
     def ready(self) -> bool:
         """Whether a thread may take something of it."""
         return bool(self.queues) and self.busy < self.threads
+
+    def call(self) -> None:
+        """Has a thread that is idle, if there is one, look at the queues."""
+        if self.idle:
+            self.idle -= 1
+            self.calls.put(True)
+
+    def call_if_ready(self) -> None:
+        """As `call`, where a thread may take something. One that is at it looks again before it idles."""
+        if self.ready:
+            self.call()
 
     def add(self, key: int, client: int, items: Iterable[_Waiting]) -> None:
         """Queues something."""
@@ -287,22 +302,25 @@ class _Shared:
             raise self._error
 
 
+_Work = Callable[[trio.lowlevel.TrioToken], bool]
+
+
 class SearchService:
     """Runs searches in `threads` threads at a time, and other reads that take long in `readers` more.
 
     Searches run in batches of up to `max_batch` queries. A batch is what waits for one index: without a
     timer, the next one is what has come in during the last. A thread takes the next batch by itself, without
     a turn of the loop in between. Where there are `helpers`, another thread searches while it encodes what it
-    has found, which takes the interpreter's lock. Threads that are idle help one that walks several graphs:
-    `helpers` of them at least where nobody reads.
+    has found, which takes the interpreter's lock. Those that are idle, and `helpers` more that do nothing
+    else, help one that walks several graphs.
 
     Neither kind of work keeps the other from its threads. Clients take turns: each has a search in a batch
     before any has its next, and a read before any has its next. What is not begun within `timeout` seconds
     is answered with a SearchBusyError; with a timeout of 0 it waits.
 
     Where `soon` calls what it is given some steps later, threads are woken then: what is asked for together
-    is in one batch. Each of the `workers`, which are all threads, has a number. The counters are `searches`
-    (queries) and `batches` run, what is `waiting`, and what was `refused`.
+    is in one batch. Each of the `workers`, the threads that search or help, has a number. The counters are
+    `searches` (queries) and `batches` run, what is `waiting`, and what was `refused`.
     """
 
     def __init__(
@@ -314,21 +332,18 @@ class SearchService:
         max_batch: int,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.workers = threads + max(helpers, readers)
+        self.workers = threads + helpers
         # Without a core for it, another thread would only take smaller batches.
         self._spare = helpers > 0
         self._max_batch = max_batch
-        # Guards the lanes, `waiting` and the number of idle threads; held for a few steps only.
+        # Guards the lanes and `waiting`; held for a few steps only.
         self._lock = Lock()
         self._now = now
         self._searches: _Lane[_Search] = _Lane(threads)
         self._reads: _Lane[_Read] = _Lane(readers)
         self._shared: deque[_Shared] = deque()
-        self._idle = 0
-        # What each thread is at.
-        self._at: list[_Lane[Any] | None] = [None] * self.workers
-        # True for each thread that should look at the queues, False for one that should end.
-        self._calls: SimpleQueue[bool] = SimpleQueue()
+        # Which of the workers are at a search, and not only helping or encoding.
+        self._searching = [False] * self.workers
         self.searches = 0
         self.batches = 0
         self.waiting = 0
@@ -340,7 +355,7 @@ class SearchService:
     @property
     def idle(self) -> int:
         """How many threads have nothing to do."""
-        return self._idle
+        return self._searches.idle + self._reads.idle
 
     def submit(
         self,
@@ -390,28 +405,22 @@ class SearchService:
         """Has threads look at the queues that have nothing to do."""
         self._waking = False
         with self._lock:
-            self._call_for(self._searches)
-            self._call_for(self._reads)
-
-    def _call_for(self, lane: _Lane[Any]) -> None:
-        # A thread that is at it looks again before it idles.
-        if lane.ready:
-            self._call()
-
-    def _call(self) -> None:
-        if self._idle:
-            self._idle -= 1
-            self._calls.put(True)
+            self._searches.call_if_ready()
+            self._reads.call_if_ready()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled. What is under way is finished first; the rest is not answered."""
         # BLAS threads of its own would spin beside the workers. The limit is the whole process's.
         threadpool_limits(1, user_api="blas")
-        limiter = trio.CapacityLimiter(self.workers)
+        lanes: list[tuple[_Lane[Any], _Work]] = [
+            (self._searches, partial(self._search_next, worker)) for worker in range(self.workers)
+        ]
+        lanes += [(self._reads, self._read_next)] * self._reads.threads
+        limiter = trio.CapacityLimiter(len(lanes))
         token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
-            for worker in range(self.workers):
-                serve = partial(trio.to_thread.run_sync, self._serve, worker, token, limiter=limiter)
+            for lane, work in lanes:
+                serve = partial(trio.to_thread.run_sync, _serve, lane, work, token, limiter=limiter)
                 nursery.start_soon(keep_running, "a search thread", serve)
             nursery.start_soon(keep_running, "refusing late searches", self._refuse_what_is_late)
             task_status.started()
@@ -423,8 +432,8 @@ class SearchService:
                     self._reads.queues.clear()
                     self._shared.clear()
                     self.waiting = 0
-                for _ in range(self.workers):
-                    self._calls.put(False)
+                for lane, _ in lanes:
+                    lane.calls.put(False)
 
     async def _refuse_what_is_late(self) -> None:
         while True:
@@ -447,50 +456,52 @@ class SearchService:
             self.refused += each.size
             _call(each.finish(SearchBusyError(self.timeout)))
 
-    def _serve(self, worker: int, token: trio.lowlevel.TrioToken) -> None:
-        while True:
-            if not self._run_next(worker, token) and not self._calls.get():
-                return
-
-    def _run_next(self, worker: int, token: trio.lowlevel.TrioToken) -> bool:
-        """Does what is next; whether there was anything.
+    def _search_next(self, worker: int, token: trio.lowlevel.TrioToken) -> bool:
+        """Helps another search, or runs the next batch; whether there was anything to do.
 
         What this holds, views of indices that may be dropped, is let go of before a thread idles.
         """
-        shared, batch, read = None, None, None
+        shared, batch = None, None
         with self._lock:
             if self._shared:
                 shared = self._shared.popleft()
             elif self._searches.ready:
                 batch = self._take_searches(worker)
-            elif self._reads.ready:
-                read = self._take_read(worker)
             else:
-                self._idle += 1
+                self._searches.idle += 1
                 return False
+        if shared is not None:
+            shared.help(worker)
+            return True
         try:
-            if shared is not None:
-                shared.help(worker)
-            elif batch:
+            if batch:
                 self._search(batch, worker, token)
-            elif read is not None and read.wanted():
-                token.run_sync_soon(_call, read.finish(_attempt(read.function)))
         finally:
             self._leave(worker)
         return True
 
-    def _join(self, lane: _Lane[Any], worker: int) -> None:
-        """A thread is at this kind of work."""
-        lane.busy += 1
-        self._at[worker] = lane
-
     def _leave(self, worker: int) -> None:
-        """A thread is not at it any more: another one may be. That may be said twice."""
+        """A worker searches no more: another one may. That may be said twice."""
         with self._lock:
-            lane, self._at[worker] = self._at[worker], None
-            if lane is not None:
-                lane.busy -= 1
-                self._call_for(lane)
+            if self._searching[worker]:
+                self._searching[worker] = False
+                self._searches.busy -= 1
+                self._searches.call_if_ready()
+
+    def _read_next(self, token: trio.lowlevel.TrioToken) -> bool:
+        """Makes the next read; whether there was one."""
+        with self._lock:
+            if not self._reads.ready:
+                self._reads.idle += 1
+                return False
+            read = self._take_read()
+        try:
+            if read.wanted():
+                token.run_sync_soon(_call, read.finish(_attempt(read.function)))
+        finally:
+            with self._lock:
+                self._reads.busy -= 1
+        return True
 
     def _search(self, batch: Sequence[_Search], worker: int, token: trio.lowlevel.TrioToken) -> None:
         """Runs a batch; those of one generation and with equal options are run together."""
@@ -518,9 +529,9 @@ class SearchService:
             return
         shared = _Shared(call, count)
         with self._lock:
-            for _ in range(min(self._idle, count - 1)):
+            for _ in range(min(self._searches.idle, count - 1)):
                 self._shared.append(shared)
-                self._call()
+                self._searches.call()
         shared.finish(worker)
 
     def _finish(self, queries: int, finished: Sequence[Callable[[], None] | None]) -> None:
@@ -543,20 +554,27 @@ class SearchService:
                 room -= item.size
                 batch.append(item)
         lane.go_on(key, turns)
-        self._join(lane, worker)
-        self._call_for(lane)
+        lane.busy += 1
+        self._searching[worker] = True
+        lane.call_if_ready()
         return batch
 
-    def _take_read(self, worker: int) -> _Read:
+    def _take_read(self) -> _Read:
         """The next read, which a thread is at."""
         lane = self._reads
         key, turns = lane.next()
         item = turns.take()
         self.waiting -= item.size
         lane.go_on(key, turns)
-        self._join(lane, worker)
-        self._call_for(lane)
+        lane.busy += 1
+        lane.call_if_ready()
         return item
+
+
+def _serve(lane: _Lane[Any], work: _Work, token: trio.lowlevel.TrioToken) -> None:
+    """What a thread does: `work` as long as there is any, and whenever it is called."""
+    while work(token) or lane.calls.get():
+        pass
 
 
 def _nothing() -> None:
