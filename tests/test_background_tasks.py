@@ -60,7 +60,7 @@ FAULTS = {
     "trimming the heap": Fault(Heap, "_trim", NO_THREAD),
     "watching what the collector will look at": Fault(collector, "_count_new", MemoryError()),
     "sampling statistics": Fault(Statistics, "sample", MemoryError()),
-    "a search thread": Fault(SearchService, "_run_next", MemoryError(), ("VSEARCH v aaaaaaaa 1",)),
+    "a search thread": Fault(SearchService, "_search_next", MemoryError(), ("VSEARCH v aaaaaaaa 1",)),
     "refusing late searches": Fault(SearchService, "refuse_late", MemoryError()),
     "building graphs": Fault(Builder, "_work_on", MemoryError(), ("VOPTIMIZE v",)),
     "accepting clients": Fault(Reception, "_limit", CLOSED),

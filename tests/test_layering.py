@@ -120,6 +120,7 @@ MAY_IMPORT: Mapping[str, frozenset[str]] = {
         "config",
         "database",
         "engine",
+        "exclusion",
         "heap",
         "listeners",
         "log_lines",
