@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 
 import attrs
 
-from engram.effects import CarryOut, Prepare, Touched, Touches
+from engram.effects import CarryOut, Prepare, Touches
 from engram.engine import Engine
 from engram.errors import ChangeFailureError, CommandError, NothingChangedError, RecordTooLargeError
 from engram.index.vector_index import VectorIndex
@@ -85,7 +85,8 @@ class _Group:
         self.size += len(payload)
 
 
-Observer = Callable[[Operation, Touched], None]
+Observer = Callable[[Operation, Touches], None]
+"""Is told of a change, and what says what it touches."""
 
 
 class Database:
@@ -144,7 +145,7 @@ class Database:
         """Has `consider` called with a vector index after each change of its rows or graphs."""
         indices = self.engine.indices
 
-        def observe(operation: Any, touched: Touched) -> None:
+        def observe(operation: Any, touches: Touches) -> None:
             index = indices.get(operation.index)
             if index is not None:
                 consider(index)
@@ -188,10 +189,8 @@ class Database:
             raise
         except BaseException as error:
             self._fail(error)
-        if observers:
-            touched = touches(operation)
-            for observer in observers:
-                observer(operation, touched)
+        for observer in observers:
+            observer(operation, touches)
         return lsn
 
     def _fail(self, error: BaseException) -> NoReturn:

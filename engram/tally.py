@@ -28,9 +28,10 @@ class Tally(Generic[V]):
 
     def change(self, value: V) -> None:
         """The value has come, or is another than before."""
-        self._changed[value] = None
-        if len(self._changed) >= _MOST_CHANGED:
-            self.sums()
+        if value not in self._changed:
+            self._changed[value] = None
+            if len(self._changed) >= _MOST_CHANGED:
+                self.sums()
 
     def remove(self, value: V) -> None:
         """The value is gone."""

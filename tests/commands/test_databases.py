@@ -307,7 +307,7 @@ async def test_a_write_breaks_watches_and_is_told_to_observers(house: House, nam
     await told(other, "SET k kept", "SELECT 8", *before)
     await told(client, "SELECT 8", "WATCH k", "MULTI", "PING")
     seen: list[str] = []
-    house.database.observe(lambda operation, touched: seen.append(type(operation).__name__))
+    house.database.observe(lambda operation, touches: seen.append(type(operation).__name__))
     lsn = house.database.lsn
     reply = await other.call(request)
     assert not reply.startswith(b"-"), reply
