@@ -56,24 +56,24 @@ class Meter:
 
     def turn_to(self, command: Command | None) -> None:
         """Counts the calls so far. From now on `command` is called."""
-        former, calls = self.command, self.calls
-        self.command = command
+        former, self.command = self.command, command
         if former is None:
             self._slow = self._config.slowlog_log_slower_than * 1000
         elif self._each:
             # `lap` has counted its calls, and looked at the clock.
             return
         now = _clock()
-        if calls and former is not None:
+        if former is not None and (calls := self.calls):
             self.calls = 0
             nanoseconds = now - self._since
             self._usage[former.name].record(calls, nanoseconds)
             # `lap` has looked at those that vary.
             if not former.varies and 0 <= self._slow * calls < nanoseconds:
                 self._keep(former, self.latest, nanoseconds // calls)
-        self._since = self._began = now
-        if command is not None and not self._each:
-            self.timed = command.varies
+        if command is not None:
+            self._since = self._began = now
+            if not self._each:
+                self.timed = command.varies
 
     def lap(self) -> int:
         """Looks at the clock after a call, or after several that were made together; returns the time."""
