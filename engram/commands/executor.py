@@ -169,6 +169,9 @@ class Executor:
                 wait = self._run(command.run, command.minimum)
             else:
                 wait = self._call(command, handler, request, name)
+        if self._position >= count:
+            # A client may be silent for long, and requests be large.
+            self._requests = ()
         latest = meter.command
         meter.turn_to(None)
         self._outlet.end(latest)
@@ -310,7 +313,8 @@ class Executor:
             batch.made += len(reply)
         else:
             self._outlet.settle(reply)
-        turn_over = not self._position & _REQUESTS_A_LOOK and _clock() > self._turn_ends
+        # To find that it is not to be called, or that it is to be queued, may have taken long.
+        turn_over = _clock() > self._turn_ends
         if turn_over or batch.made >= batch.most:
             return self._outlet.hand_on(turn_over=turn_over)
         return None

@@ -21,8 +21,6 @@ Wait = Callable[[], Awaitable[None]]
 _QUEUED = replies.simple("QUEUED")
 _NO_AUTHENTICATION = "NOAUTH Authentication required."
 
-# Of requests with more words, rights to keys are looked at in turns.
-_WORDS_AT_ONCE = 128
 _OVER = object()
 
 _QUEUEING = Queueing.QUEUEING
@@ -143,14 +141,10 @@ class Guard(Gate):
             CommandError: it may not.
         """
         session, permitted, rules = self._session, self._permitted, self._session.user.rules
+        self._permitted = None
         if permitted is not None and permitted[0] is request and permitted[1] is rules:
             return None
-        access = session.server.access
-        if len(request) <= _WORDS_AT_ONCE:
-            self._permitted = None
-            access.check(session, command, request)
-            return None
-        turns = access.checking(session, command, request)
+        turns = session.server.access.checking(session, command, request)
         if next(turns, _OVER) is _OVER:
             return None
 

@@ -9,6 +9,8 @@ from engram.commands.table import Command
 
 _clock = time.perf_counter_ns
 
+_NONE: list[bytes] = []
+
 
 class Meter:
     """Counts and times the calls of one client, in nanoseconds.
@@ -70,7 +72,9 @@ class Meter:
             # `lap` has looked at those that vary.
             if not former.varies and 0 <= self._slow * calls < nanoseconds:
                 self._keep(former, self.latest, nanoseconds // calls)
-        if command is not None:
+        if command is None:
+            self.latest = _NONE
+        else:
             self._since = self._began = now
             if not self._each:
                 self.timed = command.varies

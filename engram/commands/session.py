@@ -30,6 +30,7 @@ from engram.large_string import String
 from engram.memory import MemoryLimit
 from engram.monitors import Monitors
 from engram.pause import Pause
+from engram.permissions import Rules
 from engram.protocol import replies
 from engram.protocol.replies import RESP2, Encoder
 from engram.rounds import Rounds
@@ -185,10 +186,12 @@ class Transaction:
         foreseen: those, with their commands, that EXEC looks at before it carries any out.
         size: bytes that the requests take in memory.
         room: bytes that they may take in the log.
+        rules: those of the user when it was begun.
         writes: whether one of them changes data.
         grows: whether one of them may take memory.
     """
 
+    rules: Rules
     commands: deque[list[bytes]] = attrs.field(factory=deque)
     foreseen: list[Queued] = attrs.field(factory=list)
     size: int = 0
@@ -296,20 +299,20 @@ class Server:
             or config.max_key_length < config.proto_max_bulk_len
         )
 
-    async def admit(self, room: int) -> None:
-        """Waits until a write may be made that takes up to `room` bytes of the log, and nobody holds it up.
+    async def admit(self, room: int, *, writes: bool = True) -> None:
+        """Waits until nobody holds up what is to be done, and a write has `room` bytes in the log.
 
-        It is made before the next checkpoint, or not at all. A client that has been ended makes none: this
+        It is done before the next checkpoint, or not at all. A client that has been ended does nothing: this
         raises Cancelled then. Raises CommandError when the log has no room and will not have any soon.
         """
         journal = self.database.journal
         while True:
-            await self.pause.wait(writes=True)
+            await self.pause.wait(writes)
             await self.exclusion.wait()
-            if journal is not None and not journal.has_room(room):
+            if writes and journal is not None and not journal.has_room(room):
                 with refusals_in_words():
                     await journal.admit(room)
-            if not (self.pause.holds(writes=True) or self.exclusion.active):
+            if not (self.pause.holds(writes) or self.exclusion.active):
                 break
         await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -562,7 +565,7 @@ class Session:
 
     def begin(self) -> None:
         """MULTI: commands are queued from now on."""
-        transaction = Transaction()
+        transaction = Transaction(self.user.rules)
         self.happen(_MULTI)
         self.transaction = transaction
 

@@ -105,8 +105,7 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
                 foresight.look_at(rest[start : start + _FORESEEN_A_TURN])
             for wait in foresight.waits() if rest else waits:
                 await wait()
-            if room:
-                await session.server.admit(room)
+            await session.server.admit(room, writes=transaction.writes)
             # A client whose user has gone meanwhile is ended.
             session.follow()
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -173,7 +172,7 @@ def _execute(session: Session, transaction: Transaction, name: bytes) -> bytes |
     session.discard()
     held_replies = session.server.held_replies
     allowance = held_replies.allowance(session, most=held_replies.longest)
-    execution = _Execution(session, queued, allowance, writes=transaction.writes)
+    execution = _Execution(session, queued, allowance, transaction)
 
     def answer() -> bytes | Pieces | Barrier:
         if monitors:
@@ -214,8 +213,8 @@ def _answer(
 class _Execution(Gate):
     """What was queued, being carried out and taken away; the gate and the outlet of EXEC's executor.
 
-    Rights are checked again. Once the replies take too much, commands may only write; those that write what
-    they also answer are refused as those that only read.
+    Rights are checked again where they have changed. Once the replies take too much, commands may only write;
+    those that write what they also answer are refused as those that only read.
 
     Attributes:
         found: the replies so far, those that are known already joined.
@@ -227,6 +226,7 @@ class _Execution(Gate):
         "_allowance",
         "_monitored",
         "_queued",
+        "_rules",
         "_session",
         "_under_way",
         "_writes",
@@ -237,7 +237,7 @@ class _Execution(Gate):
     )
 
     def __init__(
-        self, session: Session, queued: deque[list[bytes]], allowance: Allowance, *, writes: bool
+        self, session: Session, queued: deque[list[bytes]], allowance: Allowance, transaction: Transaction
     ) -> None:
         self.found: list[Reply] = []
         self.failure: Exception | None = None
@@ -250,7 +250,9 @@ class _Execution(Gate):
         self._under_way: Turns | None = None
         self._session = session
         self._queued = queued
-        self._writes = writes
+        self._writes = transaction.writes
+        # By which all has been allowed when it was queued.
+        self._rules = transaction.rules
         self._allowance = allowance
 
     def turns(self) -> Iterator[bool]:
@@ -308,15 +310,21 @@ class _Execution(Gate):
     def begin(self, command: Command) -> Handler:
         self._take_allowance()
         # Nobody can begin to monitor within a turn.
-        if self._session.user.unrestricted and self.batch.most > 0 and not self._monitored:
+        if self._allowed and self.batch.most > 0 and not self._monitored:
             return command.handler
         return partial(self._check_and_call, command)
+
+    @property
+    def _allowed(self) -> bool:
+        """Whether the user may do all that was queued."""
+        user = self._session.user
+        return user.unrestricted or user.rules is self._rules
 
     def _check_and_call(self, command: Command, session: Session, request: list[bytes]) -> Reply:
         self._take_allowance()
         if self._monitored:
             show(session, command, request)
-        if not session.user.unrestricted:
+        if not self._allowed:
             _check_again(session, command, request)
         if self.batch.most <= 0 and (not command.writes or _answers_values(command, request)):
             check_reply(session, self._allowance.used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -324,3 +325,20 @@ async def test_http_ends_the_client(bench: Bench, caplog: pytest.LogCaptureFixtu
     assert bench.outlet.batch.replies == []
     assert "as in HTTP" in caplog.text
     assert not bench.database.engine.keyspace.values
+
+
+async def test_requests_are_let_go_of_once_they_are_carried_out(house: House) -> None:
+    """A client may be silent for long afterwards."""
+    client = house.connect()
+    word = b"x" * 5_000_017
+    assert await client.call([b"EXISTS", word]) == b":0\r\n"
+    await client.call([b"SET", b"k", b"v"])
+    assert await client.call([b"EXISTS", word]) == b":0\r\n"
+    del word
+    gc.collect()
+    held = [each for each in gc.get_objects() if type(each) is list and any(_is_long(word) for word in each)]
+    assert held == []
+
+
+def _is_long(word: object) -> bool:
+    return type(word) is bytes and len(word) == 5_000_017

@@ -681,3 +681,48 @@ async def test_an_index_that_is_watched_under_two_names_in_turn(house: House) ->
     await client.send("EXEC", "WATCH j", "MULTI", "EXEC")
     assert await client.arrived() == b"*-1\r\n" + OK + OK + b"*0\r\n"
     assert not house.database.watches._by_index
+
+
+async def test_a_transaction_that_is_looked_at_beforehand_waits_for_another_one(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that only reads: it sees the other whole, or nothing of it."""
+    monkeypatch.setattr(transactions, "TURN_NANOSECONDS", 0)
+    monkeypatch.setattr(transactions, "_FORESEEN_A_TURN", 8)
+    reader, writer = house.connect(), house.connect()
+    writes = [f"SET k{number} v" for number in range(200)]
+    await writer.send("MULTI", *[word for write in writes for word in (write, "GET a")])
+    await reader.send("MULTI", *["SELECT 0"] * 400, *["DBSIZE", "GET k199"] * 20)
+    await writer.arrived()
+    await reader.arrived()
+    await reader.send("EXEC")
+    await writer.send("EXEC")
+    found = await reader.reply()
+    assert found.endswith((b":200\r\n$1\r\nv\r\n" * 20, b":0\r\n$-1\r\n" * 20))
+    assert not (await writer.reply()).startswith(b"-")
+
+
+async def test_rights_are_checked_again_only_where_they_have_changed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin, client = house.connect(), house.connect()
+    checked: list[bytes] = []
+    denial = house.server.access.denial
+
+    def check(session: Any, command: Any, request: list[bytes]) -> Any:
+        checked.append(request[0])
+        return denial(session, command, request)
+
+    await admin.call("ACL SETUSER some on nopass +@all ~a*")
+    monkeypatch.setattr(house.server.access, "denial", check)
+    for changed in (False, True):
+        await client.send("AUTH some x", "MULTI", "SET a 1", "GET a", "EXEC")
+        replies = [await client.reply() for _ in range(5)]
+        assert replies[-1] == b"*2\r\n+OK\r\n$1\r\n1\r\n"
+        assert checked == []
+        if changed:
+            await client.send("MULTI", "SET a 2", "GET a")
+            await client.arrived()
+            await admin.call("ACL SETUSER some -get")
+            assert (await client.call("EXEC")).startswith(b"*2\r\n+OK\r\n-NOPERM ACLs rules changed")
+            assert checked == [b"SET", b"GET"]
