@@ -318,10 +318,6 @@ class Access:
         """The rules of each user as they are now."""
         return {name: user.rules for name, user in self.users.items()}
 
-    def content(self) -> bytes:
-        """What the file is to hold."""
-        return file_of_users(self.kept())
-
     def kept(self, changes: Mapping[bytes, Rules | None] | None = None) -> dict[bytes, Rules]:
         """The rules of the users that the file is to hold after changes; a user with None is deleted.
 

@@ -82,10 +82,6 @@ class Usage:
         wanted = (max(1, int(percent / 100 * seen[-1] + 0.5)) for percent in percents)
         return [times[min(bisect_left(seen, count), len(times) - 1)] for count in wanted]
 
-    def percentile(self, percent: float) -> int:
-        """One of `percentiles`."""
-        return self.percentiles((percent,))[0]
-
     def histogram(self) -> list[tuple[int, int]]:
         """(nanoseconds, calls that took at most so many), for powers of two from 1024 on; ascending, only
         where the number of calls changes."""

@@ -615,7 +615,7 @@ def test_users_of_a_data_directory(tmp_path: Path) -> None:
     access = opened(Config(requirepass="a"), tmp_path)
     assert access.automatic
     access.put(b"bob", rules_of("on >b +get ~k"))
-    access.save(access.content())
+    access.save(file_of_users(access.kept()))
     assert access.path == tmp_path / "users.acl"
     assert access.path.stat().st_mode & 0o777 == 0o600
     # Another password may be required at the next start.

@@ -19,7 +19,7 @@ from engram.access import (
 )
 from engram.commands.allowance import Allowance
 from engram.commands.arguments import SYNTAX_ERROR, integer, text
-from engram.commands.long_work import beside_others, by_slices, read
+from engram.commands.long_work import array_by_slices, beside_others, read
 from engram.commands.session import Barrier, Server, Session
 from engram.commands.table import Command, Reply, check_arity, container, help_command
 from engram.errors import CommandError
@@ -286,13 +286,11 @@ def _log(session: Session, arguments: list[bytes]) -> Reply:
             access.forget_log()
             return OK
         count = integer(arguments[2])
-    shown: list[bytes] = []
 
-    def show(some: Sequence[tuple[LogEntry, float]]) -> None:
-        shown.extend(_entry(entry, age, encoder) for entry, age in some)
+    def encode(some: Sequence[tuple[LogEntry, float]]) -> Iterator[bytes]:
+        return (_entry(entry, age, encoder) for entry, age in some)
 
-    turns = by_slices(access.log(count), _ENTRIES_A_TURN, show)
-    return beside_others(session, turns, lambda: replies.array(shown))
+    return array_by_slices(session, access.log(count), _ENTRIES_A_TURN, encode)
 
 
 def _entry(entry: LogEntry, age: float, encoder: Encoder) -> bytes:

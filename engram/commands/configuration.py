@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import trio
 
 from engram.commands.arguments import SYNTAX_ERROR, text
+from engram.commands.long_work import beside_others, by_slices
 from engram.commands.session import Barrier, Session
 from engram.commands.table import Command, Reply, container, help_command
 from engram.config import SETTINGS
@@ -24,18 +25,14 @@ _PATTERN_BYTES = 512
 def _get(session: Session, arguments: list[bytes]) -> Reply:
     patterns = list(dict.fromkeys(arguments[2:]))
     found: dict[str, str] = {}
-    if sum(map(len, patterns)) <= _PATTERN_BYTES:
-        for pattern in patterns:
-            _find(session, pattern, found)
-        return _shown(session, found)
 
-    async def reply() -> bytes:
-        for pattern in patterns:
+    def find(some: Sequence[bytes]) -> None:
+        for pattern in some:
             _find(session, pattern, found)
-            await trio.lowlevel.checkpoint()
-        return _shown(session, found)
 
-    return Barrier(reply)
+    few = sum(map(len, patterns)) <= _PATTERN_BYTES
+    turns = by_slices(patterns, max(1, len(patterns)) if few else 1, find)
+    return beside_others(session, turns, lambda: _shown(session, found))
 
 
 def _find(session: Session, pattern: bytes, found: dict[str, str]) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import repeat
 from typing import TypeVar
 
 import attrs
-import trio
 
 from engram.commands.arguments import SYNTAX_ERROR, text
 from engram.commands.limits import check_reply
-from engram.commands.long_work import ELEMENTS_A_TURN
-from engram.commands.session import Barrier, Pieces, Session
+from engram.commands.long_work import ELEMENTS_A_TURN, array_by_slices
+from engram.commands.session import Pieces, Session
 from engram.commands.syntax import Argument
 from engram.commands.table import Command, Reply, check_arity, container, help_command
 from engram.errors import CommandError
@@ -201,7 +200,7 @@ class _Introspection:
         """COMMAND GETKEYS."""
         request = arguments[2:]
         keys = list(map(request.__getitem__, self._keyed(request).key_positions(request)))
-        return _in_parts(keys, lambda some: map(replies.bulk, some))
+        return array_by_slices(session, keys, ELEMENTS_A_TURN, partial(map, replies.bulk))
 
     def get_keys_and_flags(self, session: Session, arguments: list[bytes]) -> Reply:
         """COMMAND GETKEYSANDFLAGS."""
@@ -214,7 +213,8 @@ class _Introspection:
                     encoded[flags] = encoder.set(map(replies.simple, flags))
                 yield b"*2\r\n" + replies.bulk(request[position]) + encoded[flags]
 
-        return _in_parts(self._keyed(request).key_uses(request), encode)
+        uses = self._keyed(request).key_uses(request)
+        return array_by_slices(session, uses, ELEMENTS_A_TURN, encode)
 
     def listing(self, session: Session, arguments: list[bytes]) -> bytes:
         """COMMAND LIST."""
@@ -245,21 +245,6 @@ def _joined(header: bytes, found: Sequence[bytes]) -> Pieces:
         some = found[start : start + _JOINED]
         parts += (b"".join(some),) if sum(map(len, some)) <= _JOINED_BYTES else some
     return Pieces(parts)
-
-
-def _in_parts(items: Sequence[T], encode: Callable[[Sequence[T]], Iterable[bytes]]) -> bytes | Barrier:
-    """The array of what `encode` makes of each item; others have a turn while it makes many."""
-    if len(items) <= ELEMENTS_A_TURN:
-        return replies.array(encode(items))
-
-    async def go_on() -> bytes:
-        parts: list[bytes] = []
-        for start in range(0, len(items), ELEMENTS_A_TURN):
-            parts += encode(items[start : start + ELEMENTS_A_TURN])
-            await trio.lowlevel.checkpoint()
-        return replies.array(parts)
-
-    return Barrier(go_on)
 
 
 def _named_docs(command: Command, encoder: Encoder) -> bytes:

@@ -8,18 +8,19 @@ go on, but see no data and change none until it is over. What is not about the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
-from engram.commands.allowance import Allowance, NoRoomError
+from engram.commands.allowance import Allowance
 from engram.commands.session import Barrier, Pieces, Server, Session, Slot, Turns
 from engram.commands.table import Reply
 from engram.commands.wording import in_words
 from engram.errors import CommandError
 from engram.index.errors import RefusalError
+from engram.protocol import replies
 
 T = TypeVar("T")
 
@@ -53,15 +54,15 @@ def read(
     Raises:
         CommandError: `make` was called, and raised it; or there is no room for what is held.
     """
-    replies = session.server.held_replies
+    held_replies = session.server.held_replies
     if elements is not None and elements <= ELEMENTS_A_TURN:
         # In EXEC as well what is made here is counted once it has been made.
-        allowance = replies.allowance(session, most=most)
+        allowance = held_replies.allowance(session, most=most)
         try:
             return make(allowance)
         finally:
             allowance.release()
-    allowance = replies.allowance(session, session.allowance, most=most)
+    allowance = held_replies.allowance(session, session.allowance, most=most)
     allowance.take(held)
     slot = Slot(size)
 
@@ -69,8 +70,6 @@ def read(
         # From here on the outbox counts it.
         allowance.release()
         session.fill(slot, outcome, failed)
-        if isinstance(outcome, NoRoomError):
-            session.server.hurry_clients()
 
     searches = session.server.searches
     searches.submit_read(partial(make, allowance), done, lambda: slot.awaited, session.id)
@@ -142,6 +141,15 @@ def by_slices(items: Sequence[T], size: int, work: Callable[[Sequence[T]], objec
         if start:
             yield
         work(items[start : start + size])
+
+
+def array_by_slices(
+    session: Session, items: Sequence[T], size: int, encode: Callable[[Sequence[T]], Iterable[bytes]]
+) -> Reply:
+    """The array of what `encode` makes of each of the items; others go on after each `size` of them."""
+    parts: list[bytes] = []
+    turns = by_slices(items, size, lambda some: parts.extend(encode(some)))
+    return beside_others(session, turns, lambda: replies.array(parts))
 
 
 def alone(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-import trio
+from functools import cache, partial
 
 from engram.commands.arguments import integer, text
-from engram.commands.session import Barrier, Session
+from engram.commands.long_work import array_by_slices
+from engram.commands.session import Session
 from engram.commands.table import Command, Reply, container, help_command
 from engram.errors import CommandError
 from engram.protocol import replies
@@ -34,17 +33,7 @@ def _slowlog_get(session: Session, arguments: list[bytes]) -> Reply:
     calls = list(session.server.slowlog)
     if count >= 0:
         calls = calls[:count]
-    if len(calls) <= _SHOWN_AT_ONCE:
-        return replies.array(map(_slow_call, calls))
-
-    async def show() -> bytes:
-        shown: list[bytes] = []
-        for start in range(0, len(calls), _SHOWN_AT_ONCE):
-            shown += map(_slow_call, calls[start : start + _SHOWN_AT_ONCE])
-            await trio.lowlevel.checkpoint()
-        return replies.array(shown)
-
-    return Barrier(show)
+    return array_by_slices(session, calls, _SHOWN_AT_ONCE, partial(map, _slow_call))
 
 
 def _slow_call(call: SlowCall) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engram.commands.allowance import Allowance, NoRoomError, reply_too_long
+from engram.commands.allowance import Allowance, reply_too_long
 from engram.commands.arguments import (
     NOT_AN_INTEGER,
     SYNTAX_ERROR,
@@ -130,8 +130,6 @@ def _submit(
         allowance.release()
         session.fill(slot, outcome, "search failed")
         server.statistics.searches.record(len(queries), len(queries) * taken)
-        if isinstance(outcome, NoRoomError):
-            server.hurry_clients()
 
     server.searches.submit(
         index.id, view, queries, search, done, lambda: slot.awaited, session.id, encoding=encoding

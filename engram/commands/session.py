@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from engram.access import Access, User
-from engram.commands.allowance import Allowance, HeldReplies
+from engram.commands.allowance import Allowance, HeldReplies, NoRoomError
 from engram.commands.states import ClientState, Course, Event, Queueing, ReplyMode, Role, Standing
 from engram.commands.storage_errors import refusals_in_words, worded
 from engram.commands.wording import in_words
@@ -517,6 +517,8 @@ class Session:
         try:
             if isinstance(outcome, RefusalError):
                 outcome = in_words(outcome)
+            if isinstance(outcome, NoRoomError):
+                self.server.hurry_clients()
             if isinstance(outcome, MemoryError):
                 outcome = CommandError(f"OOM {failed}: there is not enough memory for it")
             if isinstance(outcome, Exception):

@@ -28,7 +28,7 @@ import numpy as np
 import trio
 import trio.testing
 
-from engram.access import Access
+from engram.access import Access, file_of_users
 from engram.commands.client import describe
 from engram.commands.introspection import introspection
 from engram.commands.registry import COMMANDS
@@ -474,7 +474,7 @@ class LargeServer:
                 b"many": _rules(b"+@all", *(b"~%b*" % key for key in names(RULES))),
             }
         )
-        access.save(access.content())
+        access.save(file_of_users(access.kept()))
 
     def _fill_slow_log(self) -> None:
         self.server.slowlog.clear()

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError as DisconnectedError
 from redis.exceptions import NoPermissionError
 from trio.testing import wait_all_tasks_blocked
 
-from engram.access import PROTECTED, Access
+from engram.access import PROTECTED, Access, file_of_users
 from engram.commands import access as access_commands
 from engram.commands import session as session_module
 from engram.commands.registry import COMMANDS
@@ -507,7 +507,7 @@ async def test_many_change_users_at_once(house: House, tmp_path: Path) -> None:
         )
     for client in clients:
         assert [await client.reply() for _ in range(3)] == [OK] * 3
-    assert path.read_bytes() == access.content()
+    assert path.read_bytes() == file_of_users(access.kept())
     assert len(access.users) == 10
     assert len(access.users[b"shared"].rules.root.keys) == 9
 
