@@ -5,10 +5,12 @@ with the same error texts, and with its leniency: the two bytes after an argumen
 byte after the CR of a length. Two things differ: Redis lets a line exceed its limit when the line's end comes
 together with the excess, and does not see the end of a line that holds a zero byte.
 
-Two readers share the work:
+Three readers share the work:
 
 - `RequestParser` itself reads any stream, in about two microseconds for a small command. It decides what is
   right, and it alone holds what is incomplete.
+- What is one small array and nothing else, as a client sends that waits for each reply, is split at its line
+  ends, in a third of that time. The words count when each has the length that its header says.
 - hiredis reads bursts of small pipelined commands several times faster. It is made for replies, so it also
   accepts what no request may hold, and it reserves memory for as many elements as an array announces. It is
   given only what it cannot misread unnoticed, and its answer counts only when it proves to be the whole.
@@ -58,6 +60,13 @@ _BULK_LENGTHS: Final = {b"$%d" % length: length for length in range(4096)}
 _ARRAY_LENGTHS: Final = {b"*%d" % length: length for length in range(64)}
 _LENGTH: Final = re.compile(rb"-?[1-9][0-9]{0,18}|0")
 
+# Beyond this, what is one array alone is found out no faster by splitting it.
+_SMALL_REQUEST: Final = 1024
+_BULK_HEADERS: Final = tuple(_BULK_LENGTHS)
+_MOST_WORDS: Final = 9
+# Of an array of so many words, the pieces between line ends: header, a header and a body each, and nothing.
+_PIECES: Final = {b"*%d" % words: 2 * words + 2 for words in range(1, _MOST_WORDS + 1)}
+
 _SHORTEST_BURST: Final = 128
 _LONGEST_PLAIN_ARRAY: Final = 99
 _DECEPTIVE: Final = b"+=(~|>%"
@@ -101,6 +110,10 @@ class RequestParser:
         # The limits in force: those of the state that `authenticated` says.
         self._max_arguments, self._max_bulk_length = self._authenticated_limits
         self._requests_at_once = REQUESTS_AT_ONCE
+        # Up to so many bytes, a request of few words is within the limits of either state.
+        self._small = 0
+        if min(max_arguments, UNAUTHENTICATED_ARGUMENTS) >= _MOST_WORDS:
+            self._small = min(_SMALL_REQUEST, max_bulk_length, query_buffer_limit)
         self._query_buffer_limit = query_buffer_limit
         self._inline_limit = inline_limit
         self._arguments: list[bytes] = []  # of the request that is arriving
@@ -138,6 +151,10 @@ class RequestParser:
         Each is a list of one argument or more; empty requests (``*0``, a blank line) are passed over. What
         comes before a violation is returned all the same.
         """
+        if len(data) <= self._small and not self._missing and not self._line and self.error is None:
+            request = _only_request(data)
+            if request is not None:
+                return [request]
         requests: list[list[bytes]] = []
         if self.error is None:
             try:
@@ -333,6 +350,20 @@ class RequestParser:
         if len(data) <= _SMALL_BURST:
             self._reader = reader
         return requests
+
+
+def _only_request(data: bytes) -> list[bytes] | None:
+    """The words of a small request that is complete and alone; None for anything else, and perhaps for it."""
+    if b"\r\n*" in data:
+        # Most likely there is another one.
+        return None
+    pieces = data.split(b"\r\n", 2 * _MOST_WORDS + 2)
+    if _PIECES.get(pieces[0]) != len(pieces) or pieces[-1]:
+        return None
+    words = pieces[2::2]
+    if pieces[1:-1:2] != [_BULK_HEADERS[len(word)] for word in words]:
+        return None
+    return words
 
 
 def _plain(data: bytes) -> bool:

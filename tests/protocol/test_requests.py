@@ -331,6 +331,21 @@ def test_a_burst_parses_the_same_cut_at_every_byte() -> None:
         assert parser.buffered == 0
 
 
+@pytest.mark.parametrize(
+    "request_", [[b"GET", b"k"], [b"SET", b"k", b""], [b"ECHO", b"\r\n"], [b"%d" % word for word in range(9)]]
+)
+def test_one_small_request_with_any_byte_wrong_parses_the_same_however_it_is_cut(
+    request_: list[bytes],
+) -> None:
+    stream = bulk_array(request_)
+    assert parse(stream) == ([request_], None, 0)
+    for at in range(len(stream) + 1):
+        for wrong in (b"", b"0", b"1", b"2", b"9", b"$", b"*", b"\r", b"\n", b" ", b"-"):
+            for rest in (stream[at:], stream[at + 1 :], b""):
+                changed = stream[:at] + wrong + rest
+                assert parse(changed) == parse(changed, size=1), changed
+
+
 @given(st.binary(max_size=300) | streams)
 def test_any_bytes_give_requests_or_an_error(stream: bytes) -> None:
     requests, error, buffered = parse(stream)
