@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 
 from engram.commands import long_double
 from engram.commands.arguments import NOT_A_FLOAT, integer, stored_integer
@@ -15,13 +16,14 @@ from engram.large_string import LargeString
 from engram.operations import SetString, SetStrings
 from engram.protocol.replies import bulk
 
-Increment = Callable[[list[bytes]], int]
+# By how much a counter goes up: always, or what says so of a request.
+Increment = int | Callable[[list[bytes]], int]
 
 
 def _add(increment: Increment, session: Session, arguments: list[bytes]) -> bytes:
     database = session.database
     key = arguments[1]
-    change = increment(arguments)
+    change = increment if isinstance(increment, int) else increment(arguments)
     value = database.string(key)
     total = change if value is None else stored_integer(value) + change
     if not INTEGER_LOW <= total <= INTEGER_HIGH:
@@ -41,8 +43,9 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     values, expiries = database.keyspace.values, database.keyspace.expiries
     numbers: dict[bytes, int] = {}
     found: list[int] = []
+    changes = repeat(increment) if isinstance(increment, int) else map(increment, requests)
     try:
-        for request in requests:
+        for request, change in zip(requests, changes, strict=False):
             key = request[1]
             total = numbers.get(key)
             if total is None:
@@ -55,7 +58,7 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
                     total = integer(value)
                 else:
                     break
-            total += increment(request)
+            total += change
             if not INTEGER_LOW <= total <= INTEGER_HIGH:
                 break
             numbers[key] = total
@@ -70,14 +73,6 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
             SetStrings(tuple(numbers), tuple([b"%d" % total for total in numbers.values()]), database.number)
         )
     return len(found), replies
-
-
-def _one(arguments: list[bytes]) -> int:
-    return 1
-
-
-def _minus_one(arguments: list[bytes]) -> int:
-    return -1
 
 
 def _given(arguments: list[bytes]) -> int:
@@ -121,8 +116,8 @@ def _counter(name: str, increment: Increment, arity: int, usage: str, summary: s
 
 
 COMMANDS = (
-    _counter("incr", _one, 2, "key", "Increments the integer value of a key by one."),
-    _counter("decr", _minus_one, 2, "key", "Decrements the integer value of a key by one."),
+    _counter("incr", 1, 2, "key", "Increments the integer value of a key by one."),
+    _counter("decr", -1, 2, "key", "Decrements the integer value of a key by one."),
     _counter("incrby", _given, 3, "key increment", "Increments the integer value of a key by a number."),
     _counter(
         "decrby", _minus_given, 3, "key decrement", "Decrements a number from the integer value of a key."
