@@ -19,7 +19,7 @@ from engram.errors import CommandError
 from engram.large_string import String, pieces
 from engram.operations import AppendString, DeleteKeys, SetExpiry, SetRange, SetString, SetStrings
 from engram.protocol import replies
-from engram.protocol.replies import EMPTY_BULK, OK, ONE, ZERO, bulk
+from engram.protocol.replies import BULK_HEADERS, EMPTY_BULK, KNOWN_LENGTHS, OK, ONE, ZERO, bulk
 
 # Values of a run of GETs are copied into replies together up to so many bytes.
 _RUN_BYTES = 128 << 10
@@ -271,7 +271,8 @@ def _get(session: Session, arguments: list[bytes]) -> bytes | Pieces:
 
 
 def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
-    found: list[bytes] = []
+    # Three for each reply, as `replies.bulk` would put them together.
+    parts: list[bytes] = []
     size = misses = 0
     null = session.encoder.null
     keyspace = session.database.keyspace
@@ -280,7 +281,7 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
         value = lookup(key)
         if value is None:
             misses += 1
-            found.append(null)
+            parts += (null, b"", b"")
             continue
         if type(value) is not bytes:
             break
@@ -288,9 +289,9 @@ def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, by
         if size > _RUN_BYTES or length > _RUN_BYTES:
             break
         size += length
-        found.append(bulk(value))
+        parts += (BULK_HEADERS[length] if length < KNOWN_LENGTHS else b"$%d\r\n" % length, value, b"\r\n")
     session.server.statistics.get_misses += misses
-    return len(found), b"".join(found)
+    return len(parts) // 3, b"".join(parts)
 
 
 def _get_many(session: Session, arguments: list[bytes]) -> Reply:

@@ -23,9 +23,11 @@ EMPTY_ARRAY: Final = b"*0\r\n"
 EMPTY_BULK: Final = b"$0\r\n\r\n"
 
 _SMALL_INTEGERS: Final = tuple(b":%d\r\n" % value for value in range(1024))
-_KNOWN_LENGTHS: Final = 1024
+KNOWN_LENGTHS: Final = 1024
 # Formatting bytes takes longer than all else about a small reply.
-_BULK_HEADERS: Final = tuple(b"$%d\r\n" % length for length in range(_KNOWN_LENGTHS))
+BULK_HEADERS: Final = tuple(b"$%d\r\n" % length for length in range(KNOWN_LENGTHS))
+"""What stands before a bulk string of so many bytes."""
+
 _LINE_BREAKS: Final = str.maketrans("\r\n", "  ")
 
 
@@ -54,8 +56,8 @@ def integer(value: int) -> bytes:
 def bulk(value: bytes) -> bytes:
     """A bulk string."""
     length = len(value)
-    if length < _KNOWN_LENGTHS:
-        return _BULK_HEADERS[length] + value + b"\r\n"
+    if length < KNOWN_LENGTHS:
+        return BULK_HEADERS[length] + value + b"\r\n"
     return b"$%d\r\n%b\r\n" % (length, value)
 
 
@@ -80,7 +82,7 @@ def bulk_array_parts(values: Iterable[bytes]) -> list[bytes]:
     parts = [b""]
     for value in values:
         length = len(value)
-        header = _BULK_HEADERS[length] if length < _KNOWN_LENGTHS else b"$%d\r\n" % length
+        header = BULK_HEADERS[length] if length < KNOWN_LENGTHS else b"$%d\r\n" % length
         parts += (header, value, b"\r\n")
     parts[0] = b"*%d\r\n" % (len(parts) // 3)
     return parts
