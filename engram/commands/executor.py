@@ -167,6 +167,8 @@ class Executor:
                 and session.flowing
             ):
                 wait = self._run(command.run, command.minimum)
+            elif command.throttle is not None and gate.throttles:
+                wait = self._ask(command, request)
             else:
                 wait = self._call(command, handler, request, name)
         if self._position >= count:

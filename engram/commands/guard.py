@@ -31,9 +31,16 @@ _NEVER_QUEUED = frozenset({"exec", "discard", "multi", "watch", "quit", "reset"}
 
 
 class Gate:
-    """Lets every request through."""
+    """Lets every request through.
+
+    Attributes:
+        throttles: whether requests of commands with a `throttle` have to be admitted one by one, unless they
+            are carried out together.
+    """
 
     __slots__ = ()
+
+    throttles = False
 
     def begin(self, command: Command) -> Handler | None:
         """Called before requests for one command that come one after the other.
@@ -58,7 +65,7 @@ class Guard(Gate):
     """The gate for requests as they come. Most of them pass without being looked at.
 
     A request is looked at while the session or the server is `guarded`; and a write when the log is not known
-    to have room for it, or when many rows that it adds to have no graph.
+    to have room for it, or when it adds rows of which many may have no graph.
 
     Attributes:
         room: bytes that the log surely needs for the requests that came together.
@@ -75,6 +82,8 @@ class Guard(Gate):
         "admitted",
         "room",
     )
+
+    throttles = True
 
     def __init__(self, session: Session) -> None:
         self.room = 0
@@ -98,7 +107,7 @@ class Guard(Gate):
             if command.logs_beyond:
                 # More than was asked for.
                 admitted = self.admitted = self._journal is None
-            if not admitted or command.throttle is not None:
+            if not admitted or (self._cleared and command.throttle is not None):
                 return None
         else:
             self._database.covered = admitted

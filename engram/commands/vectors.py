@@ -32,6 +32,9 @@ from engram.protocol.replies import ONE, ZERO
 _ATTRIBUTES = b"ATTRS"
 _SCAN_COUNT = 10
 
+# Fewer VADDs are carried out sooner one by one.
+_SHORTEST_RUN = 5
+
 # Vectors that VMGET reads itself; a thread reads more.
 _GOT_AT_ONCE = 1024
 
@@ -51,6 +54,31 @@ def _add(session: Session, arguments: list[bytes]) -> bytes:
     reply = ZERO if key in index else ONE
     database.commit(AddVectors(index.id, (key,), vector))
     return reply
+
+
+def _add_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
+    """Several VADDs to one index are one change, as a VMADD is; from a member that comes again another is."""
+    name = requests[0][1]
+    index = session.database.index(name) if len(requests) >= _SHORTEST_RUN else None
+    if index is None:
+        return 0, b""
+    config = session.server.config
+    room = config.max_unindexed_rows - index.rows_unindexed
+    keys: dict[bytes, None] = {}
+    blobs: list[bytes] = []
+    for _, to, key, vector in requests[:room] if room > 0 else ():
+        if to != name or key in keys:
+            break
+        keys[key] = None
+        blobs.append(vector)
+    if len(keys) < _SHORTEST_RUN:
+        return 0, b""
+    check_members(keys, config)
+    vectors = read_vectors(blobs, index.parameters.dimension)
+    live = index.live
+    replies = b"".join([ZERO if key in live else ONE for key in keys])
+    session.database.commit(AddVectors(index.id, tuple(keys), vectors))
+    return len(keys), replies
 
 
 def _add_many(session: Session, arguments: list[bytes]) -> Reply:
@@ -221,6 +249,7 @@ COMMANDS = (
         _KEY,
         since=_SINCE,
         complexity="O(D) where D is the dimension; the graph is built in the background.",
+        run=_add_run,
         throttle=_throttle,
     ),
     Command(

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from unittest import mock
 
+import attrs
 import pytest
 import trio
 from hypothesis import example, given
@@ -21,7 +22,7 @@ from engram.engine import Engine
 from engram.files import DiskFiles
 from engram.index.segment import SegmentStore
 from engram.operations import SetString, SetStrings
-from tests.conftest import START, House, ManualJournal, OpenHouse, opened_house, reply_length
+from tests.conftest import START, House, ManualJournal, OpenHouse, opened_house, reply_length, vector
 
 keys = st.sampled_from([b"a", b"b", b"lapsing", b"lapsed", b"text", b"index"])
 words = st.sampled_from(
@@ -58,6 +59,14 @@ async def prepared_house(folder: Path, *, runs: bool) -> AsyncIterator[House]:
         client = house.connect()
         for request in ("SET text hello", "SET lapsing 5 EX 1000", "SET lapsed 5 PX 1", "VNEW index 2"):
             await client.call(request)
+        for request in (
+            "VNEW other 2",
+            "VNEW fleeting 2",
+            "PEXPIRE fleeting 1",
+            "CONFIG SET max-key-length 9",
+        ):
+            await client.call(request)
+        await client.call([b"VMADD", b"other", b"a", vector(1, 2), b'{"n":1}', b"ATTRS"])
         house.clock.time = START + 2
         if not runs:
             # Who watches is shown each request by itself.
@@ -89,6 +98,49 @@ async def answered(house: House, burst: Sequence[list[bytes]]) -> list[bytes]:
 @example([[b"INCR", b"a"], [b"INCR", b"index"], [b"INCR", b"text"], [b"INCR", b"a"]], True, 0)
 def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool, turn: int) -> None:
     """Also where a transaction takes many turns."""
+    compare(burst, transaction, turn)
+
+
+members = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"far too long"])
+vectors = st.tuples(st.integers(-3, 3), st.integers(-3, 3)).map(lambda numbers: vector(*numbers))
+wrong_vectors = st.sampled_from([b"", b"x", vector(1), vector(1, 2, 3), vector(1, float("nan"))])
+indices = st.sampled_from([b"index", b"other", b"text", b"fleeting", b"none"])
+additions = st.lists(
+    st.tuples(
+        st.just(b"VADD") | st.just(b"vadd"),
+        st.sampled_from([b"index", b"other"]) | indices,
+        members,
+        vectors | vectors | vectors | wrong_vectors,
+    ),
+    max_size=12,
+) | st.tuples(indices, st.lists(st.tuples(members, vectors), max_size=12)).map(
+    lambda rows: [(b"VADD", rows[0], member, of) for member, of in rows[1]]
+)
+burst_of_additions = st.lists(additions, max_size=4).map(
+    lambda parts: [list(request) for part in parts for request in part]
+)
+
+
+@given(burst_of_additions, st.booleans())
+@example([[b"VADD", b"other", member, vector(3, 4)] for member in (b"b", b"a", b"c", b"d", b"e")], False)
+@example([[b"VADD", b"other", member, vector(3, 4)] for member in (b"b", b"a", b"c", b"d", b"e")], True)
+def test_vectors_together_as_one_by_one(burst: list[list[bytes]], transaction: bool) -> None:
+    compare(burst, transaction, TURN_NANOSECONDS)
+
+
+def rows_of(house: House) -> dict[bytes, list[tuple[bytes, bytes | None, bytes]]]:
+    """Key, vector and attributes of the rows of each index, by its key, in their order."""
+    indices = house.engine.keyspace.others
+    return {
+        name: [
+            (key, index.vector(key), index.attributes(key)) for key in sorted(index.live, key=index.live.get)
+        ]
+        for index, name in indices.items()
+    }
+
+
+def compare(burst: list[list[bytes]], transaction: bool, turn: int) -> None:
+    """Requests that come together, and each by itself, have the same replies and lead to the same state."""
     if transaction:
         burst = [[b"MULTI"], *burst, [b"EXEC"]]
 
@@ -112,7 +164,8 @@ def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool, tur
                 )
                 assert strings == others
                 assert state.values.keys() == expected.values.keys()
-                for command in ("get", "set", "incr", "decr", "incrby", "decrby", "expire"):
+                assert rows_of(together) == rows_of(apart)
+                for command in ("get", "set", "incr", "decr", "incrby", "decrby", "expire", "vadd"):
                     usage, other = (house.server.statistics.usage[command] for house in (together, apart))
                     assert (usage.calls, usage.failed) == (other.calls, other.failed)
                 assert together.server.statistics.lookups() == apart.server.statistics.lookups()
@@ -123,6 +176,7 @@ def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool, tur
                     replayed.apply(lsn, operation)
                 assert replayed.keyspace.expiries == state.expiries
                 assert replayed.keyspace.values.keys() == state.values.keys()
+                assert rows_of(attrs.evolve(together, engine=replayed)) == rows_of(together)
             shutil.rmtree(folder / "a")
 
     trio.run(main)
@@ -135,6 +189,9 @@ def test_together_as_one_by_one(burst: list[list[bytes]], transaction: bool, tur
         (["INCR a", "INCR a", "INCR b", "DECR b"], 2),
         (["INCRBY a 5", "INCRBY b 6", "SET a x", "INCRBY a 7", "INCRBY b 7"], 3),
         (["SET a 1", "SET a 2 EX 9", "SET a 3"], 3),
+        (["VNEW i 1", *(f"VADD i {member} 0000" for member in "abcde")], 2),
+        # From the second a on is another run, too short to be one.
+        (["VNEW i 1", *(f"VADD i {member} 0000" for member in "abcdefab")], 4),
     ],
 )
 async def test_what_comes_together_is_one_change(
