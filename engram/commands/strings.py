@@ -271,27 +271,26 @@ def _get(session: Session, arguments: list[bytes]) -> bytes | Pieces:
 
 
 def _get_run(session: Session, requests: Sequence[list[bytes]]) -> tuple[int, bytes]:
-    # Three for each reply, as `replies.bulk` would put them together.
     parts: list[bytes] = []
     size = misses = 0
+    done = len(requests)
     null = session.encoder.null
     keyspace = session.database.keyspace
     lookup = session.database.lookup if keyspace.expiries else keyspace.values.get
-    for _, key in requests:
-        value = lookup(key)
+    for position, request in enumerate(requests):
+        value = lookup(request[1])
         if value is None:
             misses += 1
-            parts += (null, b"", b"")
+            parts.append(null)
             continue
-        if type(value) is not bytes:
-            break
-        length = len(value)
-        if size > _RUN_BYTES or length > _RUN_BYTES:
+        if type(value) is not bytes or size > _RUN_BYTES or (length := len(value)) > _RUN_BYTES:
+            done = position
             break
         size += length
+        # As `replies.bulk` would put it together.
         parts += (BULK_HEADERS[length] if length < KNOWN_LENGTHS else b"$%d\r\n" % length, value, b"\r\n")
     session.server.statistics.get_misses += misses
-    return len(parts) // 3, b"".join(parts)
+    return done, b"".join(parts)
 
 
 def _get_many(session: Session, arguments: list[bytes]) -> Reply:

@@ -67,7 +67,8 @@ _MOST_WORDS: Final = 9
 # Of an array of so many words, the pieces between line ends: header, a header and a body each, and nothing.
 _PIECES: Final = {b"*%d" % words: 2 * words + 2 for words in range(1, _MOST_WORDS + 1)}
 
-_SHORTEST_BURST: Final = 128
+# Two requests of one short word.
+_SHORTEST_BURST: Final = 28
 _LONGEST_PLAIN_ARRAY: Final = 99
 _DECEPTIVE: Final = b"+=(~|>%"
 _LONG_ARRAY: Final = re.compile(rb"\*[0-9]{3}")
