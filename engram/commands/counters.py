@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import repeat
 
 from engram.commands import long_double
 from engram.commands.arguments import NOT_A_FLOAT, integer, stored_integer
@@ -43,9 +42,10 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
     values, expiries = database.keyspace.values, database.keyspace.expiries
     numbers: dict[bytes, int] = {}
     found: list[int] = []
-    changes = repeat(increment) if isinstance(increment, int) else map(increment, requests)
+    change, change_by = (increment, None) if isinstance(increment, int) else (0, increment)
+    low, high = INTEGER_LOW, INTEGER_HIGH
     try:
-        for request, change in zip(requests, changes, strict=False):
+        for request in requests:
             key = request[1]
             total = numbers.get(key)
             if total is None:
@@ -58,8 +58,8 @@ def _add_run(increment: Increment, session: Session, requests: Sequence[list[byt
                     total = integer(value)
                 else:
                     break
-            total += change
-            if not INTEGER_LOW <= total <= INTEGER_HIGH:
+            total += change if change_by is None else change_by(request)
+            if not low <= total <= high:
                 break
             numbers[key] = total
             found.append(total)
