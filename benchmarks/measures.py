@@ -290,6 +290,17 @@ def wait_for_graphs(peer: Peer, optimize: bool = False) -> float:
     return time.monotonic() - began
 
 
+def wait_until_verified(peer: Peer) -> None:
+    """Waits until an engram that has just started has nothing more to verify."""
+    began = time.monotonic()
+    with closing(Client(peer.port)) as client:
+        for section in _sections(client, _POLL_SECONDS):
+            if int(section["vectors_segments_unverified"]) == 0:
+                return
+            if time.monotonic() - began > BUILD_SECONDS:
+                raise LoadError(f"graphs are not verified: {section}")
+
+
 def save(client: Client) -> None:
     """VSAVE; when a snapshot is being made already, once that is done."""
     while True:

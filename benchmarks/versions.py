@@ -3,11 +3,11 @@
     python -m benchmarks.versions --other ../old
 
 Each checkout's engram runs from its own environment (`.venv/bin/engram`), one in memory and one that syncs
-each write. They stay up, on one core, while the load takes turns on another. Searches differ by more from
-start to start than from version to version: graphs are built by chance, and the system places them in memory
-by chance. So both versions open copies of a directory that the old one has made, and start anew for each
-pair. The table has the median of the ratios, new to old, and its 95 % confidence interval by order
-statistics. The exit code is 1 unless all these intervals lie above the goal.
+each write, on one core, while the load takes turns on another. One start of a version may differ by more from
+the next than from the other version: where things lie in memory is chance, and so are graphs. So both start
+anew for each pair, and for searches open copies of a directory that the old one has made. The table has the
+median of the ratios, new to old, and its 95 % confidence interval by order statistics. The exit code is 1
+unless all these intervals lie above the goal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,14 @@ from benchmarks.dialects import Engram
 from benchmarks.embeddings import DATA, RowFile, key_of, unit
 from benchmarks.keyvalue import run_benchmark
 from benchmarks.load import Client, LoadError, Measured, Work, exchange, pack, pipeline, run_together
-from benchmarks.measures import Loading, add_rows, rate, search_requests, wait_for_graphs
+from benchmarks.measures import (
+    Loading,
+    add_rows,
+    rate,
+    search_requests,
+    wait_for_graphs,
+    wait_until_verified,
+)
 from benchmarks.peers import (
     Peer,
     ServerError,
@@ -60,10 +67,11 @@ TRANSACTION = 100
 NEW_KEYS = 1_000_000_000
 
 _CALIBRATION_REQUESTS = 10_000
+NAMES = "old", "new"
 _DIMENSION = 384
 
 
-@attrs.frozen
+@attrs.define
 class Version:
     """The servers of one checkout: `memory` keeps nothing, `disk` syncs each write, `graphs` is searched."""
 
@@ -241,19 +249,6 @@ def median_interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.median(ordered), ordered[ranks[-1] - 1], ordered[-ranks[-1]])
 
 
-@contextmanager
-def running_version(
-    name: str, checkout: Path, folder: Path, arguments: argparse.Namespace
-) -> Iterator[Version]:
-    with ExitStack() as stack:
-        memory, disk = (
-            stack.enter_context(running_engram(name, checkout, folder, flags, arguments))
-            # No snapshot comes between.
-            for flags in ("", f"--dir {folder / name} --appendfsync always --snapshot-log-size 1024gb")
-        )
-        yield Version(name, memory, disk)
-
-
 def running_engram(
     name: str, checkout: Path, folder: Path, flags: str, arguments: argparse.Namespace
 ) -> AbstractContextManager[Peer]:
@@ -276,25 +271,35 @@ def build_graphs(checkout: Path, folder: Path, rows: RowFile, arguments: argpars
 
 
 @contextmanager
-def with_graphs(
-    versions: Sequence[Version], checkouts: Sequence[Path], built: Path, arguments: argparse.Namespace
-) -> Iterator[list[Version]]:
-    """The versions, each with a server that has just opened a copy of a directory with graphs."""
-    found = []
-    with tempfile.TemporaryDirectory(dir=built.parent) as name, ExitStack() as stack:
-        for version, checkout in zip(versions, checkouts, strict=True):
-            copy = Path(name) / version.name
-            shutil.copytree(built, copy)
-            graphs = running_engram(version.name, checkout, Path(name), f"--dir {copy}", arguments)
-            found.append(attrs.evolve(version, graphs=stack.enter_context(graphs)))
-        yield found
+def started(
+    checkouts: Sequence[Path],
+    folder: Path,
+    arguments: argparse.Namespace,
+    pair: int,
+    built: Path | None = None,
+) -> Iterator[Sequence[Version]]:
+    """The old version and the new, just started for the pair of a number.
 
-
-@contextmanager
-def ordered(versions: AbstractContextManager[Sequence[Version]]) -> Iterator[Sequence[Version]]:
-    """The old one first."""
-    with versions as found:
-        yield sorted(found, key=lambda version: version.name, reverse=True)
+    With `built`, a data directory, each also has a server that has opened a copy of that.
+    """
+    # Nor is it always the same one that starts first.
+    turn = 1 if pair % 4 < 2 else -1
+    versions: dict[str, Version] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ExitStack() as stack:
+        for name, checkout in list(zip(NAMES, checkouts, strict=True))[::turn]:
+            own = Path(scratch) / name
+            start = partial(running_engram, name, checkout, Path(scratch), arguments=arguments)
+            # No snapshot comes between.
+            durable = f"--dir {own / 'log'} --appendfsync always --snapshot-log-size 1024gb"
+            own.mkdir()
+            memory, disk = (stack.enter_context(start(flags=flags)) for flags in ("", durable))
+            versions[name] = Version(name, memory, disk)
+            if built is not None:
+                shutil.copytree(built, own / "graphs")
+                graphs = stack.enter_context(start(flags=f"--dir {own / 'graphs'}"))
+                wait_until_verified(graphs)
+                versions[name].graphs = graphs
+        yield [versions[name] for name in NAMES]
 
 
 def make_rows(arguments: argparse.Namespace, folder: Path) -> tuple[RowFile, np.ndarray]:
@@ -351,10 +356,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     end_servers_when_terminated()
-    with (
-        tempfile.TemporaryDirectory(prefix="engram-benchmark-", dir=arguments.scratch) as name,
-        ExitStack() as stack,
-    ):
+    with tempfile.TemporaryDirectory(prefix="engram-benchmark-", dir=arguments.scratch) as name:
         folder = Path(name)
         machine = describe_machine(folder)
         rows, queries = make_rows(arguments, folder)
@@ -362,22 +364,15 @@ def main() -> int:
         loads = Loads(arguments.load_cores, arguments.seconds, rows, requests)
         try:
             checkouts = (arguments.other, arguments.this)
-            old, new = (
-                stack.enter_context(running_version(name, checkout, folder, arguments))
-                for name, checkout in zip(("old", "new"), checkouts, strict=True)
-            )
-            measures = make_measures(loads, old, arguments.only)
+            with started(checkouts, folder, arguments, 0) as (old, _):
+                measures = make_measures(loads, old, arguments.only)
             searches = {name: measures.pop(name) for name in list(measures) if name.startswith("VSEARCH")}
-            ratios = take_turns(measures, lambda pair: nullcontext((old, new)), arguments.pairs)
+            start = partial(started, checkouts, folder, arguments)
+            ratios = take_turns(measures, start, arguments.pairs)
             if searches:
+                # Not before: that the system writes so much would be felt by the others.
                 built = build_graphs(arguments.other, folder, rows, arguments)
-
-                def started(pair: int) -> AbstractContextManager[Sequence[Version]]:
-                    # Nor is it always the same one that starts first.
-                    turn = 1 if pair % 4 < 2 else -1
-                    return ordered(with_graphs((old, new)[::turn], checkouts[::turn], built, arguments))
-
-                ratios |= take_turns(searches, started, arguments.pairs)
+                ratios |= take_turns(searches, partial(start, built=built), arguments.pairs)
         except (LoadError, ServerError, OSError, subprocess.TimeoutExpired) as error:
             print(f"the measurement failed: {error}", file=sys.stderr)
             return 2
