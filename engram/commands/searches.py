@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -44,12 +45,18 @@ _FLAGS = (b"EXACT", b"WITHATTRS", b"WITHVECTORS")
 _LARGEST_RADIUS = 1e38
 
 
+@lru_cache(maxsize=64)
+def _plain_options(k: int, most: int) -> SearchOptions:
+    # Searches are put together by their options: the same object is compared at no cost.
+    return SearchOptions(k, most=most, encode_distances=format_distances)
+
+
 def _options(
     session: Session, index: VectorIndex, k: int, words: Sequence[bytes], compiled: Compiled | None
 ) -> SearchOptions:
     most = session.server.config.client_output_buffer_limit
     if not words:
-        return SearchOptions(k, most=most, encode_distances=format_distances)
+        return _plain_options(k, most)
     given = options(words, _VALUED, _FLAGS)
     ef = recall = condition = radius = None
     if (word := given.get(b"EF")) is not None:

@@ -49,7 +49,7 @@ def _as_floats(distances: Floats) -> list[float]:
     return floats
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class SearchOptions:
     """What is asked of a search. Searches of equal options run together.
 
@@ -114,14 +114,21 @@ class _Candidates:
         if not self._parts:
             yield from (SearchResult([], []) for _ in range(count))
             return
-        which, row_ids, positions, distances = map(np.concatenate, zip(*self._parts, strict=True))
-        order = np.lexsort((row_ids, distances, which))
+        if len(self._parts) == 1:
+            ((which, row_ids, positions, distances),) = self._parts
+        else:
+            which, row_ids, positions, distances = map(np.concatenate, zip(*self._parts, strict=True))
+        order = np.lexsort((row_ids, distances) if count == 1 else (row_ids, distances, which))
         if options.radius is not None:
             order = order[queries.rounded(distances[order]) <= options.radius]
-        sorted_which = which[order]
-        edges = np.searchsorted(sorted_which, np.arange(count + 1))
-        order = order[np.arange(len(order)) - edges[sorted_which] < k]
-        lengths = np.minimum(edges[1:] - edges[:-1], k)
+        if count == 1:
+            order = order[:k]
+            lengths = np.array([len(order)])
+        else:
+            sorted_which = which[order]
+            edges = np.searchsorted(sorted_which, np.arange(count + 1))
+            order = order[np.arange(len(order)) - edges[sorted_which] < k]
+            lengths = np.minimum(edges[1:] - edges[:-1], k)
         if len(order) * self._longest_copied(options) <= _COPIED_BYTES:
             yield from self._results(order, lengths.tolist(), positions, distances, queries, options)
             return
@@ -178,16 +185,14 @@ class _Candidates:
     ) -> list[SearchResult]:
         """The results of queries that have so many candidates each, `order` of them in all."""
         encoded = options.encode_distances(queries.rounded(distances[order]))
-        keys = [b""] * len(order)
-        attributes = [b""] * len(order) if options.attributes else []
-        vectors = [b""] * len(order) if options.vectors else []
-        for source, members in self._by_source(order):
-            places, rows = members.tolist(), positions[order[members]]
-            _put(keys, places, source.keys_at(rows))
-            if options.attributes:
-                _put(attributes, places, source.attributes_at(rows))
-            if options.vectors:
-                _put(vectors, places, [row.tobytes() for row in source.vectors[rows].astype("<f4")])
+        rows = positions[order]
+        keys = self._strings(order, rows, lambda source, rows: source.keys_at(rows))
+        attributes: list[bytes] = []
+        vectors: list[bytes] = []
+        if options.attributes:
+            attributes = self._strings(order, rows, lambda source, rows: source.attributes_at(rows))
+        if options.vectors:
+            vectors = self._strings(order, rows, _vectors_at)
         results = []
         start = 0
         for length in lengths:
@@ -195,6 +200,19 @@ class _Candidates:
             results.append(SearchResult(keys[part], encoded[part], attributes[part], vectors[part]))
             start = part.stop
         return results
+
+    def _strings(
+        self, candidates: Numbers, rows: Numbers, strings_at: Callable[[Source, Numbers], list[bytes]]
+    ) -> list[bytes]:
+        """What `strings_at` says of candidates, which are at `rows` of their sources; (n,) both."""
+        if len(self._sources) == 1:
+            return strings_at(self._sources[0], rows)
+        strings = [b""] * len(candidates)
+        for source, members in self._by_source(candidates):
+            found = strings_at(source, rows[members])
+            for place, string in zip(members.tolist(), found, strict=True):
+                strings[place] = string
+        return strings
 
     def _by_source(self, candidates: Numbers) -> Iterator[tuple[Source, Numbers]]:
         """Each source, and where among some candidates its own are."""
@@ -207,9 +225,8 @@ class _Candidates:
             start = end
 
 
-def _put(items: list[bytes], places: list[int], found: list[bytes]) -> None:
-    for place, item in zip(places, found, strict=True):
-        items[place] = item
+def _vectors_at(source: Source, rows: Numbers) -> list[bytes]:
+    return [row.tobytes() for row in source.vectors[rows].astype("<f4")]
 
 
 def search_each(
@@ -250,15 +267,15 @@ def search_batch(
 
 @attrs.frozen(eq=False)
 class _Near:
-    """Rows at `positions` (n, m) for the queries `which`: those `shown`, all when None.
+    """Rows at `positions` (n, m) for `queries`, `which` of the batch (n,): those `shown`, all when None.
 
     The distances of the others are infinite.
     """
 
+    queries: Queries
     which: Numbers
     positions: Numbers
     distances: Doubles
-    upper_ranks: Floats
     shown: Mask | None
 
 
@@ -279,8 +296,6 @@ class _Pass:
         self._options = options
         self._queries = Queries.of(views[0].parameters.metric, vectors)
         self._lsns: Lsns = np.array([view.lsn for view in views], np.int64)
-        visible = np.array([view.head_rows for view in views], np.int64)
-        self._scan = Scan(self._queries, k, self._lsns, visible)
         self._candidates = _Candidates()
 
     def run(self, worker: int, share: Share) -> Iterator[SearchResult]:
@@ -295,19 +310,15 @@ class _Pass:
                 scanned.append((installed, mask, None))
             else:
                 planned.append((installed, mask, walk))
-        # What the graphs find lets the scans pass over most rows.
+        found: list[_Near] = []
         for (installed, mask, _), walked in zip(planned, self._walk_all(planned, worker, share), strict=True):
             for near in walked.found:
                 self._take(installed.segment, near)
+            found += walked.found
             if walked.short is not None:
                 scanned.append((installed, mask, walked.short))
-        for installed, mask, short in scanned:
-            self._scan_segment(installed, mask, short)
-        self._scan_head()
-        for found in self._scan.found():
-            source, rows = found.source, found.positions
-            distances = self._queries.distances(found.which, source.vectors[rows], source.norms_at(rows))
-            self._candidates.add(source, found.which, rows, distances)
+        if scanned or any(view.head_rows for view in self._views):
+            self._scan_all(scanned, found)
         return self._candidates.best(self._queries, self._options, self._k)
 
     def _walk_all(
@@ -344,12 +355,12 @@ class _Pass:
                 shown &= mask[positions]
             distances = queries.distances_at(installed.segment.vectors, installed.segment.norms, positions)
             if shown.all():
-                found.append(_Near(which, positions, distances, queries.upper_ranks(distances), None))
+                found.append(_Near(queries, which, positions, distances, None))
                 return _Walked(found, None)
             short = self._short(installed, mask, which, shown.sum(axis=1))
             shown &= ~short[:, None]
             distances[~shown] = np.inf
-            found.append(_Near(which, positions, distances, queries.upper_ranks(distances), shown))
+            found.append(_Near(queries, which, positions, distances, shown))
             if not short.any():
                 return _Walked(found, None)
             wider = walk.wider(installed.rows, _qualifying(installed, mask))
@@ -370,25 +381,42 @@ class _Pass:
         kept: Any = slice(None)
         if near.shown is not None:
             (kept,) = near.shown.ravel().nonzero()
-        self._scan.offer(near.upper_ranks, near.which)
         which = near.which.repeat(near.positions.shape[1])[kept]
         self._candidates.add(segment, which, near.positions.ravel()[kept], near.distances.ravel()[kept])
 
-    def _scan_segment(self, installed: InstalledSegment, mask: Mask | None, which: Numbers | None) -> None:
+    def _scan_all(
+        self, scanned: Sequence[tuple[InstalledSegment, Mask | None, Numbers | None]], near: Sequence[_Near]
+    ) -> None:
+        """Scans these segments and the head; what graphs have found lets it pass over most rows."""
+        visible = np.array([view.head_rows for view in self._views], np.int64)
+        scan = Scan(self._queries, self._k, self._lsns, visible)
+        for each in near:
+            scan.offer(each.queries.upper_ranks(each.distances), each.which)
+        for installed, mask, which in scanned:
+            self._scan_segment(scan, installed, mask, which)
+        self._scan_head(scan)
+        for found in scan.found():
+            source, rows = found.source, found.positions
+            distances = self._queries.distances(found.which, source.vectors[rows], source.norms_at(rows))
+            self._candidates.add(source, found.which, rows, distances)
+
+    def _scan_segment(
+        self, scan: Scan, installed: InstalledSegment, mask: Mask | None, which: Numbers | None
+    ) -> None:
         segment, rows = installed.segment, installed.rows
         if mask is None or scans_all(rows, int(np.count_nonzero(mask))):
             for start in range(0, rows, _SCAN_ROWS):
                 part = slice(start, min(start + _SCAN_ROWS, rows))
                 block = _segment_block(installed, np.arange(start, part.stop), part, mask)
-                self._scan.add([block], which)
+                scan.add([block], which)
             return
         (picked,) = mask.nonzero()
         step = max(1, _GATHER_NUMBERS // segment.vectors.shape[1])
         for start in range(0, len(picked), step):
             positions = picked[start : start + step]
-            self._scan.add([_segment_block(installed, positions, positions, None)], which)
+            scan.add([_segment_block(installed, positions, positions, None)], which)
 
-    def _scan_head(self) -> None:
+    def _scan_head(self, scan: Scan) -> None:
         # Within a generation heads only grow: the latest holds what all others show, and every death that one
         # of them may see. (One with as many rows may hold a chunk that has been replaced since.)
         latest = max(self._views, key=lambda view: view.lsn)
@@ -410,10 +438,10 @@ class _Pass:
                     blocks.append(_head_block(chunk, slice(coded, covered), mask, offset, None))
             offset += count
             if rows >= _SCAN_ROWS:
-                self._scan.add(blocks)
+                scan.add(blocks)
                 blocks, rows = [], 0
         if blocks:
-            self._scan.add(blocks)
+            scan.add(blocks)
 
 
 def _segment_block(
