@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -74,3 +75,22 @@ def test_several_vectors_are_taken_as_each_of_them_would_be(given_blobs: list[by
     except VectorError as error:
         found = repr(error)
     assert found == expected
+
+
+def test_several_vectors_at_the_limit_are_taken_as_each_of_them_would_be() -> None:
+    """There the two ways of summing squares may disagree."""
+    random = np.random.default_rng(7)
+    for _ in range(500):
+        rows = random.normal(size=(32, 7))
+        rows *= 1e18 * (1.0 + random.uniform(-3e-7, 3e-7, (32, 1))) / np.linalg.norm(rows, axis=1)[:, None]
+        given_blobs = [row.tobytes() for row in rows.astype("<f4")]
+        taken = []
+        for blob in given_blobs:
+            with suppress(VectorNormError):
+                decode_vector(blob, 7)
+                taken.append(blob)
+        assert 0 < len(taken) < len(given_blobs)
+        assert join_vectors(taken, 7) == b"".join(taken)
+        for blob in set(given_blobs) - set(taken):
+            with pytest.raises(VectorNormError):
+                join_vectors([blob], 7)
