@@ -580,8 +580,10 @@ class Session:
         """Forgets what was queued, and all watches."""
         self.happen(_END_MULTI)
         transaction, self.transaction = self.transaction, None
-        if transaction is not None and len(transaction.commands) > _FREED_AT_ONCE:
-            self.server.database.engine.dropped += (transaction.commands, transaction.foreseen)
+        if transaction is not None:
+            for queued in (transaction.commands, transaction.foreseen):
+                if len(queued) > _FREED_AT_ONCE:
+                    self.server.database.engine.dropped.append(queued)
         self.unwatch()
 
     def execute(self, allowance: Allowance) -> None:

@@ -92,18 +92,19 @@ def _exec(session: Session, arguments: list[bytes]) -> Reply:
     room = transaction.room + RECORD_OVERHEAD if transaction.writes else 0
     journal = session.database.journal
     foresight = _Foresight(session)
-    foresight.look_at(transaction.foreseen[:_FORESEEN_A_TURN])
-    rest = transaction.foreseen[_FORESEEN_A_TURN:]
-    waits = [] if rest else foresight.waits()
-    if not (waits or rest) and (not room or journal is None or journal.has_room(room)):
+    foreseen = transaction.foreseen
+    foresight.look_at(foreseen[:_FORESEEN_A_TURN])
+    later = range(_FORESEEN_A_TURN, len(foreseen), _FORESEEN_A_TURN)
+    waits = [] if later else foresight.waits()
+    if not (waits or later) and (not room or journal is None or journal.has_room(room)):
         return _execute(session, transaction, name)
 
     async def execute() -> bytes | Pieces:
         try:
-            for start in range(0, len(rest), _FORESEEN_A_TURN):
+            for start in later:
                 await trio.lowlevel.checkpoint()
-                foresight.look_at(rest[start : start + _FORESEEN_A_TURN])
-            for wait in foresight.waits() if rest else waits:
+                foresight.look_at(foreseen[start : start + _FORESEEN_A_TURN])
+            for wait in foresight.waits() if later else waits:
                 await wait()
             await session.server.admit(room, writes=transaction.writes)
             # A client whose user has gone meanwhile is ended.

@@ -530,6 +530,18 @@ async def test_what_was_queued_is_freed_later(house: House, end: str) -> None:
     assert any(collection is queued for collection in house.engine.dropped)
 
 
+async def test_what_exec_has_looked_at_beforehand_is_freed_later(house: House) -> None:
+    client = house.connect()
+    await client.send("MULTI", *["SELECT 0"] * 1000)
+    await client.arrived()
+    [session] = house.server.sessions.values()
+    assert session.transaction is not None
+    foreseen = session.transaction.foreseen
+    await client.call("EXEC")
+    assert len(foreseen) == 1000
+    assert any(collection is foreseen for collection in house.engine.dropped)
+
+
 @pytest.mark.parametrize("a_turn", [512, 1])
 async def test_a_transaction_waits_for_indices_of_the_databases_that_it_selects(
     house: House, monkeypatch: pytest.MonkeyPatch, a_turn: int
