@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +10,11 @@ from trio.testing import wait_all_tasks_blocked
 
 from engram.commands import transactions
 from engram.commands.long_work import ELEMENTS_A_TURN
+from engram.commands.session import Transaction
 from engram.index.pace import Wait
 from engram.index.vector_index import VectorIndex
 from engram.operations import AppendString, DeleteKeys, SetString
-from tests.conftest import START, HeldSearches, House, ManualJournal, OpenHouse, vector
+from tests.conftest import START, Client, HeldSearches, House, ManualJournal, OpenHouse, vector
 
 OK, QUEUED = b"+OK\r\n", b"+QUEUED\r\n"
 ABORTED = b"-EXECABORT Transaction discarded because of previous errors.\r\n"
@@ -516,27 +517,29 @@ async def test_how_much_may_be_queued(house: House) -> None:
     assert not house.engine.keyspace.values
 
 
-@pytest.mark.parametrize("end", ["DISCARD", "RESET", "QUIT"])
-async def test_what_was_queued_is_freed_later(house: House, end: str) -> None:
-    """Freeing a million requests at once would hold every client up."""
+async def queued_by_a_client(house: House, requests: Sequence[str]) -> tuple[Client, Transaction]:
+    """The only client, and what it has queued."""
     client = house.connect()
-    await client.send("MULTI", *["PING"] * 1000)
+    await client.send("MULTI", *requests)
     await client.arrived()
     [session] = house.server.sessions.values()
     assert session.transaction is not None
-    queued = session.transaction.commands
+    return client, session.transaction
+
+
+@pytest.mark.parametrize("end", ["DISCARD", "RESET", "QUIT"])
+async def test_what_was_queued_is_freed_later(house: House, end: str) -> None:
+    """Freeing a million requests at once would hold every client up."""
+    client, transaction = await queued_by_a_client(house, ["PING"] * 1000)
+    queued = transaction.commands
     await client.send(end)
     await client.arrived()
     assert any(collection is queued for collection in house.engine.dropped)
 
 
 async def test_what_exec_has_looked_at_beforehand_is_freed_later(house: House) -> None:
-    client = house.connect()
-    await client.send("MULTI", *["SELECT 0"] * 1000)
-    await client.arrived()
-    [session] = house.server.sessions.values()
-    assert session.transaction is not None
-    foreseen = session.transaction.foreseen
+    client, transaction = await queued_by_a_client(house, ["SELECT 0"] * 1000)
+    foreseen = transaction.foreseen
     await client.call("EXEC")
     assert len(foreseen) == 1000
     assert any(collection is foreseen for collection in house.engine.dropped)
