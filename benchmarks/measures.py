@@ -280,11 +280,7 @@ def wait_for_graphs(peer: Peer, optimize: bool = False) -> float:
     """
     began = time.monotonic()
     with closing(Client(peer.port)) as client:
-        for section in _sections(client, _POLL_SECONDS):
-            if int(section["vectors_builds_running"]) + int(section["vectors_builds_waiting"]) == 0:
-                break
-            if time.monotonic() - began > BUILD_SECONDS:
-                raise LoadError(f"graphs are not ready: {section}")
+        _wait_until_none(client, "vectors_builds_running", "vectors_builds_waiting")
         if optimize:
             client.call(b"VOPTIMIZE", INDEX)
     return time.monotonic() - began
@@ -292,13 +288,18 @@ def wait_for_graphs(peer: Peer, optimize: bool = False) -> float:
 
 def wait_until_verified(peer: Peer) -> None:
     """Waits until an engram that has just started has nothing more to verify."""
-    began = time.monotonic()
     with closing(Client(peer.port)) as client:
-        for section in _sections(client, _POLL_SECONDS):
-            if int(section["vectors_segments_unverified"]) == 0:
-                return
-            if time.monotonic() - began > BUILD_SECONDS:
-                raise LoadError(f"graphs are not verified: {section}")
+        _wait_until_none(client, "vectors_segments_unverified")
+
+
+def _wait_until_none(client: Client, *names: str) -> None:
+    """Waits until these figures of INFO vectors are all 0. Raises LoadError when that takes too long."""
+    began = time.monotonic()
+    for section in _sections(client, _POLL_SECONDS):
+        if not any(int(section[name]) for name in names):
+            return
+        if time.monotonic() - began > BUILD_SECONDS:
+            raise LoadError(f"graphs are not ready: {section}")
 
 
 def save(client: Client) -> None:

@@ -67,11 +67,13 @@ TRANSACTION = 100
 NEW_KEYS = 1_000_000_000
 
 _CALIBRATION_REQUESTS = 10_000
-NAMES = "old", "new"
 _DIMENSION = 384
 
 
-@attrs.define
+NAMES = "old", "new"
+
+
+@attrs.frozen
 class Version:
     """The servers of one checkout: `memory` keeps nothing, `disk` syncs each write, `graphs` is searched."""
 
@@ -293,12 +295,12 @@ def started(
             durable = f"--dir {own / 'log'} --appendfsync always --snapshot-log-size 1024gb"
             own.mkdir()
             memory, disk = (stack.enter_context(start(flags=flags)) for flags in ("", durable))
-            versions[name] = Version(name, memory, disk)
+            graphs = None
             if built is not None:
                 shutil.copytree(built, own / "graphs")
                 graphs = stack.enter_context(start(flags=f"--dir {own / 'graphs'}"))
                 wait_until_verified(graphs)
-                versions[name].graphs = graphs
+            versions[name] = Version(name, memory, disk, graphs)
         yield [versions[name] for name in NAMES]
 
 
